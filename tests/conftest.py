@@ -1,0 +1,26 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.launch import run
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_packs(tmp_path_factory):
+    """A folder with the packs train (10 classes, 120 images) and test (30 images) of noisy random patterns."""
+    import sys
+
+    folder = tmp_path_factory.mktemp("tiny")
+    random = np.random.default_rng(0)
+    for label in range(10):
+        pattern = random.integers(0, 256, (8, 8)).repeat(4, 0).repeat(4, 1)
+        for split, count in ("train", 12), ("test", 3):
+            (folder / "tree" / split / f"class{label}").mkdir(parents=True)
+            for i in range(count):
+                image = (pattern + random.normal(0, 30, pattern.shape)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(image).save(folder / "tree" / split / f"class{label}" / f"{i}.png")
+    run(sys.executable, "-m", "data_tools.pack", folder / "tree", folder / "packs")
+    return folder / "packs"

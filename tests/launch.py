@@ -1,0 +1,54 @@
+"""Real launches: ranks as processes of mpirun or horovodrun, with a time limit and their output on failure."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+_BIN = Path(sys.executable).parent
+
+
+def run(*command, seconds=100, expect=0, env=None):
+    """Run a command in the checkout; returns the CompletedProcess.
+
+    A command that outlasts its time is killed with all its children, and fails like one with another exit code than
+    expected (None: any), with its output.
+    """
+    own = {"PATH": f"{_BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1",
+           "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_mpi_yield_when_idle": "1",
+           "OMPI_MCA_hwloc_base_binding_policy": "none", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [str(part) for part in command], cwd=ROOT, env=os.environ | own | (env or {}), text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        out, err = process.communicate(timeout=seconds)
+        late = False
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        late = True
+    text = f"{' '.join(map(str, command))}\n--- stdout\n{out[-4000:]}\n--- stderr\n{err[-4000:]}"
+    assert not late, f"no end after {seconds} s: {text}"
+    assert expect is None or process.returncode == expect, f"exit code {process.returncode}, not {expect}: {text}"
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def mpirun(ranks, *arguments, **options):
+    return run("mpirun", "--oversubscribe", "-np", ranks, sys.executable, *arguments, **options)
+
+
+def horovodrun(ranks, *arguments, **options):
+    return run("horovodrun", "-np", ranks, "-H", f"localhost:{ranks}", sys.executable, *arguments, **options)
+
+
+def losses(folder):
+    """{step: loss} of a run folder."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def error_lines(process):
+    return [line for line in process.stderr.splitlines() if "error:" in line]

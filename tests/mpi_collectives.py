@@ -1,0 +1,55 @@
+"""Ran by test_mpi.py under mpirun: MpiWorld's groups against what the sums must be.
+
+arguments: collectives (mpi | horovod), model-parallel size
+"""
+
+import sys
+
+import torch
+
+from xc.world import MpiWorld, run
+
+
+def check(group, members, me):
+    """members: world ranks of the group, in order; every rank brings numbers made from its world rank."""
+    def of(rank, *shape, dtype=torch.float32):
+        return torch.arange(1, 1 + int(torch.Size(shape).numel()), dtype=dtype).reshape(shape) * (rank + 1)
+
+    assert (group.rank, group.size) == (members.index(me), len(members))
+    for dtype in torch.float32, torch.float64, torch.int64:
+        total = sum(of(r, 3, 2, dtype=dtype) for r in members)
+        mine = of(me, 3, 2, dtype=dtype)
+        assert group.all_reduce(mine) is mine and torch.equal(mine, total)
+        assert torch.equal(group.all_reduce(of(me, 5, dtype=dtype), "max"), of(max(members), 5, dtype=dtype))
+        assert torch.equal(group.all_gather(of(me, 2, 3, dtype=dtype)),
+                           torch.cat([of(r, 2, 3, dtype=dtype) for r in members]))
+        counts = [r % 3 for r in members]  # uneven, some empty
+        assert torch.equal(group.all_gather(of(me, me % 3, 4, dtype=dtype), counts),
+                           torch.cat([of(r, r % 3, 4, dtype=dtype) for r in members]))
+        if sum(counts):
+            whole = sum(of(r, sum(counts), 4, dtype=dtype) for r in members)
+            assert torch.equal(group.reduce_scatter(of(me, sum(counts), 4, dtype=dtype), counts),
+                               whole.split(counts)[group.rank])
+        assert torch.equal(group.broadcast(of(me, 4, dtype=dtype)), of(members[0], 4, dtype=dtype))
+    assert group.all_gather_object({"rank": me}) == [{"rank": r} for r in members]
+
+
+def main():
+    collectives, width = sys.argv[1], int(sys.argv[2])
+    world = MpiWorld("cpu", width, collectives)
+    copy = world.rank // width
+    check(world.everyone, list(range(world.size)), world.rank)
+    check(world.shards, list(range(copy * width, (copy + 1) * width)), world.rank)
+    check(world.replicas, list(range(world.rank % width, world.size, width)), world.rank)
+
+    tensors = [torch.full((1000,), float(world.rank + i)) for i in range(5)]
+    handles = [world.all_reduce_async(t, f"t{i}") for i, t in enumerate(tensors)]
+    for i, (tensor, handle) in enumerate(zip(tensors, handles, strict=True)):
+        world.wait(handle)
+        assert torch.equal(tensor, torch.full((1000,), sum(range(world.size)) + float(i * world.size)))
+    if world.rank == 0:
+        print("all collectives right")
+
+
+if __name__ == "__main__":
+    run(main)

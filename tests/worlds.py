@@ -1,0 +1,102 @@
+"""W ranks as threads of this process: a world of four starts in milliseconds.
+
+Every collective compares its name, dtype and shape across ranks, so that what would hang under MPI fails here.
+"""
+
+import threading
+
+import torch
+
+from xc.world import Group, World
+
+_PATIENCE_SECONDS = 30
+
+
+class _Meeting:
+    """Where the threads of a group put down what they bring and see what the others brought."""
+
+    def __init__(self, size):
+        self.barrier = threading.Barrier(size)
+        self.brought = [None] * size
+
+    def exchange(self, rank, call, value):
+        self.brought[rank] = (call, value)
+        self.barrier.wait(_PATIENCE_SECONDS)
+        brought = list(self.brought)
+        self.barrier.wait(_PATIENCE_SECONDS)
+        calls = [c for c, _ in brought]
+        assert all(c == calls[0] for c in calls), f"ranks disagree on a collective: {calls}"
+        return [v for _, v in brought]
+
+
+class ThreadGroup(Group):
+    def __init__(self, rank, meeting):
+        self.rank, self.size, self._meeting = rank, len(meeting.brought), meeting
+
+    def _exchange(self, name, tensor, *details):
+        return self._meeting.exchange(self.rank, (name, tensor.dtype, *details), tensor.detach().clone())
+
+    def all_reduce(self, tensor, op="sum"):
+        parts = torch.stack(self._exchange("all_reduce", tensor, op, tuple(tensor.shape)))
+        return tensor.copy_(parts.sum(0) if op == "sum" else parts.amax(0))
+
+    def all_gather(self, tensor, counts=None):
+        counts = list(counts or [len(tensor)] * self.size)
+        assert len(tensor) == counts[self.rank]
+        return torch.cat(self._exchange("all_gather", tensor, tuple(tensor.shape[1:]), tuple(counts)))
+
+    def reduce_scatter(self, tensor, counts):
+        parts = self._exchange("reduce_scatter", tensor, tuple(tensor.shape), tuple(counts))
+        return torch.stack(parts).sum(0).split(list(counts))[self.rank].clone()
+
+    def broadcast(self, tensor):
+        return tensor.copy_(self._exchange("broadcast", tensor, tuple(tensor.shape))[0])
+
+    def all_gather_object(self, value):
+        return self._meeting.exchange(self.rank, ("all_gather_object",), value)
+
+
+class ThreadWorld(World):
+    def __init__(self, rank, everyone, shards, replicas):
+        super().__init__("cpu")
+        self.rank, self.size = rank, everyone.size
+        self.everyone, self.shards, self.replicas = everyone, shards, replicas
+
+    def all_reduce_async(self, tensor, name):
+        return tensor, name
+
+    def wait(self, handle):
+        tensor, name = handle
+        self.everyone._exchange("name", torch.zeros(()), name)
+        self.everyone.all_reduce(tensor)
+
+
+def run_ranks(size, body, model_parallel_size=0):
+    """[body(world) of every rank]; the first error of any rank is raised, and no other rank waits for it."""
+    width = model_parallel_size or size
+    everyone = _Meeting(size)
+    rows = [_Meeting(width) for _ in range(size // width)]
+    columns = [_Meeting(size // width) for _ in range(width)]
+    results, errors = [None] * size, []
+
+    def work(rank):
+        world = ThreadWorld(
+            rank, ThreadGroup(rank, everyone), ThreadGroup(rank % width, rows[rank // width]),
+            ThreadGroup(rank // width, columns[rank % width]))
+        try:
+            results[rank] = body(world)
+        except BaseException as e:
+            errors.append(e)
+            for meeting in (everyone, *rows, *columns):
+                meeting.barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(2 * _PATIENCE_SECONDS)
+    if errors:
+        # A broken barrier is the others' consequence of the error that came first.
+        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+    assert not any(thread.is_alive() for thread in threads), "a rank hangs"
+    return results

@@ -1,0 +1,1 @@
+"""Hybrid-parallel training of classifiers over very many classes."""

@@ -1,0 +1,53 @@
+"""Collectives that gradients flow through. Sums, never means.
+
+Horovod's own allgather averages its gradient over the ranks, which is wrong under a softmax that is split over them.
+"""
+
+import torch
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, group, counts):
+        ctx.group, ctx.counts = group, counts
+        return group.all_gather(rows, counts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.group.reduce_scatter(grad, ctx.counts), None, None
+
+
+def gather_rows(rows, group, counts):
+    """All ranks' rows, one after the other; the gradient of every rank's copy is summed back to the row's owner.
+
+    rows     (B, D)  this rank's
+    counts   B of every rank of the group
+    returns  (G, D)
+    """
+    return _GatherRows.apply(rows, group, counts)
+
+
+class _SumOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, group):
+        ctx.group = group
+        return group.all_reduce(tensor.clone())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.group.all_reduce(grad.clone()), None
+
+
+def sum_over(tensor, group):
+    """Sum over the group, the same on every rank; the gradients of all ranks' copies are summed too."""
+    return _SumOver.apply(tensor, group)
+
+
+def group_logsumexp(lse, group):
+    """log(sum over the group of exp(lse)), elementwise; a rank that has nothing to add gives -inf.
+
+    lse      (G,)
+    returns  (G,), the same on every rank
+    """
+    top = group.all_reduce(lse.clone(), "max")
+    return top + group.all_reduce((lse - top).exp_()).log_()

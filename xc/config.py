@@ -1,0 +1,158 @@
+"""One flat frozen dataclass: its fields are the flags of train.py, its values are written into every run folder."""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import shlex
+import sys
+from dataclasses import dataclass, field
+
+from xc.margin import MARGINS
+from xc.schedule import SCHEDULES
+
+
+class UserError(ValueError):
+    """A mistake of the user, found by every rank alike: one line from rank 0, exit code 2."""
+
+
+def _flag(default, help, choices=None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = _flag("", "a pack, or a folder with the packs train and test (python -m data_tools.pack makes them)")
+    out: str = _flag("", "run folder: settings, metrics, checkpoints; must not hold another run")
+    resume: str = _flag("", "auto: go on from the newest checkpoint in --out if there is one; or a checkpoint's folder")
+
+    backbone: str = _flag("small", "small, resnet18, resnet34, resnet50, or timm:NAME where timm is installed")
+    feature_dim: int = _flag(128, "width of the features and of the class rows")
+    image_size: int = _flag(32, "side of the square images that the backbone sees, in pixels")
+    channels: int = _flag(1, "1 grey, 3 colour", (1, 3))
+
+    head: str = _flag("full", "which classes take part in a step; full: all")
+    logits: str = _flag("cosine", "cosine of feature and class row, times --scale; or their plain inner product",
+                        ("cosine", "inner"))
+    scale: float = _flag(20.0, "factor on cosine logits")
+    margin: str = _flag("none", "margin on the cosine of the right class", tuple(MARGINS))
+    margin_size: float = _flag(0.0, "cosface: taken from the cosine; arcface: added to the angle, in radians")
+    logits_mb: float = _flag(0.0, "memory for logits on each rank; beyond it the head works in blocks of classes; "
+                                  "0: 1 on a CPU, whose cache holds that, 256 on a GPU")
+
+    epochs: float = _flag(10.0, "passes over the training set")
+    steps: int = _flag(0, "optimizer steps; 0: from --epochs")
+    global_batch: int = _flag(128, "examples per step over all ranks; any number of ranks gives the same recipe")
+    lr: float = _flag(0.1, "highest learning rate of the backbone")
+    head_lr_scale: float = _flag(4.0, "learning rate of the class rows, as a multiple of --lr")
+    momentum: float = _flag(0.9, "momentum of the backbone and of the class rows")
+    weight_decay: float = _flag(5e-4, "of backbone tensors with two or more dimensions")
+    head_weight_decay: float = _flag(0.0, "of the class rows")
+    schedule: str = _flag("cosine", "course of the learning rate after the warm-up", SCHEDULES)
+    warmup_epochs: float = _flag(0.5, "linear warm-up of the learning rate")
+    lr_drops: tuple = _flag((0.5, 0.75), "--schedule step: shares of the run after which lr falls to a tenth")
+    augment: float = _flag(1.0, "strength of shift, scale, rotation, blur and contrast; 0 switches them off")
+
+    model_parallel_size: int = _flag(0, "ranks that together hold one copy of the classifier; 0: all")
+    device: str = _flag("auto", "auto: cuda where there is one", ("auto", "cpu", "cuda"))
+    bucket_mb: float = _flag(4.0, "backbone gradients are exchanged in buckets of this size")
+    loader_threads: int = _flag(1, "threads per rank that read and decode images")
+    prefetch: int = _flag(4, "batches per rank that are read ahead")
+
+    seed: int = _flag(0, "of everything random")
+    log_steps: int = _flag(50, "steps between two lines of metrics")
+    eval_epochs: float = _flag(1.0, "epochs between two evaluations; 0: only at the end")
+    save_epochs: float = _flag(1.0, "epochs between two checkpoints; 0: only at the end")
+    keep: int = _flag(2, "checkpoints that stay in the run folder, at least 1")
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            if isinstance(value := getattr(self, f.name), float) and not math.isfinite(value):
+                raise UserError(f"{_option(f.name)} {value} is not allowed: give a finite number")
+        for name, ok, allowed in [
+            ("data", self.data, "give the folder of a pack"),
+            ("out", self.out, "give the run folder"),
+            ("feature_dim", self.feature_dim >= 1, "at least 1"),
+            ("image_size", 8 <= self.image_size <= 4096, "8 to 4096 pixels"),
+            ("scale", self.scale > 0, "above 0"),
+            ("margin_size", 0 <= self.margin_size < math.pi / 2, "0 to pi/2"),
+            ("logits_mb", self.logits_mb >= 0, "0 or more"),
+            ("epochs", self.epochs > 0, "above 0"),
+            ("steps", self.steps >= 0, "0 or more"),
+            ("global_batch", self.global_batch >= 1, "at least 1"),
+            ("lr", self.lr > 0, "above 0"),
+            ("head_lr_scale", self.head_lr_scale >= 0, "0 or more"),
+            ("momentum", 0 <= self.momentum < 1, "0 to below 1"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("head_weight_decay", self.head_weight_decay >= 0, "0 or more"),
+            ("warmup_epochs", self.warmup_epochs >= 0, "0 or more"),
+            ("lr_drops", all(0 < drop < 1 for drop in self.lr_drops), "shares of the run between 0 and 1"),
+            ("augment", 0 <= self.augment <= 2, "0 to 2"),
+            ("model_parallel_size", self.model_parallel_size >= 0, "0 (all ranks) or a divisor of their number"),
+            ("bucket_mb", self.bucket_mb > 0, "above 0"),
+            ("loader_threads", self.loader_threads >= 1, "at least 1"),
+            ("prefetch", self.prefetch >= 1, "at least 1"),
+            ("seed", 0 <= self.seed < 2**32, "0 to 2**32 - 1"),
+            ("log_steps", self.log_steps >= 1, "at least 1"),
+            ("eval_epochs", self.eval_epochs >= 0, "0 or more"),
+            ("save_epochs", self.save_epochs >= 0, "0 or more"),
+            ("keep", self.keep >= 1, "at least 1"),
+        ]:
+            if not ok:
+                raise UserError(f"{_option(name)} {getattr(self, name)!r} is not allowed: {allowed}")
+        if self.logits == "inner" and self.margin != "none":
+            raise UserError(f"--margin {self.margin} needs cosine logits: drop --logits inner or --margin")
+        if self.margin == "none" and self.margin_size:
+            raise UserError(f"--margin-size {self.margin_size} has no margin to size: give --margin cosface or arcface")
+
+
+def _option(name):
+    return "--" + name.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see python train.py --help")
+
+    def convert_arg_line_to_args(self, line):
+        """@file.args: flags on any number of lines, # starts a comment."""
+        return shlex.split(line, comments=True)
+
+
+def _parser():
+    parser = _Parser(
+        prog="train.py", fromfile_prefix_chars="@", allow_abbrev=False,
+        description="Train an image classifier over very many classes. @FILE reads flags from a file.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for f in dataclasses.fields(Config):
+        options = {"default": f.default, "help": f.metadata["help"], "choices": f.metadata["choices"]}
+        if isinstance(f.default, tuple):
+            parser.add_argument(_option(f.name), type=float, nargs="+", **options)
+        else:
+            parser.add_argument(_option(f.name), type=type(f.default), **options)
+    return parser
+
+
+def parse(arguments=None):
+    """The command line as a Config; raises UserError with one line for anything wrong with it."""
+    parser = _parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    values, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flags = [_option(f.name) for f in dataclasses.fields(Config)]
+        near = difflib.get_close_matches(unknown[0], flags, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"unknown argument {unknown[0]}{meant}; see python train.py --help")
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(values).items()}
+    return Config(**values)
+
+
+def as_arguments(cfg):
+    """The text of an argument file that gives this Config back: one flag a line."""
+    lines = []
+    for f in dataclasses.fields(Config):
+        value = getattr(cfg, f.name)
+        if value != f.default:
+            words = value if isinstance(value, tuple) else (value,)
+            lines.append(f"{_option(f.name)} {shlex.join(map(str, words))}\n")
+    return "".join(lines)

@@ -1,0 +1,78 @@
+"""What a step uses: a learning rate and a global batch, as pure functions of the step."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Now:
+    lr: float
+    global_batch: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, then `kind`.
+
+    kind          constant | cosine (to zero) | step (times 0.1 at each of `drops`, shares of the run)
+    steps         optimizer steps of the whole run
+    warmup_steps  steps over which lr rises linearly
+    num_records   examples of an epoch
+    """
+
+    kind: str
+    lr: float
+    steps: int
+    warmup_steps: int
+    drops: tuple
+    global_batch: int
+    num_records: int
+
+    @classmethod
+    def of(cls, cfg, num_records, num_ranks):
+        """The schedule that a Config asks for on a training set of that size; ValueError if it does not fit."""
+        if cfg.global_batch < num_ranks:
+            raise ValueError(f"--global-batch {cfg.global_batch} is less than the {num_ranks} ranks: every rank needs "
+                             "an example, take a larger batch or fewer ranks")
+        steps_per_epoch = num_records / cfg.global_batch
+        steps = cfg.steps or max(1, round(cfg.epochs * steps_per_epoch))
+        warmup_steps = round(cfg.warmup_epochs * steps_per_epoch)
+        if warmup_steps >= steps > 1:
+            raise ValueError(f"--warmup-epochs {cfg.warmup_epochs} is {warmup_steps} steps, but the run has {steps}: "
+                             "take a shorter warm-up or a longer run")
+        return cls(cfg.schedule, cfg.lr, steps, warmup_steps, cfg.lr_drops, cfg.global_batch, num_records)
+
+    def resume(self, position):
+        """First step of a run that goes on from a checkpoint's position; ValueError if it belongs elsewhere."""
+        if position["examples"] != self.examples_before(position["step"]):
+            raise ValueError(
+                f"the checkpoint had seen {position['examples']} examples after {position['step']} steps, this "
+                f"schedule {self.examples_before(position['step'])}: resume with the same --global-batch")
+        return position["step"]
+
+    def at(self, step):
+        return Now(lr=self.lr * self._factor(step), global_batch=self.global_batch)
+
+    def examples_before(self, step):
+        """Examples that all steps before `step` have consumed, over all ranks."""
+        return step * self.global_batch
+
+    def due(self, step, every_epochs):
+        """Whether something done every so many epochs (0: never) is due after `step` updates, the last one apart."""
+        if not every_epochs or step == self.steps:
+            return False
+        every = every_epochs * self.num_records
+        return self.examples_before(step) // every > self.examples_before(step - 1) // every
+
+    def _factor(self, step):
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        if self.kind == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        if self.kind == "step":
+            return 0.1 ** sum(step >= drop * self.steps for drop in self.drops)
+        return 1.0
+
+
+SCHEDULES = ("constant", "cosine", "step")

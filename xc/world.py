@@ -1,0 +1,290 @@
+"""The ranks: one process, or many under MPI. The only file that imports mpi4py or Horovod or reads the launcher's
+environment.
+
+`World` is the case of one process, and the contract. The world is a grid: `world.shards` is the group of ranks that
+together hold one copy of the classifier, `world.replicas` the group of ranks that hold the same shard of different
+copies, `world.everyone` all of them. A `Group` has blocking collectives on torch tensors; the backbone's gradients go
+through `all_reduce_async`, which is Horovod's.
+
+All collectives SUM; nothing in here averages. Host tensors of a group travel by mpi4py; CUDA tensors by Horovod with
+NCCL in a process set per group where that is built, otherwise by mpi4py through host memory.
+"""
+
+import os
+import sys
+import traceback
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from xc.config import UserError
+
+# Variables that a launcher sets for its ranks; SLURM_PROCID is not among them, since a batch script has it too.
+_RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "HOROVOD_RANK")
+_LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+
+
+def launched_rank():
+    """This process's rank as its launcher states it, None when there is none."""
+    return next((int(os.environ[v]) for v in _RANK_VARIABLES if v in os.environ), None)
+
+
+class Group:
+    """Blocking collectives among some ranks. This class is the group of one.
+
+    Every rank of the group calls the same collectives in the same order. Tensors are contiguous; a tensor given is
+    not kept. Sums have the same bits on every rank.
+    """
+
+    rank = 0
+    size = 1
+
+    def all_reduce(self, tensor, op="sum"):
+        """Sum or max over the group, in place on every rank; returns the tensor."""
+        return tensor
+
+    def all_gather(self, tensor, counts=None):
+        """Concatenation along dimension 0, in the order of ranks. counts: rows of every rank, None if all alike."""
+        return tensor
+
+    def reduce_scatter(self, tensor, counts):
+        """Sum over the group, of which rank r gets the r-th piece of counts[r] rows."""
+        return tensor
+
+    def broadcast(self, tensor):
+        """The tensor of the group's rank 0, in place on every rank; returns the tensor."""
+        return tensor
+
+    def all_gather_object(self, value):
+        """A small picklable value of every rank, as a list. For set-up and logs, not for steps."""
+        return [value]
+
+
+class World:
+    """One process. `MpiWorld` is the same for many."""
+
+    rank = 0
+    size = 1
+    local_rank = 0
+
+    def __init__(self, device="cpu"):
+        self.device = torch.device(device)
+        self.everyone = self.shards = self.replicas = Group()
+
+    def all_reduce_async(self, tensor, name):
+        """Begin to sum a tensor over all ranks in place; `name` is the same on all ranks. Returns a handle."""
+        return tensor
+
+    def wait(self, handle):
+        """Wait for a handle of all_reduce_async."""
+
+    @contextmanager
+    def agreed(self):
+        """What goes wrong in this block on one rank becomes the same UserError on all. Collective at its end.
+
+        The block itself must not use collectives: a rank that fails would leave the others waiting.
+        """
+        error = None
+        try:
+            yield
+        except (ValueError, OSError, ImportError) as e:
+            error = str(e) or repr(e)
+        errors = [e for e in self.everyone.all_gather_object(error) if e is not None]
+        if errors:
+            raise UserError(errors[0])
+
+
+class MpiGroup(Group):
+    """A group of ranks over an mpi4py communicator; CUDA tensors are staged through host memory."""
+
+    def __init__(self, comm):
+        from mpi4py import MPI
+
+        self._comm = comm
+        self._ops = {"sum": MPI.SUM, "max": MPI.MAX}
+        self._in_place = MPI.IN_PLACE
+        self.rank = comm.rank
+        self.size = comm.size
+
+    def all_reduce(self, tensor, op="sum"):
+        host = tensor.cpu()
+        self._comm.Allreduce(self._in_place, host.numpy(), self._ops[op])
+        return tensor if host is tensor else tensor.copy_(host)
+
+    def all_gather(self, tensor, counts=None):
+        host = tensor.detach().cpu().contiguous()
+        counts = counts or [len(host)] * self.size
+        out = host.new_empty((sum(counts), *host.shape[1:]))
+        width = _width(host)
+        self._comm.Allgatherv(host.numpy(), [out.numpy(), [n * width for n in counts]])
+        return out.to(tensor.device)
+
+    def reduce_scatter(self, tensor, counts):
+        host = tensor.detach().cpu().contiguous()
+        out = host.new_empty((counts[self.rank], *host.shape[1:]))
+        width = _width(host)
+        self._comm.Reduce_scatter(host.numpy(), out.numpy(), [n * width for n in counts])
+        return out.to(tensor.device)
+
+    def broadcast(self, tensor):
+        host = tensor.cpu()
+        self._comm.Bcast(host.numpy())
+        return tensor if host is tensor else tensor.copy_(host)
+
+    def all_gather_object(self, value):
+        return self._comm.allgather(value)
+
+
+def _width(tensor):
+    return int(np.prod(tensor.shape[1:]))
+
+
+class HorovodGroup(MpiGroup):
+    """The same through Horovod, whose NCCL operations take CUDA tensors where they are."""
+
+    def __init__(self, comm, process_set, name):
+        super().__init__(comm)
+        import horovod.torch as hvd
+
+        self._hvd = hvd
+        self._set = process_set
+        self._hvd_ops = {"sum": hvd.Sum, "max": hvd.Max}
+        self._name = name
+        self._calls = 0
+
+    def _call(self):
+        # Horovod matches tensors of different ranks by name; groups call in the same order, so a count serves.
+        self._calls += 1
+        return {"name": f"{self._name}.{self._calls}", "process_set": self._set}
+
+    def all_reduce(self, tensor, op="sum"):
+        return self._hvd.allreduce_(tensor, op=self._hvd_ops[op], **self._call())
+
+    def all_gather(self, tensor, counts=None):
+        return self._hvd.allgather(tensor.detach().contiguous(), **self._call())
+
+    def reduce_scatter(self, tensor, counts):
+        # Horovod's own reducescatter knows only near-equal pieces, so the sum is cut here.
+        total = self._hvd.allreduce(tensor.detach(), op=self._hvd.Sum, **self._call())
+        first = sum(counts[: self.rank])
+        return total[first : first + counts[self.rank]].clone()
+
+    def broadcast(self, tensor):
+        root = self._set.ranks[0] if self._set.ranks else 0
+        return self._hvd.broadcast_(tensor, root, **self._call())
+
+
+class MpiWorld(World):
+    """The ranks of an MPI launcher, with Horovod beside mpi4py."""
+
+    def __init__(self, device="cpu", model_parallel_size=0, collectives="auto"):
+        """collectives: mpi | horovod | auto (Horovod for CUDA tensors where it has NCCL)."""
+        # Fusion would group tensors by timing, and with it the order of summation; exchange.py makes fixed buckets.
+        os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
+        import horovod.torch as hvd
+        from mpi4py import MPI
+
+        comm = MPI.COMM_WORLD
+        groups = _grid(comm.size, model_parallel_size)
+        process_sets = [hvd.ProcessSet(ranks) for ranks in groups] if collectives != "mpi" else []
+        hvd.init(process_sets=process_sets)
+        self._check_launch(hvd, MPI)
+
+        self._hvd = hvd
+        self.rank, self.size = comm.rank, comm.size
+        self.local_rank = hvd.local_rank()
+        if device == "cuda":
+            torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
+        self.device = torch.device(device)
+        use_horovod = collectives == "horovod" or (collectives == "auto" and device == "cuda" and hvd.nccl_built())
+
+        def group(name, ranks):
+            if len(ranks) == 1:
+                return Group()
+            sub = comm if len(ranks) == comm.size else comm.Create_group(comm.group.Incl(ranks))
+            if not use_horovod:
+                return MpiGroup(sub)
+            whole = len(ranks) == comm.size
+            chosen = hvd.global_process_set if whole else process_sets[groups.index(ranks)]
+            return HorovodGroup(sub, chosen, name)
+
+        width = model_parallel_size or comm.size
+        copy = comm.rank // width
+        self.everyone = group("everyone", list(range(comm.size)))
+        self.shards = group("shards", list(range(copy * width, (copy + 1) * width)))
+        self.replicas = group("replicas", list(range(comm.rank % width, comm.size, width)))
+
+    @staticmethod
+    def _check_launch(hvd, MPI):
+        mpi, horovod = (MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size), (hvd.rank(), hvd.size())
+        if mpi != horovod:
+            raise UserError(
+                f"mpi4py sees rank {mpi[0]} of {mpi[1]} but Horovod sees rank {horovod[0]} of {horovod[1]}: launch "
+                "with mpirun, srun --mpi=pmix or horovodrun --mpi (not --gloo), and build both against the same MPI")
+        if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
+            raise UserError(
+                f"MPI runs at thread level {MPI.Query_thread()}, MPI_THREAD_MULTIPLE ({MPI.THREAD_MULTIPLE}) is "
+                "needed: use an MPI built with it and leave mpi4py.rc.thread_level alone")
+
+    def all_reduce_async(self, tensor, name):
+        return self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum)
+
+    def wait(self, handle):
+        self._hvd.synchronize(handle)
+
+
+def _grid(size, model_parallel_size):
+    """Ranks of every group of shards and of replicas that is neither one rank nor all; checks that the grid fits."""
+    width = model_parallel_size or size
+    if size % width:
+        raise UserError(
+            f"--model-parallel-size {width} does not divide the {size} ranks: take a divisor of {size}, or 0 for all")
+    groups = [list(range(first, first + width)) for first in range(0, size, width)]
+    groups += [list(range(first, size, width)) for first in range(width)]
+    return [ranks for ranks in groups if 1 < len(ranks) < size]
+
+
+def open_world(device="auto", model_parallel_size=0):
+    """The world that this process was launched into."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch finds no CUDA device here: take --device cpu, or check the driver")
+    if launched_rank() is not None:
+        return MpiWorld(device, model_parallel_size)
+    _grid(1, model_parallel_size)
+    return World(device)
+
+
+def run(main):
+    """Call main() and end this process so that no other rank waits for it. Returns only by SystemExit.
+
+    UserError, which all ranks raise alike: rank 0 prints one line, all exit with 2. Anything else happened to this
+    rank alone: it is printed with the rank and MPI ends all ranks (2 for a ValueError, bad input met on the way).
+    """
+    try:
+        main()
+    except UserError as e:
+        if launched_rank() in (None, 0):
+            print(f"error: {e}", file=sys.stderr, flush=True)
+        if launched_rank() is not None:
+            from mpi4py import MPI
+
+            # The launcher ends all ranks when the first one leaves: rank 0 must have spoken by then.
+            MPI.COMM_WORLD.Barrier()
+        sys.exit(2)
+    except BaseException as e:
+        if isinstance(e, SystemExit) and not e.code:
+            raise
+        if isinstance(e, ValueError):
+            code = 2
+            print(f"error: rank {launched_rank() or 0}: {e}", file=sys.stderr, flush=True)
+        else:
+            code = e.code if isinstance(e, SystemExit) and isinstance(e.code, int) else 1
+            print(f"rank {launched_rank() or 0} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        if launched_rank() is not None:
+            from mpi4py import MPI
+
+            MPI.COMM_WORLD.Abort(code)
+        sys.exit(code)
