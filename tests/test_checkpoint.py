@@ -1,0 +1,130 @@
+"""Any world reads any world's checkpoint, bit for bit; what is not whole is refused by name."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from tests.worlds import run_ranks
+from xc import backbone as backbones
+from xc import checkpoint
+from xc.config import UserError
+from xc.heads import HEADS
+from xc.optim import RowSGD
+from xc.world import World
+
+C, D = 10, 4
+GRIDS = [(1, 1), (2, 2), (3, 3), (4, 4), (4, 2), (12, 12)]  # twelve ranks: two of them own no class
+
+
+# outside of the threads, which share torch's random generator
+NETS = {seed: backbones.build("small", 1, 16, D, seed, World()) for seed in (1, 2)}
+
+
+def state_of(world, seed, num_classes=C):
+    net = copy.deepcopy(NETS[seed])
+    head = HEADS["full"](num_classes, D, world, seed=seed)
+    state = checkpoint.State(net, torch.optim.SGD(net.parameters(), 0.1, 0.9), head, RowSGD(head, 0.9, 0.0))
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    state.body_optimizer.step()
+    state.head_optimizer.momentum_rows.copy_(head.weight * 2)
+    return state
+
+
+def position(step):
+    return {"step": step, "examples": 7 * step, "seed": 5}
+
+
+def save(world, run, step=3, keep=2):
+    checkpoint.save(run, world, state_of(world, seed=1), position(step), keep)
+
+
+def everything(state):
+    return {"weight": state.head.weight, "momentum": state.head_optimizer.momentum_rows,
+            **{f"net.{k}": v for k, v in state.backbone.state_dict().items()},
+            **{f"sgd.{i}": s["momentum_buffer"] for i, s in enumerate(state.body_optimizer.state.values())}}
+
+
+@pytest.mark.parametrize("writers, width", GRIDS)
+def test_any_world_reads_any_worlds(writers, width, tmp_path):
+    run_ranks(writers, lambda w: save(w, tmp_path), width)
+    folder = checkpoint.to_resume("auto", tmp_path)
+    for readers, reader_width in GRIDS:
+        def read(world):
+            state, original = state_of(world, seed=2), state_of(world, seed=1)
+            assert checkpoint.load(folder, state, seed=5) == position(3)
+            found, expected = everything(state), everything(original)
+            assert found.keys() == expected.keys()
+            return all(torch.equal(found[name], expected[name]) for name in found)
+
+        assert all(run_ranks(readers, read, reader_width))
+
+
+def test_newest_are_kept_and_found(tmp_path):
+    for step in 5, 9, 100000000, 11:
+        run_ranks(2, lambda w, step=step: save(w, tmp_path, step))
+    assert checkpoint.to_resume("auto", tmp_path).name == "step-100000000"
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    assert checkpoint.to_resume("auto", tmp_path / "elsewhere") is None
+    assert checkpoint.to_resume("", tmp_path) is None
+
+
+def test_a_save_that_fails_leaves_the_last_one_and_is_not_taken_for_whole(tmp_path, monkeypatch):
+    run_ranks(2, lambda w: save(w, tmp_path, 1))
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", no_space)
+    with pytest.raises(UserError, match="No space left"):
+        run_ranks(2, lambda w: save(w, tmp_path, 2))
+    assert checkpoint.to_resume("auto", tmp_path).name == "step-00000001"
+
+
+def spoil(folder, what):
+    meta = json.loads((folder / "meta.json").read_text())
+    rows = folder / meta["rows"][0]
+    match what:
+        case "no meta":
+            (folder / "meta.json").unlink()
+        case "meta is no json":
+            (folder / "meta.json").write_text("{")
+        case "version":
+            (folder / "meta.json").write_text(json.dumps(meta | {"version": 2}))
+        case "gap":
+            (folder / "meta.json").write_text(json.dumps(meta | {"rows": meta["rows"][1:]}))
+        case "path":
+            (folder / "meta.json").write_text(json.dumps(meta | {"rows": ["../" + name for name in meta["rows"]]}))
+        case "position":
+            (folder / "meta.json").write_text(json.dumps(meta | {"step": -1}))
+        case "cut rows":
+            rows.write_bytes(rows.read_bytes()[:-20])
+        case "cut backbone":
+            (folder / "backbone.safetensors").write_bytes(b"")
+        case "no rows":
+            rows.unlink()
+
+
+@pytest.mark.parametrize("what, text", [
+    ("no meta", "not a checkpoint"), ("meta is no json", "not a checkpoint"), ("version", "version 1"),
+    ("gap", "cover the classes"), ("path", "cover the classes"), ("position", "no position"),
+    ("cut rows", "rows-000000000000"), ("cut backbone", "backbone.safetensors"), ("no rows", "rows-000000000000"),
+])
+def test_a_broken_checkpoint_is_named(what, text, tmp_path):
+    run_ranks(3, lambda w: save(w, tmp_path))
+    folder = checkpoint.to_resume("auto", tmp_path)
+    spoil(folder, what)
+    with pytest.raises(ValueError, match=text) as error:
+        run_ranks(1, lambda w: checkpoint.load(folder, state_of(w, 2), seed=5))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("num_classes, seed, text", [(C + 1, 5, "num_classes 10, this run 11"),
+                                                     (C, 6, "seed 5, this run 6")])
+def test_a_checkpoint_of_another_run_is_refused(num_classes, seed, text, tmp_path):
+    run_ranks(2, lambda w: save(w, tmp_path))
+    folder = checkpoint.to_resume("auto", tmp_path)
+    with pytest.raises(ValueError, match=text):
+        run_ranks(2, lambda w: checkpoint.load(folder, state_of(w, 2, num_classes), seed))

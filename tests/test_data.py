@@ -1,0 +1,83 @@
+"""Nothing is left out or repeated, at any number of ranks; batches do not depend on threads; distortion is a function
+of the example."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from tests.worlds import run_ranks
+from xc.config import Config
+from xc.data import Loader, Order, _uniform, augment
+from xc.pack import open_splits
+
+CFG = Config(data="x", out="x", loader_threads=2, prefetch=2)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 40, 1000])
+def test_order_is_one_permutation_an_epoch(cut):
+    order = Order(101, seed=4)
+    found = np.concatenate([order.records(first, min(cut, 303 - first)) for first in range(0, 303, cut)])
+    epochs = found.reshape(3, 101)
+    assert all(sorted(epoch) == list(range(101)) for epoch in epochs)
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert np.array_equal(Order(101, seed=4).records(150, 20), found[150:170])
+    assert not np.array_equal(Order(101, seed=5).records(0, 101), epochs[0])
+
+
+def batches(world, packs, cfg=CFG, split="train"):
+    loader = Loader(packs[split], cfg, world)
+    if split == "test":
+        return list(loader.test(13))
+    return list(loader.train((first, 13) for first in range(26, 26 + 13 * 12, 13)))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 14])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_ranks_share_the_global_batch(world_size, split, tiny_packs):
+    packs = open_splits(tiny_packs)
+    (alone,) = run_ranks(1, lambda w: batches(w, packs, split=split))
+    ranks = run_ranks(world_size, lambda w: batches(w, packs, split=split))
+    assert {len(r) for r in ranks} == {len(alone)}
+    for step, (images, labels) in enumerate(alone):
+        assert torch.equal(torch.cat([r[step][0] for r in ranks]), images)  # distortion included
+        assert torch.equal(torch.cat([r[step][1] for r in ranks]), labels)
+    if split == "test":
+        found = torch.cat([labels for _, labels in alone])
+        assert found.bincount().tolist() == [3] * 10
+
+
+def test_threads_change_nothing(tiny_packs):
+    packs = open_splits(tiny_packs)
+    (one,) = run_ranks(1, lambda w: batches(w, packs, dataclasses.replace(CFG, loader_threads=1, prefetch=1)))
+    (many,) = run_ranks(1, lambda w: batches(w, packs, dataclasses.replace(CFG, loader_threads=4, prefetch=7)))
+    assert all(torch.equal(a, b) for x, y in zip(one, many, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_augmentation_is_light_seeded_and_can_be_off(tiny_packs):
+    packs = open_splits(tiny_packs)
+    (plain,) = run_ranks(1, lambda w: batches(w, packs, dataclasses.replace(CFG, augment=0.0)))
+    (light,) = run_ranks(1, lambda w: batches(w, packs))
+    (other,) = run_ranks(1, lambda w: batches(w, packs, dataclasses.replace(CFG, seed=1)))
+    assert not torch.equal(light[0][0], plain[0][0]) and not torch.equal(light[0][0], other[0][0])
+    images = torch.randn(50, 1, 32, 32)
+    torch.testing.assert_close(augment(images, 0, 1e-6, 0), images, atol=1e-3, rtol=0)
+    again = augment(images[20:], 20, 1.0, 3)
+    torch.testing.assert_close(augment(images, 0, 1.0, 3)[20:], again)
+
+
+def test_uniform_numbers():
+    u = _uniform(3, 0, 20000, 6)
+    assert u.min() >= 0 and u.max() < 1
+    assert np.allclose(u.mean(0), 0.5, atol=0.01) and np.allclose(u.var(0), 1 / 12, atol=0.003)
+    assert np.abs(np.corrcoef(u.T) - np.eye(6)).max() < 0.03  # columns
+    assert abs(np.corrcoef(u[1:, 0], u[:-1, 0])[0, 1]) < 0.03  # neighbours
+    assert abs(np.corrcoef(u[:, 0], _uniform(4, 0, 20000, 6)[:, 0])[0, 1]) < 0.03  # seeds
+
+
+def test_an_undecodable_record_is_named(tiny_packs, monkeypatch):
+    packs = open_splits(tiny_packs)
+    monkeypatch.setattr(packs["train"], "read", lambda records: ([b"junk"] * len(records), np.zeros(len(records))))
+    with pytest.raises(ValueError, match=r"record \d+ of .*train"):
+        run_ranks(1, lambda w: batches(w, packs))

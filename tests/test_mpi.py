@@ -1,0 +1,104 @@
+"""Real ranks of mpirun and horovodrun: collectives, failures, training, checkpoints."""
+
+import json
+import sys
+
+import pytest
+
+from tests.launch import error_lines, horovodrun, losses, mpirun, run
+
+pytestmark = pytest.mark.mpi
+
+# an uneven batch on every number of ranks, every source of randomness on, more than one bucket
+SETTINGS = ["--global-batch", 13, "--feature-dim", 24, "--warmup-epochs", 0.1, "--log-steps", 1, "--save-epochs", 0,
+            "--eval-epochs", 0, "--bucket-mb", 0.05, "--device", "cpu"]
+
+
+@pytest.mark.parametrize("ranks, width", [(2, 2), (3, 3), (4, 2), (4, 1)])
+@pytest.mark.parametrize("collectives", ["mpi", "horovod"])
+def test_collectives(ranks, width, collectives):
+    out = mpirun(ranks, "-m", "tests.mpi_collectives", collectives, width).stdout
+    assert "all collectives right" in out
+
+
+@pytest.mark.parametrize("how, code, text", [
+    ("exception", 1, "rank 2 failed"),
+    ("value", 2, "error: rank 2: record 7 is broken"),
+    ("exit", 3, ""),
+    ("kill", 137, ""),
+    ("agreed", 2, "error: disk full"),
+])
+def test_no_rank_waits_for_one_that_failed(how, code, text):
+    process = mpirun(3, "-m", "tests.mpi_failure", how, seconds=40, expect=code)
+    assert text in process.stderr
+    if how == "agreed":
+        assert len(error_lines(process)) == 1
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_packs, tmp_path_factory):
+    """Losses of six steps in one process without any launcher."""
+    out = tmp_path_factory.mktemp("reference") / "run"
+    run(sys.executable, "train.py", "--data", tiny_packs, "--out", out, "--steps", 6, *SETTINGS)
+    assert len(losses(out)) == 6
+    return losses(out)
+
+
+def assert_equal_losses(found, reference):
+    assert found.keys() == reference.keys()
+    for step, loss in reference.items():
+        assert found[step] == pytest.approx(loss, rel=1e-5), f"step {step}"
+
+
+@pytest.mark.parametrize("ranks, width", [(1, 0), (2, 0), (3, 0), (4, 0), (4, 2), (3, 1)])
+def test_losses_do_not_depend_on_the_ranks(ranks, width, tiny_packs, tmp_path, reference):
+    mpirun(ranks, "train.py", "--data", tiny_packs, "--out", tmp_path / "run", "--steps", 6, *SETTINGS,
+           "--model-parallel-size", width)
+    assert_equal_losses(losses(tmp_path / "run"), reference)
+
+
+def test_horovodrun_prints_its_result_last(tiny_packs, tmp_path, reference):
+    out = horovodrun(2, "train.py", "--data", tiny_packs, "--out", tmp_path / "run", "--steps", 6, *SETTINGS).stdout
+    assert_equal_losses(losses(tmp_path / "run"), reference)
+    result = json.loads(out[out.rindex("{"):])
+    assert set(result) >= {"top1", "top5", "images_per_second", "peak_rss_mb", "steps", "seconds", "run"}
+    assert result["steps"] == 6 and 0 <= result["top1"] <= result["top5"] <= 1 and result["images_per_second"] > 0
+
+
+def test_same_command_same_bits(tiny_packs, tmp_path):
+    for name in "a", "b":
+        mpirun(3, "train.py", "--data", tiny_packs, "--out", tmp_path / name, "--steps", 6, *SETTINGS,
+               "--loader-threads", 1 if name == "a" else 3)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    files = [sorted((tmp_path / name / "checkpoints" / "step-00000006").glob("*.safetensors")) for name in "ab"]
+    assert len(files[0]) == 5  # three shards, backbone, optimizer
+    assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
+
+
+@pytest.mark.parametrize("before, after", [(1, 4), (4, 1), (4, 3)])
+def test_resume_on_another_number_of_ranks(before, after, tiny_packs, tmp_path, reference):
+    base = ["train.py", "--data", tiny_packs, "--out", tmp_path / "run", *SETTINGS, "--schedule", "constant"]
+    mpirun(before, *base, "--steps", 3)
+    mpirun(after, *base, "--steps", 6, "--resume", "auto")
+    run(sys.executable, *base[:4], tmp_path / "whole", *base[5:], "--steps", 6)
+    assert_equal_losses(losses(tmp_path / "run"), losses(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("arguments, text", [
+    (["--data", "nowhere"], "nowhere"),
+    (["--model-parallel-size", 3], "--model-parallel-size 3 does not divide the 4 ranks"),
+    (["--global-batch", 3], "--global-batch 3 is less than the 4 ranks"),
+    (["--bakbone", "small"], "did you mean --backbone?"),
+])
+def test_a_mistake_is_one_line_and_exit_code_2_on_many_ranks(arguments, text, tiny_packs, tmp_path):
+    base = ["--data", tiny_packs, "--out", tmp_path / "run"]
+    process = mpirun(4, "train.py", *base, *arguments, expect=2, seconds=60)
+    assert len(error_lines(process)) == 1 and text in error_lines(process)[0], process.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_gloo_is_refused(tiny_packs, tmp_path):
+    process = run("horovodrun", "--gloo", "-np", 2, sys.executable, "train.py", "--data", tiny_packs,
+                  "--out", tmp_path / "run", expect=None)
+    assert process.returncode != 0 and not (tmp_path / "run").exists()
+    assert "mpi4py sees rank 0 of 1 but Horovod sees rank 0 of 2" in process.stdout + process.stderr

@@ -1,0 +1,115 @@
+"""Train an image classifier over very many classes.
+
+    python train.py --data PACKS --out RUN                      one process
+    horovodrun -np 4 python train.py --data PACKS --out RUN     four ranks; mpirun and srun --mpi=pmix do as well
+    python train.py --help                                      all flags
+
+The run, top to bottom. The last line on standard output is one JSON object.
+"""
+
+import json
+import time
+
+import torch
+
+from xc import backbone as backbones
+from xc import checkpoint, config, data, heads, run_folder
+from xc.evaluate import evaluate
+from xc.exchange import AllReduce
+from xc.metrics import Metrics, Timer, check_finite, peak_rss_mb
+from xc.optim import RowSGD, backbone_sgd, set_lr
+from xc.pack import open_splits
+from xc.schedule import Schedule
+from xc.world import open_world, run
+
+
+def main():
+    # --- settings, ranks, data: all that a user can get wrong, before anything is written ---
+    start = time.perf_counter()
+    cfg = config.parse()
+    world = open_world(cfg.device, cfg.model_parallel_size)
+    with world.agreed():
+        run_folder.check(cfg)
+        packs = open_splits(cfg.data)
+        schedule = Schedule.of(cfg, len(packs["train"]), world.size)
+
+    # --- model: the backbone on every rank, the class rows split over the shard group ---
+    with world.agreed():
+        backbone = backbones.build(cfg.backbone, cfg.channels, cfg.image_size, cfg.feature_dim, cfg.seed, world)
+        head = heads.build(cfg, packs["train"].num_classes, world)
+    exchange = AllReduce(backbone, world, cfg.bucket_mb)
+    state = checkpoint.State(
+        backbone, backbone_sgd(backbone, cfg), head, RowSGD(head, cfg.momentum, cfg.head_weight_decay))
+
+    # --- resume: any number of ranks from any number of ranks ---
+    first_step = 0
+    with world.agreed():
+        if folder := checkpoint.to_resume(cfg.resume, cfg.out):
+            first_step = schedule.resume(checkpoint.load(folder, state, cfg.seed))
+    with world.agreed():
+        if world.rank == 0:
+            run_folder.create(cfg, world.size)
+
+    # --- the loop over steps ---
+    steps = range(first_step, schedule.steps)
+    batches = data.Loader(packs["train"], cfg, world).train(
+        (schedule.examples_before(step), schedule.at(step).global_batch) for step in steps)
+    test = data.Loader(packs["test"], cfg, world) if "test" in packs else None
+    metrics = Metrics(cfg.out, world.rank, first_step, schedule.steps)
+    timer = Timer()
+    logged, loss_sum = first_step, torch.zeros((), device=world.device)
+
+    for step in steps:
+        now = schedule.at(step)
+        set_lr(state.body_optimizer, now.lr)
+        set_lr(state.head_optimizer, now.lr * cfg.head_lr_scale)
+
+        with timer("data"):
+            images, labels = next(batches)
+        with timer("forward"):
+            features = backbone(images)
+        with timer("head"):
+            loss = head(features, labels, now.global_batch)
+        with timer("backward"):
+            loss.backward()
+        with timer("exchange"):
+            exchange.reduce()
+            head.reduce()
+        with timer("update"):
+            state.body_optimizer.step()
+            state.head_optimizer.step()
+            exchange.zero_grad()
+            head.zero_grad()
+            loss_sum += loss.detach()
+
+        done = step + 1
+        if done % cfg.log_steps == 0 or done == schedule.steps:
+            mean_loss = loss_sum.item() / (done - logged)
+            check_finite(mean_loss, logged, done)
+            examples = schedule.examples_before(done) - schedule.examples_before(logged)
+            metrics.log(done, loss=mean_loss, lr=now.lr, global_batch=now.global_batch, peak_rss_mb=peak_rss_mb(),
+                        sent_mb=exchange.sent_mb, **timer.take(done - logged, examples))
+            logged, loss_sum = done, torch.zeros_like(loss_sum)
+        if test and schedule.due(done, cfg.eval_epochs):
+            exchange.average_buffers()
+            metrics.log(done, **evaluate(backbone, head, test.test(cfg.global_batch), world))
+        if schedule.due(done, cfg.save_epochs) or done == schedule.steps:
+            exchange.average_buffers()
+            position = {"step": done, "examples": schedule.examples_before(done), "seed": cfg.seed}
+            checkpoint.save(cfg.out, world, state, position, cfg.keep)
+
+    # --- the result ---
+    result = evaluate(backbone, head, test.test(cfg.global_batch), world) if test else {"top1": None, "top5": None}
+    if test:
+        metrics.log(schedule.steps, **result)
+    metrics.close()
+    peak = world.everyone.all_reduce(torch.tensor(peak_rss_mb(), device=world.device), "max").item()
+    result |= {"images_per_second": round(timer.images_per_second, 1), "peak_rss_mb": round(peak),
+               "steps": schedule.steps, "seconds": round(time.perf_counter() - start, 1), "run": cfg.out}
+    if world.rank == 0:
+        print(f"go on with it: {run_folder.resume_command(cfg, world.size)}")
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,175 @@
+"""Checkpoints that any number of ranks reads.
+
+    RUN/checkpoints/step-00001200/
+        rows-000000000000-000000001650.safetensors   class rows and their momentum, by class range: one file a shard
+        backbone.safetensors                         parameters and buffers
+        optimizer.safetensors                        the backbone's momentum, by parameter name
+        meta.json                                    format, position, classes, width, the files of class rows
+
+All files are written into a hidden folder, meta.json last, and the folder is renamed: a folder of the final name is
+whole. safetensors: loading runs no code. A rank reads the class ranges that it needs, whoever wrote them. No random
+state is kept: everything random is a function of the seed and of the step.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from xc.heads import Head
+from xc.optim import RowSGD
+
+_FORMAT, _VERSION = "xc-checkpoint", 1
+_FOLDER = re.compile(r"step-(\d{8,})")
+_ROWS = re.compile(r"rows-(\d{12})-(\d{12})\.safetensors")
+
+
+@dataclass
+class State:
+    """All that training changes."""
+
+    backbone: torch.nn.Module
+    body_optimizer: torch.optim.Optimizer
+    head: Head
+    head_optimizer: RowSGD
+
+
+def to_resume(resume, run):
+    """Folder of the checkpoint that --resume means, None to begin anew."""
+    if resume != "auto":
+        return Path(resume) if resume else None
+    found = _folders(Path(run) / "checkpoints")
+    return found[-1] if found else None
+
+
+def save(run, world, state, position, keep):
+    """Write the state and delete all but the newest `keep` checkpoints. Collective.
+
+    position  step (updates done), examples (seen so far, all ranks), seed (of their order)
+    """
+    folder = Path(run) / "checkpoints" / f"step-{position['step']:08d}"
+    partial = folder.with_name(f".{folder.name}.partial")
+    head = state.head
+    with world.agreed():
+        if world.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+            partial.mkdir(parents=True)
+    with world.agreed():
+        if world.replicas.rank == 0 and len(head.shard):
+            _write(partial / _rows_name(head.shard.first, head.shard.last),
+                   {"weight": head.weight, "momentum": state.head_optimizer.momentum_rows})
+        if world.rank == 0:
+            _write(partial / "backbone.safetensors", state.backbone.state_dict())
+            _write(partial / "optimizer.safetensors", _momentum_by_name(state))
+    with world.agreed():
+        if world.rank == 0:
+            rows = sorted(path.name for path in partial.glob("rows-*"))
+            meta = {"format": _FORMAT, "version": _VERSION, **position, "num_classes": head.num_classes,
+                    "feature_dim": head.feature_dim, "rows": rows}
+            with open(partial / "meta.json", "w") as file:
+                json.dump(meta, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            if folder.exists():  # an earlier launch's, which was then resumed from an older one
+                shutil.rmtree(folder)
+            partial.rename(folder)
+            _sync(folder.parent)
+            for old in _folders(folder.parent)[:-keep]:
+                shutil.rmtree(old)
+
+
+def load(folder, state, seed):
+    """Put a checkpoint into the state given; returns the position it was written at.
+
+    Not collective: every rank reads the class ranges that overlap its own shard. ValueError names what is broken or
+    does not fit.
+    """
+    folder, head = Path(folder), state.head
+    position, ranges = _read_meta(folder, {"num_classes": head.num_classes, "feature_dim": head.feature_dim,
+                                           "seed": seed})
+    path = folder / "backbone.safetensors"
+    try:
+        state.backbone.load_state_dict(load_file(path))
+        path = folder / "optimizer.safetensors"
+        _set_momentum_by_name(state, load_file(path))
+        for first, last in ranges:
+            start, stop = max(first, head.shard.first), min(last, head.shard.last)
+            if start >= stop:
+                continue
+            path = folder / _rows_name(first, last)
+            with safe_open(path, "pt") as file:
+                for name, rows in ("weight", head.weight), ("momentum", state.head_optimizer.momentum_rows):
+                    piece = file.get_slice(name)
+                    if piece.get_shape() != [last - first, head.feature_dim]:
+                        raise ValueError(f"{name} has shape {piece.get_shape()}")
+                    rows[start - head.shard.first : stop - head.shard.first] = piece[start - first : stop - first]
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+        raise ValueError(f"checkpoint file {path} cannot be used ({' '.join(str(e).split())}): resume with the "
+                         "settings it was written with, or take another checkpoint") from e
+    return position
+
+
+def _read_meta(folder, expected):
+    """(position, class ranges of the files of rows) of a checkpoint, checked; ValueError if it is not as expected."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{folder} is not a checkpoint ({e}): name a folder RUN/checkpoints/step-...") from e
+    if not isinstance(meta, dict) or (meta.get("format"), meta.get("version")) != (_FORMAT, _VERSION):
+        raise ValueError(f"{folder} is not a checkpoint of format {_FORMAT}, version {_VERSION}: resume it with the "
+                         "code that wrote it")
+    for name, here in expected.items():
+        if meta.get(name) != here:
+            raise ValueError(f"checkpoint {folder} has {name} {meta.get(name)}, this run {here}: resume with the "
+                             "data and settings it was written with")
+    matches = [_ROWS.fullmatch(str(name)) for name in meta.get("rows", ())]
+    ranges = sorted((int(m[1]), int(m[2])) for m in matches if m)
+    edges = [0, *(last for _, last in ranges)]
+    if len(ranges) != len(matches) or [first for first, _ in ranges] + [expected["num_classes"]] != edges:
+        raise ValueError(f"checkpoint {folder}: its files do not cover the classes 0 to {expected['num_classes']} "
+                         "once: take another checkpoint")
+    position = {name: meta.get(name) for name in ("step", "examples", "seed")}
+    if not all(isinstance(n, int) and n >= 0 for n in position.values()):
+        raise ValueError(f"checkpoint {folder} names no position: take another checkpoint")
+    return position, ranges
+
+
+def _folders(checkpoints):
+    """Folders of the whole checkpoints, oldest first."""
+    return sorted((f for f in checkpoints.glob("step-*") if _FOLDER.fullmatch(f.name)), key=lambda f: int(f.name[5:]))
+
+
+def _rows_name(first, last):
+    return f"rows-{first:012d}-{last:012d}.safetensors"
+
+
+def _momentum_by_name(state):
+    momentum = {name: state.body_optimizer.state[p].get("momentum_buffer")
+                for name, p in state.backbone.named_parameters()}
+    return {name: buffer for name, buffer in momentum.items() if buffer is not None}
+
+
+def _set_momentum_by_name(state, momentum):
+    parameters = dict(state.backbone.named_parameters())
+    for name, buffer in momentum.items():
+        state.body_optimizer.state[parameters[name]]["momentum_buffer"] = buffer.to(parameters[name])
+
+
+def _write(path, tensors):
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    _sync(path)
+
+
+def _sync(path):
+    """The file or folder is on the disk, not only in memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

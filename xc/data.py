@@ -1,0 +1,135 @@
+"""From packs to batches: which examples a step takes, decoding, augmentation, reading ahead.
+
+The order of examples over all ranks is one endless sequence, epoch after epoch, fixed by the seed. A step takes the
+next `global_batch` of it and each rank its part of those, so a run's position is one number, any number of ranks can
+go on from it, and no example is left out or repeated within an epoch.
+"""
+
+import math
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from xc.pack import decode
+from xc.shard import Shard
+
+
+class Order:
+    """The endless sequence of record numbers: every epoch a new permutation of all records.
+
+    Holds one epoch's permutation, 8 bytes per record.
+    """
+
+    def __init__(self, num_records, seed):
+        self.num_records, self.seed = num_records, seed
+        self._epoch, self._permutation = None, None
+
+    def records(self, first, count):
+        """Record numbers of examples first ... first + count - 1 of the sequence, (count,) int64."""
+        pieces = []
+        while count:
+            epoch, place = divmod(first, self.num_records)
+            if epoch != self._epoch:
+                self._epoch = epoch
+                self._permutation = np.random.default_rng([self.seed, epoch]).permutation(self.num_records)
+            pieces.append(self._permutation[place : place + count])
+            first, count = first + len(pieces[-1]), count - len(pieces[-1])
+        return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
+
+
+class Loader:
+    """Batches of one rank, read, decoded and augmented ahead in threads.
+
+    A batch is a pure function of (seed, first example, global batch, rank, W): the number of threads changes nothing.
+    """
+
+    def __init__(self, pack, cfg, world):
+        self.pack, self.cfg, self.world = pack, cfg, world
+
+    def train(self, wanted):
+        """Yields (images, labels) on the device for every (first example, global batch) of the iterable `wanted`."""
+        order = Order(len(self.pack), self.cfg.seed)
+
+        def examples(first, global_batch):
+            part = Shard.of(global_batch, self.world.size, self.world.rank)
+            return first + part.first, order.records(first + part.first, len(part))
+
+        jobs = ((*examples(*want), self.cfg.augment) for want in wanted)
+        return self._ahead(jobs)
+
+    def test(self, global_batch):
+        """Yields every record once over all ranks, unaltered; as many batches on every rank, some may be empty."""
+        for_all = (Shard(first, min(first + global_batch, len(self.pack)))
+                   for first in range(0, len(self.pack), global_batch))
+        jobs = ((0, all.first + np.arange(part.first, part.last), 0.0)
+                for all in for_all for part in [Shard.of(len(all), self.world.size, self.world.rank)])
+        return self._ahead(jobs)
+
+    def _ahead(self, jobs):
+        with ThreadPoolExecutor(self.cfg.loader_threads) as pool:
+            pending = deque()
+            try:
+                for job in jobs:
+                    pending.append(pool.submit(self._load, *job))
+                    if len(pending) > self.cfg.prefetch:
+                        yield self._to_device(pending.popleft())
+                while pending:
+                    yield self._to_device(pending.popleft())
+            finally:
+                for future in pending:
+                    future.cancel()
+
+    def _load(self, first_example, records, strength):
+        data, labels = self.pack.read(records)
+        shape = (len(records), self.cfg.channels, self.cfg.image_size, self.cfg.image_size)
+        images = np.empty(shape, np.uint8)
+        for i, record in enumerate(records):
+            try:
+                images[i] = decode(data[i], self.cfg.image_size, self.cfg.channels)
+            except ValueError as e:
+                raise ValueError(f"record {record} of {self.pack.path}: {e}: pack the data again without it") from e
+        images = torch.from_numpy(images).float().div_(127.5).sub_(1)  # [-1, 1]
+        if strength and len(images):
+            images = augment(images, first_example, strength, self.cfg.seed)
+        return images, torch.from_numpy(labels)
+
+    def _to_device(self, future):
+        return tuple(t.to(self.world.device) for t in future.result())
+
+
+def augment(images, first_example, strength, seed):
+    """Light distortion of every image: shift, scale, rotation, blur, contrast.
+
+    images         (B, channels, size, size)
+    first_example  place of the first image in the order; an example is distorted the same way on any rank of any world
+    strength       1: up to 8 % shift, 12 % scale, 8 degrees, half-weight 3x3 blur, 30 % contrast
+    """
+    u = torch.from_numpy(_uniform(seed, first_example, len(images), 6)).to(images) * 2 - 1  # [-1, 1)
+    shift, zoom = 0.16 * strength * u[:, :2], 1 + 0.12 * strength * u[:, 2]  # in half sides of the image
+    angle = strength * math.radians(8) * u[:, 3]
+    cos, sin = zoom * angle.cos(), zoom * angle.sin()
+    theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+    soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    weight = (0.5 * strength * u[:, 4]).clamp(0, 1)[:, None, None, None]  # every other image stays sharp
+    images = images + weight * (soft - images)
+    return images * (1 + 0.3 * strength * u[:, 5])[:, None, None, None]
+
+
+def _uniform(seed, first, count, width):
+    """(count, width) numbers in [0, 1) that depend on nothing but (seed, place in the order, column).
+
+    splitmix64 (Steele et al. 2014) of a counter; numpy's generators cannot start at each example cheaply.
+    """
+    with np.errstate(over="ignore"):
+        x = np.arange(first * width, (first + count) * width, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        x += np.uint64(seed) * np.uint64(0xD1B54A32D192ED03)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+    return ((x >> np.uint64(11)) * 2.0**-53).reshape(count, width)

@@ -1,0 +1,123 @@
+"""What a run says of itself: phase times, JSON lines, TensorBoard, and a bar on a terminal or plain lines in a log."""
+
+import json
+import math
+import resource
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class Timer:
+    """Wall time of the training step by phase; what lies outside every phase (evaluation, checkpoints) is not counted.
+
+    On a GPU a phase ends when its work is queued, not when it is done.
+    """
+
+    def __init__(self):
+        self.seconds, self.examples = 0.0, 0  # of all intervals taken
+        self._phases = {}
+
+    @contextmanager
+    def __call__(self, phase):
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._phases[phase] = self._phases.get(phase, 0.0) + time.perf_counter() - start
+
+    @property
+    def images_per_second(self):
+        """Over all intervals taken, over all ranks; 0 before the first."""
+        return self.examples / self.seconds if self.seconds else 0.0
+
+    def take(self, num_steps, num_examples):
+        """Metrics of the interval since the last call, in which so many steps took so many examples."""
+        seconds, phases, self._phases = sum(self._phases.values()), self._phases, {}
+        self.seconds += seconds
+        self.examples += num_examples
+        return {"images_per_second": num_examples / seconds,
+                **{f"{phase}_ms": 1e3 * s / num_steps for phase, s in phases.items()}}
+
+
+class Metrics:
+    """Rank 0 writes; the other ranks' calls do nothing.
+
+    folder      the run folder: gets metrics.jsonl (one object a line) and tensorboard/
+    first_step  updates done before this launch: lines of later ones, by a launch that then failed, are dropped
+    steps       of the whole run, for the bar
+    """
+
+    def __init__(self, folder, rank, first_step, steps):
+        self._active = rank == 0
+        if not self._active:
+            return
+        # Imported here: it takes seconds, and only rank 0 needs it.
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        self._lines = _open_after(Path(folder) / "metrics.jsonl", first_step)
+        self._board = SummaryWriter(Path(folder) / "tensorboard", purge_step=first_step + 1)
+        self._terminal = sys.stderr.isatty()
+        self._bar = tqdm(initial=first_step, total=steps, unit="step", disable=not self._terminal)
+        self._steps = steps
+
+    def log(self, step, **values):
+        """step: updates done so far."""
+        if not self._active:
+            return
+        self._lines.write(json.dumps({"step": step} | {k: _rounded(v) for k, v in values.items()}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name in _SHOWN)
+        if self._terminal:
+            self._bar.update(step - self._bar.n)
+            if "top1" in values:
+                self._bar.write(f"step {step}  {text}", file=sys.stderr)
+            else:
+                self._bar.set_postfix_str(text)
+        else:
+            print(f"step {step}/{self._steps}  {text}", flush=True)
+
+    def close(self):
+        if self._active:
+            self._bar.close()
+            self._board.close()
+            self._lines.close()
+
+
+def _open_after(path, step):
+    """The file of metrics, opened to append, without lines of steps after `step`."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        path.write_text("".join(line + "\n" for line in kept))
+    return open(path, "a", buffering=1)
+
+
+def _step_of(line):
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # the last line of a killed run may be cut
+
+
+def _rounded(value):
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+_SHOWN = {"loss", "lr", "images_per_second", "top1", "top5"}
+
+
+def check_finite(loss, first_step, step):
+    """The loss is the same on all ranks, so that all stop together."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss became {loss} between steps {first_step} and {step}: take a smaller --lr or a longer "
+            "--warmup-epochs and go on from the last checkpoint")
+
+
+def peak_rss_mb():
+    """Highest resident memory of this process so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,69 @@
+"""The run folder: one run's settings, where they came from, and what it wrote."""
+
+import dataclasses
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from xc.config import UserError, as_arguments
+
+_PACKAGES = ("torch", "horovod", "mpi4py", "h5py", "numpy", "safetensors")
+
+
+def check(cfg):
+    """UserError if --out cannot be this run's folder; changes nothing."""
+    out = Path(cfg.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is not a folder: name a new one")
+    resumes_here = cfg.resume == "auto" or (cfg.resume and out.resolve() in Path(cfg.resume).resolve().parents)
+    if (out / "config.json").exists() and not resumes_here:
+        raise UserError(f"--out {out} already holds a run: name a new folder, or go on with it by --resume auto")
+    if out.is_dir() and not (out / "config.json").exists() and any(out.iterdir()):
+        raise UserError(f"--out {out} holds files that are not a run's: name a new folder")
+
+
+def create(cfg, world_size):
+    """Write the settings of this run, or of this continuation of it. Only rank 0 calls this."""
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    launch = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(sys.argv),
+        "ranks": world_size,
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "commit": _commit(),
+        **{name: _version(name) for name in _PACKAGES},
+    }
+    with open(out / "launches.jsonl", "a") as lines:
+        lines.write(json.dumps(launch) + "\n")
+    (out / "run.args").write_text(as_arguments(dataclasses.replace(cfg, resume="")))
+    (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+
+
+def resume_command(cfg, world_size):
+    """A shell command that goes on with the run."""
+    launcher = [] if world_size == 1 else ["horovodrun", "-np", str(world_size)]
+    return shlex.join([*launcher, sys.executable, sys.argv[0], f"@{Path(cfg.out) / 'run.args'}", "--resume", "auto"])
+
+
+def _version(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit():
+    """The checkout's commit, with + where it has uncommitted changes; None outside a checkout."""
+    try:
+        here = Path(__file__).parent
+        describe = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+"]
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
