@@ -1,0 +1,72 @@
+"""The yardstick for train.py: the same network, data order, augmentation and schedule in one process, with torch's own
+nn.Linear, CrossEntropyLoss and SGD in place of the sharded head, its row optimizer and the exchange.
+
+    python benchmarks/dense_baseline.py --data data/glyphs.pack [the flags of train.py; --out is not used]
+
+Its last line is one JSON object with top1, top5, steps, seconds.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.measure import report
+from xc import backbone as backbones
+from xc import config, data
+from xc.optim import backbone_sgd, set_lr
+from xc.pack import open_splits
+from xc.schedule import Schedule
+from xc.world import World, run
+
+
+def main():
+    cfg = config.parse([*sys.argv[1:], "--out", "unused"])
+    packs = open_splits(cfg.data)
+    schedule = Schedule.of(cfg, len(packs["train"]), num_ranks=1)
+    backbone = backbones.build(cfg.backbone, cfg.channels, cfg.image_size, cfg.feature_dim, cfg.seed, World())
+    torch.manual_seed(cfg.seed)
+    linear = nn.Linear(cfg.feature_dim, packs["train"].num_classes, bias=False)
+    criterion = nn.CrossEntropyLoss()
+    optimizers = [backbone_sgd(backbone, cfg), torch.optim.SGD(
+        linear.parameters(), cfg.lr, cfg.momentum, weight_decay=cfg.head_weight_decay)]
+
+    def logits_of(images):
+        features = backbone(images)
+        if cfg.logits == "inner":
+            return linear(features)
+        return cfg.scale * F.linear(F.normalize(features), F.normalize(linear.weight))
+
+    start = time.perf_counter()
+    loader = data.Loader(packs["train"], cfg, World())
+    wanted = ((schedule.examples_before(step), cfg.global_batch) for step in range(schedule.steps))
+    for step, (images, labels) in enumerate(loader.train(wanted)):
+        for optimizer, scale in zip(optimizers, (1.0, cfg.head_lr_scale), strict=True):
+            set_lr(optimizer, schedule.at(step).lr * scale)
+            optimizer.zero_grad()
+        loss = criterion(logits_of(images), labels)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        if (step + 1) % 500 == 0:
+            print(f"step {step + 1}/{schedule.steps}  loss {loss.item():.4f}", flush=True)
+
+    backbone.eval()
+    hits = torch.zeros(2)
+    with torch.no_grad():
+        for images, labels in data.Loader(packs["test"], cfg, World()).test(512):
+            best = logits_of(images).topk(min(5, packs["train"].num_classes)).indices == labels[:, None]
+            hits += torch.tensor([best[:, 0].sum(), best.any(1).sum()])
+    top1, top5 = (hits / len(packs["test"])).tolist()
+    report("dense baseline, one process", {
+        "top1": top1, "top5": top5, "steps": schedule.steps, "seconds": time.perf_counter() - start,
+        "classes": packs["train"].num_classes, "logits": cfg.logits})
+
+
+if __name__ == "__main__":
+    run(main)
