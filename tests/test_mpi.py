@@ -2,10 +2,13 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from tests.launch import error_lines, horovodrun, losses, mpirun, run
+from xc.config import UserError
+from xc.world import MpiWorld
 
 pytestmark = pytest.mark.mpi
 
@@ -101,4 +104,19 @@ def test_gloo_is_refused(tiny_packs, tmp_path):
     process = run("horovodrun", "--gloo", "-np", 2, sys.executable, "train.py", "--data", tiny_packs,
                   "--out", tmp_path / "run", expect=None)
     assert process.returncode != 0 and not (tmp_path / "run").exists()
-    assert "mpi4py sees rank 0 of 1 but Horovod sees rank 0 of 2" in process.stdout + process.stderr
+    assert (process.stdout + process.stderr).count("error: launched by horovodrun --gloo") == 1
+
+
+def test_disagreement_of_mpi_and_horovod_is_named():
+    class Launch:
+        rank, size = 0, 1
+
+    hvd = SimpleNamespace(rank=lambda: 1, size=lambda: 2)
+    mpi = SimpleNamespace(COMM_WORLD=Launch, THREAD_MULTIPLE=3, Query_thread=lambda: 3)
+    with pytest.raises(UserError, match="mpi4py sees rank 0 of 1 but Horovod sees rank 1 of 2"):
+        MpiWorld._check_launch(hvd, mpi)
+    hvd = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
+    MpiWorld._check_launch(hvd, mpi)
+    mpi.Query_thread = lambda: 1
+    with pytest.raises(UserError, match="thread level 1"):
+        MpiWorld._check_launch(hvd, mpi)

@@ -12,6 +12,7 @@ NCCL in a process set per group where that is built, otherwise by mpi4py through
 
 import os
 import sys
+import time
 import traceback
 from contextlib import contextmanager
 
@@ -28,6 +29,10 @@ _LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_C
 def launched_rank():
     """This process's rank as its launcher states it, None when there is none."""
     return next((int(os.environ[v]) for v in _RANK_VARIABLES if v in os.environ), None)
+
+
+def _launched_by_gloo():
+    return os.environ.get("HOROVOD_CONTROLLER") == "gloo"
 
 
 class Group:
@@ -180,6 +185,9 @@ class MpiWorld(World):
 
     def __init__(self, device="cpu", model_parallel_size=0, collectives="auto"):
         """collectives: mpi | horovod | auto (Horovod for CUDA tensors where it has NCCL)."""
+        if _launched_by_gloo():  # asked before MPI starts: a process that MPI did not launch may not get through that
+            raise UserError("launched by horovodrun --gloo, under which there is no MPI for the classifier's shards: "
+                            "use horovodrun --mpi, mpirun or srun --mpi=pmix")
         # Fusion would group tensors by timing, and with it the order of summation; exchange.py makes fixed buckets.
         os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
         import horovod.torch as hvd
@@ -221,7 +229,7 @@ class MpiWorld(World):
         if mpi != horovod:
             raise UserError(
                 f"mpi4py sees rank {mpi[0]} of {mpi[1]} but Horovod sees rank {horovod[0]} of {horovod[1]}: launch "
-                "with mpirun, srun --mpi=pmix or horovodrun --mpi (not --gloo), and build both against the same MPI")
+                "with mpirun, srun --mpi=pmix or horovodrun --mpi, and build both against the same MPI")
         if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
             raise UserError(
                 f"MPI runs at thread level {MPI.Query_thread()}, MPI_THREAD_MULTIPLE ({MPI.THREAD_MULTIPLE}) is "
@@ -268,10 +276,12 @@ def run(main):
     except UserError as e:
         if launched_rank() in (None, 0):
             print(f"error: {e}", file=sys.stderr, flush=True)
-        if launched_rank() is not None:
+        # The launcher ends all ranks when the first one leaves: rank 0 must have spoken by then.
+        if _launched_by_gloo():
+            time.sleep(3 if launched_rank() else 0)
+        elif launched_rank() is not None:
             from mpi4py import MPI
 
-            # The launcher ends all ranks when the first one leaves: rank 0 must have spoken by then.
             MPI.COMM_WORLD.Barrier()
         sys.exit(2)
     except BaseException as e:

@@ -1,0 +1,54 @@
+"""Lines of a run: none is lost, and none of a launch that failed is counted twice."""
+
+import json
+
+import pytest
+
+from xc.metrics import Metrics, Timer, check_finite
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_later_launch_drops_what_it_does_again(tmp_path, capsys):
+    metrics = Metrics(tmp_path, 0, 0, 9)
+    for step in range(1, 5):
+        metrics.log(step, loss=step / 3)
+    metrics.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')  # killed while writing
+    metrics = Metrics(tmp_path, 0, 2, 9)
+    metrics.log(3, loss=7.0)
+    metrics.close()
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [
+        (1, pytest.approx(1 / 3)), (2, pytest.approx(2 / 3)), (3, 7.0)]
+    assert "step 3/9  loss 7" in capsys.readouterr().out
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    metrics = Metrics(tmp_path, 1, 0, 9)
+    metrics.log(1, loss=1.0)
+    metrics.close()
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+
+
+def test_timer_counts_phases_only(monkeypatch):
+    clock = iter([0.0, 1.0, 10.0, 13.0, 100.0, 102.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    timer = Timer()
+    with timer("data"):
+        pass
+    with timer("head"):
+        pass
+    with timer("data"):
+        pass
+    assert timer.take(2, 12) == {"images_per_second": 2.0, "data_ms": 1500.0, "head_ms": 1500.0}
+    assert timer.images_per_second == 2.0
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_names_the_interval(loss):
+    with pytest.raises(FloatingPointError, match="between steps 50 and 100"):
+        check_finite(loss, 50, 100)
+    check_finite(1.0, 50, 100)
