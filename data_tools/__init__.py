@@ -1,0 +1,1 @@
+"""Command-line tools that make and inspect data sets."""
