@@ -19,9 +19,11 @@ from torch import nn
 from benchmarks.measure import report
 from xc import backbone as backbones
 from xc import config, data
+from xc.heads.base import initial_rows
 from xc.optim import backbone_sgd, set_lr
 from xc.pack import open_splits
 from xc.schedule import Schedule
+from xc.shard import Shard
 from xc.world import World, run
 
 
@@ -30,8 +32,10 @@ def main():
     packs = open_splits(cfg.data)
     schedule = Schedule.of(cfg, len(packs["train"]), num_ranks=1)
     backbone = backbones.build(cfg.backbone, cfg.channels, cfg.image_size, cfg.feature_dim, cfg.seed, World())
-    torch.manual_seed(cfg.seed)
-    linear = nn.Linear(cfg.feature_dim, packs["train"].num_classes, bias=False)
+    num_classes = packs["train"].num_classes
+    linear = nn.Linear(cfg.feature_dim, num_classes, bias=False)
+    with torch.no_grad():  # both start from the same rows, so that their first losses can be compared
+        linear.weight.copy_(initial_rows(Shard(0, num_classes), cfg.feature_dim, cfg.seed))
     criterion = nn.CrossEntropyLoss()
     optimizers = [backbone_sgd(backbone, cfg), torch.optim.SGD(
         linear.parameters(), cfg.lr, cfg.momentum, weight_decay=cfg.head_weight_decay)]
@@ -53,19 +57,19 @@ def main():
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-        if (step + 1) % 500 == 0:
-            print(f"step {step + 1}/{schedule.steps}  loss {loss.item():.4f}", flush=True)
+        if step < 3 or (step + 1) % 500 == 0:
+            print(f"step {step + 1}/{schedule.steps}  loss {loss.item():.6f}", flush=True)
 
     backbone.eval()
     hits = torch.zeros(2)
     with torch.no_grad():
         for images, labels in data.Loader(packs["test"], cfg, World()).test(512):
-            best = logits_of(images).topk(min(5, packs["train"].num_classes)).indices == labels[:, None]
+            best = logits_of(images).topk(min(5, num_classes)).indices == labels[:, None]
             hits += torch.tensor([best[:, 0].sum(), best.any(1).sum()])
     top1, top5 = (hits / len(packs["test"])).tolist()
     report("dense baseline, one process", {
         "top1": top1, "top5": top5, "steps": schedule.steps, "seconds": time.perf_counter() - start,
-        "classes": packs["train"].num_classes, "logits": cfg.logits})
+        "classes": num_classes, "logits": cfg.logits})
 
 
 if __name__ == "__main__":

@@ -440,8 +440,9 @@ def pack(src, out, *, classes, root, seed, shard_mb, workers, max_pixels, max_sk
         if len(lost):
             note(f"warning: {len(lost)} classes{_of(split)} lost all their images; they keep their labels: "
                  + ", ".join(names[label] for label in lost[:NAMED]) + (", …" if len(lost) > NAMED else ""))
-        print(f"{os.path.join(out, split)}: {writer.num_records} images of {np.count_nonzero(writer.class_counts)} "
-              f"classes, {writer.num_bytes / 1e6:.1f} MB in {len(writer.shard_records)} shards")
+        place, num_classes = os.path.join(out, split).rstrip("/"), np.count_nonzero(writer.class_counts)
+        print(f"{place}: {writer.num_records} images of {num_classes} classes, {writer.num_bytes / 1e6:.1f} MB in "
+              f"{len(writer.shard_records)} shards")
     return {"records": sum(writer.num_records for writer in writers.values()), "classes": len(names),
             "bytes": sum(writer.num_bytes for writer in writers.values()),
             "shards": sum(len(writer.shard_records) for writer in writers.values()),

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,11 +10,14 @@ from tests.launch import run
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """What fails in milliseconds comes before what launches ranks."""
+    items.sort(key=lambda item: item.get_closest_marker("mpi") is not None)
+
+
 @pytest.fixture(scope="session")
 def tiny_packs(tmp_path_factory):
     """A folder with the packs train (10 classes, 120 images) and test (30 images) of noisy random patterns."""
-    import sys
-
     folder = tmp_path_factory.mktemp("tiny")
     random = np.random.default_rng(0)
     for label in range(10):

@@ -236,10 +236,15 @@ class MpiWorld(World):
                 "needed: use an MPI built with it and leave mpi4py.rc.thread_level alone")
 
     def all_reduce_async(self, tensor, name):
-        return self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum)
+        # A Horovod without NCCL takes host tensors only.
+        host = tensor if self._hvd.nccl_built() else tensor.cpu()
+        return tensor, host, self._hvd.allreduce_async_(host, name=name, op=self._hvd.Sum)
 
     def wait(self, handle):
-        self._hvd.synchronize(handle)
+        tensor, host, horovod_handle = handle
+        self._hvd.synchronize(horovod_handle)
+        if host is not tensor:
+            tensor.copy_(host)
 
 
 def _grid(size, model_parallel_size):

@@ -174,12 +174,15 @@ class _ShardedSoftmax(torch.autograd.Function):
 
 
 def initial_rows(shard, feature_dim, seed, dtype=torch.float32):
-    """Random class rows of about unit length, (S, D); a class gets the same row in any shard of any world."""
+    """Random class rows, (S, D); a class gets the same row in any shard of any world.
+
+    Of the length that torch's nn.Linear starts with, 1/sqrt(3): the longer a row, the less a step turns it.
+    """
     rows = torch.empty(len(shard), feature_dim, dtype=dtype)
     for block in range(shard.first // _INIT_BLOCK, -(-shard.last // _INIT_BLOCK)):
         first = block * _INIT_BLOCK
         generator = torch.Generator().manual_seed(seed * 2**31 + block)
-        drawn = torch.randn(_INIT_BLOCK, feature_dim, generator=generator).div_(feature_dim**0.5)
+        drawn = torch.randn(_INIT_BLOCK, feature_dim, generator=generator).div_((3 * feature_dim) ** 0.5)
         start, stop = max(first, shard.first), min(first + _INIT_BLOCK, shard.last)
         rows[start - shard.first : stop - shard.first] = drawn[start - first : stop - first]
     return rows
