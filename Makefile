@@ -7,6 +7,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 NP ?= 2
 ARGS ?=
+RUN ?= runs/glyphs-$(shell date +%Y%m%d-%H%M%S)
+RUN := $(RUN)
 
 # With .venv in front, python3 is .venv's own: it keeps its version until PYTHON= names another.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -56,8 +58,9 @@ data/glyphs.pack: | setup
 	[ -d data/glyphs ] || python -m data_tools.glyphs data/glyphs --no-system-fonts
 	python -m data_tools.pack data/glyphs data/glyphs.pack
 
-train: setup data/glyphs.pack  ## train on sample data: horovodrun with NP ranks (2), train.py with ARGS
-	horovodrun -np $(NP) python train.py --data data/glyphs.pack --out runs/glyphs-$$(date +%Y%m%d-%H%M%S) $(ARGS)
+train: setup data/glyphs.pack  ## train on sample data: horovodrun with NP ranks (2), train.py with ARGS, into RUN
+	horovodrun -np $(NP) python train.py --data data/glyphs.pack --out $(RUN) $(ARGS)
+	echo 'go on with it for longer: make train NP=$(NP) RUN=$(RUN) ARGS="--resume auto --epochs 20"'
 
 test: setup  ## run every test that this machine can run, then the linter
 	python -m pytest -q $(ARGS)

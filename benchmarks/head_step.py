@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from benchmarks.measure import median_step, peak_rss_mb, report, rss_mb
+from benchmarks.measure import median_step, report, rss_mb
 from xc.heads import HEADS
+from xc.metrics import peak_rss_mb
 from xc.optim import RowSGD
 from xc.world import open_world, run
 

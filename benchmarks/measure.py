@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import statistics
 import sys
 import time
@@ -24,10 +23,6 @@ def rss_mb():
     """Resident memory of this process now, in MiB."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def peak_rss_mb():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def report(title, values):

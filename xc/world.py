@@ -195,7 +195,8 @@ class MpiWorld(World):
 
         comm = MPI.COMM_WORLD
         groups = _grid(comm.size, model_parallel_size)
-        process_sets = [hvd.ProcessSet(ranks) for ranks in groups] if collectives != "mpi" else []
+        use_horovod = collectives == "horovod" or (collectives == "auto" and device == "cuda" and hvd.nccl_built())
+        process_sets = [hvd.ProcessSet(ranks) for ranks in groups] if use_horovod else []
         hvd.init(process_sets=process_sets)
         self._check_launch(hvd, MPI)
 
@@ -205,7 +206,9 @@ class MpiWorld(World):
         if device == "cuda":
             torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
         self.device = torch.device(device)
-        use_horovod = collectives == "horovod" or (collectives == "auto" and device == "cuda" and hvd.nccl_built())
+        if "OMP_NUM_THREADS" not in os.environ:  # or every rank would take all cores
+            cores = min(len(os.sched_getaffinity(0)), os.cpu_count() // hvd.local_size())
+            torch.set_num_threads(max(1, cores))
 
         def group(name, ranks):
             if len(ranks) == 1:
