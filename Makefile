@@ -27,7 +27,7 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
 	echo
 	echo 'make PYTHON=python3.11 …                 with another Python (3.10, 3.11 or 3.12)'
-	echo 'make train NP=4 ARGS="--steps 100"       more ranks, flags for train.py'
+	echo 'make train NP=4 ARGS="--epochs 2"        more ranks, flags for train.py'
 	echo 'make test ARGS="-k setup"                flags for pytest'
 	echo 'HOROVOD_GPU_OPERATIONS=NCCL make …       Horovod for GPUs'
 

@@ -43,9 +43,11 @@ def main():
 
     # --- resume: any number of ranks from any number of ranks ---
     first_step = 0
+    identity = {"seed": cfg.seed, "logits": cfg.logits, "num_records": len(packs["train"]),
+                "classes_digest": packs["train"].classes_digest}
     with world.agreed():
         if folder := checkpoint.to_resume(cfg.resume, cfg.out):
-            first_step = schedule.resume(checkpoint.load(folder, state, cfg.seed))
+            first_step = schedule.resume(checkpoint.load(folder, state, identity))
     with world.agreed():
         if world.rank == 0:
             run_folder.create(cfg, world.size)
@@ -83,24 +85,27 @@ def main():
             loss_sum += loss.detach()
 
         done = step + 1
-        if done % cfg.log_steps == 0 or done == schedule.steps:
+        log = done % cfg.log_steps == 0 or done == schedule.steps
+        eval = test and schedule.due(done, cfg.eval_epochs)
+        save = schedule.due(done, cfg.save_epochs) or done == schedule.steps
+        if log or eval or save:
             mean_loss = loss_sum.item() / (done - logged)
-            check_finite(mean_loss, logged, done)
+            check_finite(mean_loss, logged, done)  # before a save: the last checkpoint must be one to go on from
+            exchange.average_buffers()
+        if log:
             examples = schedule.examples_before(done) - schedule.examples_before(logged)
             metrics.log(done, loss=mean_loss, lr=now.lr, global_batch=now.global_batch, peak_rss_mb=peak_rss_mb(),
                         sent_mb=exchange.sent_mb, **timer.take(done - logged, examples))
             logged, loss_sum = done, torch.zeros_like(loss_sum)
-        if test and schedule.due(done, cfg.eval_epochs):
-            exchange.average_buffers()
+        if eval:
             metrics.log(done, **evaluate(backbone, head, test.test(cfg.global_batch), world))
-        if schedule.due(done, cfg.save_epochs) or done == schedule.steps:
-            exchange.average_buffers()
-            position = {"step": done, "examples": schedule.examples_before(done), "seed": cfg.seed}
-            checkpoint.save(cfg.out, world, state, position, cfg.keep)
+        if save:
+            position = {"step": done, "examples": schedule.examples_before(done)}
+            checkpoint.save(cfg.out, world, state, position, identity, cfg.keep)
 
     # --- the result ---
     result = evaluate(backbone, head, test.test(cfg.global_batch), world) if test else {"top1": None, "top5": None}
-    if test:
+    if test and steps:
         metrics.log(schedule.steps, **result)
     metrics.close()
     peak = world.everyone.all_reduce(torch.tensor(peak_rss_mb(), device=world.device), "max").item()

@@ -19,6 +19,7 @@ from torch import nn
 from benchmarks.measure import report
 from xc import backbone as backbones
 from xc import config, data
+from xc.config import UserError
 from xc.heads.base import initial_rows
 from xc.optim import backbone_sgd, set_lr
 from xc.pack import open_splits
@@ -30,6 +31,8 @@ from xc.world import World, run
 def main():
     cfg = config.parse([*sys.argv[1:], "--out", "unused"])
     packs = open_splits(cfg.data)
+    if cfg.margin != "none" or "test" not in packs:
+        raise UserError("the dense baseline has no margins and needs a pack with a test split")
     schedule = Schedule.of(cfg, len(packs["train"]), num_ranks=1)
     backbone = backbones.build(cfg.backbone, cfg.channels, cfg.image_size, cfg.feature_dim, cfg.seed, World())
     num_classes = packs["train"].num_classes

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from benchmarks.measure import median_step, report, rss_mb
+from xc.config import UserError
 from xc.heads import HEADS
 from xc.metrics import peak_rss_mb
 from xc.optim import RowSGD
@@ -33,6 +34,8 @@ def main():
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
 
+    if min(args.classes, args.dim, args.batch_per_rank, args.repeats) < 1:
+        raise UserError("--classes, --dim, --batch-per-rank and --repeats must be at least 1")
     world = open_world("cpu")
     generator = torch.Generator().manual_seed(1000 + world.rank)  # the class rows begin with seed 0
     features = torch.randn(args.batch_per_rank, args.dim, generator=generator).requires_grad_()

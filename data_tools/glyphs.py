@@ -400,8 +400,8 @@ def check_options(args, out):
     if not out.parent.is_dir():
         raise GlyphError(f"{args.out}: there is no folder {out.parent} to make it in; make that first")
     sheet = args.sheet and Path(os.path.abspath(args.sheet))
-    if sheet and (sheet.is_dir() or not sheet.parent.is_dir()):
-        raise GlyphError(f"--sheet {args.sheet}: not a file in a folder that exists; name one, such as sheet.png")
+    if sheet and (os.path.lexists(sheet) or not sheet.parent.is_dir()):
+        raise GlyphError(f"--sheet {args.sheet}: exists, or its folder does not; name a new file, such as sheet.png")
     for option, value, least in (("--min-faces", args.min_faces, 2), ("--test-faces", args.test_faces, 1),
                                  ("--workers", args.workers, 1), ("--classes", args.classes, 2)):
         if value is not None and value < least:

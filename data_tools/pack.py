@@ -490,10 +490,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
-def at_least(least, kind=int):
+def between(least, most, kind=int):
     def number(text):
-        if not kind(text) >= least:
-            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        if not least <= kind(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
         return kind(text)
 
     return number
@@ -512,10 +512,11 @@ def main(argv=None):
     add("out", metavar="OUT", help="the folder to make")
     add("--classes", metavar="PACK", help="use the class table of this pack; an unknown class is an error")
     add("--root", metavar="DIR", help="where the paths in a CSV or TSV file start (the folder of that file)")
-    add("--seed", type=at_least(0), default=0, help="of the shuffle (%(default)s)")
-    add("--shard-mb", type=at_least(1e-6, float), default=256, help="most image data in one file (%(default)s)")
-    add("--workers", type=at_least(0), default=os.cpu_count(), help="processes, 0: only this one (%(default)s)")
-    add("--max-pixels", type=at_least(1), default=layout.MAX_PIXELS, help="skip images with more (%(default)s)")
+    add("--seed", type=between(0, 2**63 - 1), default=0, help="of the shuffle (%(default)s)")
+    add("--shard-mb", type=between(1e-6, 2**20, float), default=256, help="most image data in one file (%(default)s)")
+    add("--workers", type=between(0, 4096), default=os.cpu_count(), help="processes, 0: only this one (%(default)s)")
+    add("--max-pixels", type=between(1, layout.MAX_PIXELS), default=50_000_000,
+        help=f"skip images with more (%(default)s); at most {layout.MAX_PIXELS}, which readers take")
     add("--max-skipped", type=share_or_count, default="1%", metavar="LIMIT",
         help="fail where more images cannot be used, a number or a share (%(default)s)")
     args = parser.parse_args(argv)

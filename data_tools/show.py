@@ -5,6 +5,7 @@ reads every byte and checks every checksum. Exit code 2 and one line on stderr w
 """
 
 import json
+import os
 
 import numpy as np
 from PIL import Image
@@ -82,6 +83,8 @@ def main(argv=None):
     parser.add_argument("--sheet", metavar="PNG", help="write a contact sheet of some images (of train)")
     args = parser.parse_args(argv)
     try:
+        if args.sheet and os.path.lexists(args.sheet):
+            raise PackError(f"--sheet {args.sheet} exists; remove it or give another name")
         packs = open_splits(args.pack)
         facts = {split: describe(pack) for split, pack in packs.items()}
         for split, pack in packs.items() if args.verify else ():

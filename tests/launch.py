@@ -50,5 +50,11 @@ def losses(folder):
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
+def accuracies(folder):
+    """(step, top1, top5) of every evaluation of a run folder."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["top1"], line["top5"]) for line in lines if "top1" in line]
+
+
 def error_lines(process):
     return [line for line in process.stderr.splitlines() if "error:" in line]

@@ -37,10 +37,10 @@ def test_the_seed_decides_and_nothing_else_is_touched():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-@pytest.mark.parametrize("name", ["resnet19", "timm:no_such_model"])
-def test_an_unknown_name_is_one_line(name):
+@pytest.mark.parametrize("name, size", [("resnet19", 64), ("timm:no_such_model", 64), ("small", 15)])
+def test_what_cannot_be_built_is_one_line(name, size):
     with pytest.raises(UserError, match=name) as error:
-        backbones.build(name, 3, 64, 8, 0, World())
+        backbones.build(name, 3, size, 8, 0, World())
     assert "\n" not in str(error.value)
 
 

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.worlds import run_ranks
 from xc import backbone as backbones
@@ -33,12 +34,15 @@ def state_of(world, seed, num_classes=C):
     return state
 
 
+IDENTITY = {"seed": 5, "classes_digest": "abc"}
+
+
 def position(step):
-    return {"step": step, "examples": 7 * step, "seed": 5}
+    return {"step": step, "examples": 7 * step}
 
 
 def save(world, run, step=3, keep=2):
-    checkpoint.save(run, world, state_of(world, seed=1), position(step), keep)
+    checkpoint.save(run, world, state_of(world, seed=1), position(step), IDENTITY, keep)
 
 
 def everything(state):
@@ -54,7 +58,7 @@ def test_any_world_reads_any_worlds(writers, width, tmp_path):
     for readers, reader_width in GRIDS:
         def read(world):
             state, original = state_of(world, seed=2), state_of(world, seed=1)
-            assert checkpoint.load(folder, state, seed=5) == position(3)
+            assert checkpoint.load(folder, state, IDENTITY) == position(3)
             found, expected = everything(state), everything(original)
             assert found.keys() == expected.keys()
             return all(torch.equal(found[name], expected[name]) for name in found)
@@ -63,10 +67,17 @@ def test_any_world_reads_any_worlds(writers, width, tmp_path):
 
 
 def test_newest_are_kept_and_found(tmp_path):
-    for step in 5, 9, 100000000, 11:
-        run_ranks(2, lambda w, step=step: save(w, tmp_path, step))
+    def saved_after(*steps):
+        for step in steps:
+            run_ranks(2, lambda w, step=step: save(w, tmp_path, step))
+        return [folder.name for folder in sorted((tmp_path / "checkpoints").iterdir(), key=lambda f: int(f.name[5:]))]
+
+    assert saved_after(5, 9, 99999999, 100000000) == ["step-99999999", "step-100000000"]
     assert checkpoint.to_resume("auto", tmp_path).name == "step-100000000"
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    # one that goes on from an earlier step gives up the later ones
+    assert saved_after(11) == ["step-00000011"]
+    assert saved_after(12, 12, 13) == ["step-00000012", "step-00000013"]
+    assert checkpoint.to_resume("auto", tmp_path).name == "step-00000013"
     assert checkpoint.to_resume("auto", tmp_path / "elsewhere") is None
     assert checkpoint.to_resume("", tmp_path) is None
 
@@ -97,6 +108,14 @@ def spoil(folder, what):
             (folder / "meta.json").write_text(json.dumps(meta | {"rows": meta["rows"][1:]}))
         case "path":
             (folder / "meta.json").write_text(json.dumps(meta | {"rows": ["../" + name for name in meta["rows"]]}))
+        case "rows are no list":
+            (folder / "meta.json").write_text(json.dumps(meta | {"rows": 5}))
+        case "no momentum":
+            momentum = load_file(folder / "optimizer.safetensors")
+            save_file(dict(list(momentum.items())[1:]), folder / "optimizer.safetensors")
+        case "other momentum":
+            momentum = load_file(folder / "optimizer.safetensors")
+            save_file({name: m.flatten()[:1].clone() for name, m in momentum.items()}, folder / "optimizer.safetensors")
         case "position":
             (folder / "meta.json").write_text(json.dumps(meta | {"step": -1}))
         case "cut rows":
@@ -110,6 +129,8 @@ def spoil(folder, what):
 @pytest.mark.parametrize("what, text", [
     ("no meta", "not a checkpoint"), ("meta is no json", "not a checkpoint"), ("version", "version 1"),
     ("gap", "cover the classes"), ("path", "cover the classes"), ("position", "no position"),
+    ("rows are no list", "cover the classes"),
+    ("no momentum", "optimizer.safetensors"), ("other momentum", "optimizer.safetensors"),
     ("cut rows", "rows-000000000000"), ("cut backbone", "backbone.safetensors"), ("no rows", "rows-000000000000"),
 ])
 def test_a_broken_checkpoint_is_named(what, text, tmp_path):
@@ -117,14 +138,15 @@ def test_a_broken_checkpoint_is_named(what, text, tmp_path):
     folder = checkpoint.to_resume("auto", tmp_path)
     spoil(folder, what)
     with pytest.raises(ValueError, match=text) as error:
-        run_ranks(1, lambda w: checkpoint.load(folder, state_of(w, 2), seed=5))
+        run_ranks(1, lambda w: checkpoint.load(folder, state_of(w, 2), IDENTITY))
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("num_classes, seed, text", [(C + 1, 5, "num_classes 10, this run 11"),
-                                                     (C, 6, "seed 5, this run 6")])
-def test_a_checkpoint_of_another_run_is_refused(num_classes, seed, text, tmp_path):
+@pytest.mark.parametrize("num_classes, identity, text", [
+    (C + 1, {}, "num_classes 10, this run 11"), (C, {"seed": 6}, "seed 5, this run 6"),
+    (C, {"classes_digest": "xyz"}, "classes_digest abc, this run xyz")])
+def test_a_checkpoint_of_another_run_is_refused(num_classes, identity, text, tmp_path):
     run_ranks(2, lambda w: save(w, tmp_path))
     folder = checkpoint.to_resume("auto", tmp_path)
     with pytest.raises(ValueError, match=text):
-        run_ranks(2, lambda w: checkpoint.load(folder, state_of(w, 2, num_classes), seed))
+        run_ranks(2, lambda w: checkpoint.load(folder, state_of(w, 2, num_classes), IDENTITY | identity))

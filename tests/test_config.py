@@ -81,5 +81,7 @@ def test_what_does_not_fit_the_data(settings, text):
 def test_a_position_of_another_schedule_is_refused():
     s = schedule(global_batch=100)
     assert s.resume({"step": 3, "examples": 300}) == 3
+    with pytest.raises(ValueError, match="ends after 100: give more"):
+        s.resume({"step": 101, "examples": 10100})
     with pytest.raises(ValueError, match="same --global-batch"):
         s.resume({"step": 3, "examples": 384})

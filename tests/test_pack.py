@@ -690,7 +690,7 @@ def test_max_record_bytes(tmp_path, monkeypatch):
     (["rooted", "pack"], "0.png: an image of no class"),
     (["rooted-train", "pack"], "train/0.png: an image of no class"),
     (["src", "pack", "--classes", "src"], "src: not a pack"),
-    (["src", "pack", "--workers", "-1"], "--workers: -1 is below 0"),
+    (["src", "pack", "--workers", "-1"], "--workers: -1 is not between 0 and 4096"),
     (["src", "pack", "--seed", "x"], "--seed"),
     (["src", "pack", "--shard-mb", "nan"], "--shard-mb"),
     (["src", "pack", "--max-skipped", "1.5"], "--max-skipped: 1.5 is neither"),

@@ -6,9 +6,9 @@ from pathlib import Path
 XC = Path(__file__).parent.parent / "xc"
 FLOORS = [
     {"margin", "schedule", "shard", "pack"},
-    {"config", "metrics"},
+    {"config"},
     {"world", "run_folder"},
-    {"collective", "data"},
+    {"collective", "data", "metrics"},
     {"backbone", "exchange", "heads", "optim"},
     {"checkpoint", "evaluate"},
 ]

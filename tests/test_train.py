@@ -90,11 +90,13 @@ def test_damage_that_one_rank_meets_ends_all(tiny_packs, tmp_path):
     (["--resume", ""], "already holds a run"),
     (["--resume", "auto", "--feature-dim", 9], "feature_dim 8, this run 9"),
     (["--resume", "auto", "--seed", 1], "seed 0, this run 1"),
+    (["--resume", "auto", "--logits", "inner"], "logits cosine, this run inner"),
+    (["--resume", "auto", "--steps", 1], "ends after 1: give more"),
     (["--resume", "auto", "--global-batch", 24], "same --global-batch"),
     (["--resume", "auto", "--backbone", "resnet18"], "backbone.safetensors"),
     (["--resume", "nowhere"], "already holds a run"),
-    (["--head", "ful"], "--head ful"),
-    (["--backbone", "resnet19"], "--backbone resnet19"),
+    (["--resume", "auto", "--head", "ful"], "--head ful"),
+    (["--resume", "auto", "--backbone", "resnet19"], "--backbone resnet19"),
 ])
 def test_a_run_folder_is_not_lost_to_a_mistake(arguments, text, tiny_packs, finished):
     before = contents(finished)
@@ -131,9 +133,11 @@ def test_a_finished_run_trains_on_from_its_arguments(tiny_packs, finished, tmp_p
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_steps(tiny_packs, tmp_path):
-    process = train("--data", tiny_packs, "--out", tmp_path / "run", "--steps", 9, "--lr", 1e30, "--logits", "inner",
-                    expect=1)
-    assert "the loss became" in process.stderr and "between steps" in process.stderr
+    process = run(sys.executable, "train.py", "--data", tiny_packs, "--out", tmp_path / "run", "--steps", 40, *QUICK,
+                  "--lr", 1e30, "--logits", "inner", "--log-steps", 40, "--save-epochs", 0.2, expect=1)
+    assert "the loss became" in process.stderr and "between steps 0 and" in process.stderr
+    # what had become useless by then was not saved in place of what was good
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
 @pytest.mark.mpi

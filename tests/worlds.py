@@ -49,9 +49,6 @@ class ThreadGroup(Group):
         parts = self._exchange("reduce_scatter", tensor, tuple(tensor.shape), tuple(counts))
         return torch.stack(parts).sum(0).split(list(counts))[self.rank].clone()
 
-    def broadcast(self, tensor):
-        return tensor.copy_(self._exchange("broadcast", tensor, tuple(tensor.shape))[0])
-
     def all_gather_object(self, value):
         return self._meeting.exchange(self.rank, ("all_gather_object",), value)
 

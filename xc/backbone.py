@@ -136,7 +136,13 @@ def build(name, channels, image_size, feature_dim, seed, world):
             net = _from_timm(name.removeprefix("timm:"), channels, feature_dim)
         else:
             raise UserError(f"--backbone {name} is not known: small, {', '.join(_RESNETS)} or timm:NAME")
-    return nn.Sequential(net, FeatureNorm(feature_dim, world)).to(world.device)
+    try:
+        with torch.no_grad():
+            net.eval()(torch.zeros(1, channels, image_size, image_size))
+    except RuntimeError as e:
+        raise UserError(f"--backbone {name} cannot take --image-size {image_size} ({str(e).splitlines()[0]}): "
+                        "take larger images or another network") from e
+    return nn.Sequential(net.train(), FeatureNorm(feature_dim, world)).to(world.device)
 
 
 def _from_timm(name, channels, feature_dim):

@@ -48,10 +48,12 @@ def to_resume(resume, run):
     return found[-1] if found else None
 
 
-def save(run, world, state, position, keep):
-    """Write the state and delete all but the newest `keep` checkpoints. Collective.
+def save(run, world, state, position, identity, keep):
+    """Write the state. Of the run's older checkpoints all but `keep` - 1 are deleted, and those of later steps, which
+    are of a course that was given up by resuming from before them. Collective.
 
-    position  step (updates done), examples (seen so far, all ranks), seed (of their order)
+    position  step (updates done), examples (seen so far, over all ranks)
+    identity  what a run must have in common with this one to go on from here: seed, digest of the class names, ...
     """
     folder = Path(run) / "checkpoints" / f"step-{position['step']:08d}"
     partial = folder.with_name(f".{folder.name}.partial")
@@ -70,8 +72,7 @@ def save(run, world, state, position, keep):
     with world.agreed():
         if world.rank == 0:
             rows = sorted(path.name for path in partial.glob("rows-*"))
-            meta = {"format": _FORMAT, "version": _VERSION, **position, "num_classes": head.num_classes,
-                    "feature_dim": head.feature_dim, "rows": rows}
+            meta = {"format": _FORMAT, "version": _VERSION, **position, **_shape(head), **identity, "rows": rows}
             with open(partial / "meta.json", "w") as file:
                 json.dump(meta, file, indent=1)
                 file.flush()
@@ -80,19 +81,20 @@ def save(run, world, state, position, keep):
                 shutil.rmtree(folder)
             partial.rename(folder)
             _sync(folder.parent)
-            for old in _folders(folder.parent)[:-keep]:
-                shutil.rmtree(old)
+            folders = _folders(folder.parent)
+            place = folders.index(folder)
+            for other in folders[: max(0, place + 1 - keep)] + folders[place + 1 :]:
+                shutil.rmtree(other)
 
 
-def load(folder, state, seed):
+def load(folder, state, identity):
     """Put a checkpoint into the state given; returns the position it was written at.
 
     Not collective: every rank reads the class ranges that overlap its own shard. ValueError names what is broken or
     does not fit.
     """
     folder, head = Path(folder), state.head
-    position, ranges = _read_meta(folder, {"num_classes": head.num_classes, "feature_dim": head.feature_dim,
-                                           "seed": seed})
+    position, ranges = _read_meta(folder, {**_shape(head), **identity})
     path = folder / "backbone.safetensors"
     try:
         state.backbone.load_state_dict(load_file(path))
@@ -128,16 +130,21 @@ def _read_meta(folder, expected):
         if meta.get(name) != here:
             raise ValueError(f"checkpoint {folder} has {name} {meta.get(name)}, this run {here}: resume with the "
                              "data and settings it was written with")
-    matches = [_ROWS.fullmatch(str(name)) for name in meta.get("rows", ())]
+    rows = meta.get("rows")
+    matches = [_ROWS.fullmatch(str(name)) for name in (rows if isinstance(rows, list) else ())]
     ranges = sorted((int(m[1]), int(m[2])) for m in matches if m)
     edges = [0, *(last for _, last in ranges)]
     if len(ranges) != len(matches) or [first for first, _ in ranges] + [expected["num_classes"]] != edges:
         raise ValueError(f"checkpoint {folder}: its files do not cover the classes 0 to {expected['num_classes']} "
                          "once: take another checkpoint")
-    position = {name: meta.get(name) for name in ("step", "examples", "seed")}
-    if not all(isinstance(n, int) and n >= 0 for n in position.values()):
+    position = {name: meta.get(name) for name in ("step", "examples")}
+    if not all(type(n) is int and n >= 0 for n in position.values()):
         raise ValueError(f"checkpoint {folder} names no position: take another checkpoint")
     return position, ranges
+
+
+def _shape(head):
+    return {"num_classes": head.num_classes, "feature_dim": head.feature_dim}
 
 
 def _folders(checkpoints):
@@ -156,8 +163,12 @@ def _momentum_by_name(state):
 
 
 def _set_momentum_by_name(state, momentum):
-    parameters = dict(state.backbone.named_parameters())
+    parameters = {name: p for name, p in state.backbone.named_parameters() if p.requires_grad}
+    if momentum and momentum.keys() != parameters.keys():
+        raise ValueError(f"it has the momentum of {len(momentum)} tensors, the backbone has {len(parameters)}")
     for name, buffer in momentum.items():
+        if buffer.shape != parameters[name].shape:
+            raise ValueError(f"momentum of {name} has shape {tuple(buffer.shape)}")
         state.body_optimizer.state[parameters[name]]["momentum_buffer"] = buffer.to(parameters[name])
 
 

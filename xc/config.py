@@ -72,7 +72,7 @@ class Config:
         for name, ok, allowed in [
             ("data", self.data, "give the folder of a pack"),
             ("out", self.out, "give the run folder"),
-            ("feature_dim", self.feature_dim >= 1, "at least 1"),
+            ("feature_dim", 1 <= self.feature_dim <= 65536, "1 to 65536"),
             ("image_size", 8 <= self.image_size <= 4096, "8 to 4096 pixels"),
             ("scale", self.scale > 0, "above 0"),
             ("margin_size", 0 <= self.margin_size < math.pi / 2, "0 to pi/2"),

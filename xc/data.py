@@ -20,7 +20,7 @@ from xc.shard import Shard
 class Order:
     """The endless sequence of record numbers: every epoch a new permutation of all records.
 
-    Holds one epoch's permutation, 8 bytes per record.
+    Holds one epoch's permutation, 8 bytes per record, and reads the pack all over: for sets that the page cache holds.
     """
 
     def __init__(self, num_records, seed):

@@ -8,6 +8,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from xc.run_folder import replace_text
+
 
 class Timer:
     """Wall time of the training step by phase; what lies outside every phase (evaluation, checkpoints) is not counted.
@@ -91,7 +93,7 @@ def _open_after(path, step):
     """The file of metrics, opened to append, without lines of steps after `step`."""
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-        path.write_text("".join(line + "\n" for line in kept))
+        replace_text(path, "".join(line + "\n" for line in kept))
     return open(path, "a", buffering=1)
 
 

@@ -50,7 +50,7 @@ SHARD_TABLES = {"bytes": "|u1", "offsets": "<i8", "labels": "<i8", "crc32": "<u4
 INDEX_TABLES = {"shard_records": "<i8", "shard_file_bytes": "<i8", "class_names": "|u1",
                 "class_name_offsets": "<i8", "class_counts": "<i8"}
 MAX_RECORD_BYTES = 2**28
-MAX_PIXELS = 50_000_000
+MAX_PIXELS = 200_000_000  # of an image that a reader decodes: 600 MB as RGB
 MAX_OPEN_SHARDS = 256  # per Pack; a process may often have 1024 files open
 RUN_RECORDS = 256  # most neighbouring records in one read; bounds the copy that is cut into records
 

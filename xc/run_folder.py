@@ -23,7 +23,7 @@ def check(cfg):
     resumes_here = cfg.resume == "auto" or (cfg.resume and out.resolve() in Path(cfg.resume).resolve().parents)
     if (out / "config.json").exists() and not resumes_here:
         raise UserError(f"--out {out} already holds a run: name a new folder, or go on with it by --resume auto")
-    if out.is_dir() and not (out / "config.json").exists() and any(out.iterdir()):
+    if out.is_dir() and not (out / "config.json").exists() and any(f.name[0] != "." for f in out.iterdir()):
         raise UserError(f"--out {out} holds files that are not a run's: name a new folder")
 
 
@@ -40,10 +40,17 @@ def create(cfg, world_size):
         "commit": _commit(),
         **{name: _version(name) for name in _PACKAGES},
     }
+    replace_text(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")  # first: makes it a run's
+    replace_text(out / "run.args", as_arguments(dataclasses.replace(cfg, resume="")))
     with open(out / "launches.jsonl", "a") as lines:
         lines.write(json.dumps(launch) + "\n")
-    (out / "run.args").write_text(as_arguments(dataclasses.replace(cfg, resume="")))
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+
+
+def replace_text(path, text):
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def resume_command(cfg, world_size):

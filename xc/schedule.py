@@ -44,6 +44,9 @@ class Schedule:
 
     def resume(self, position):
         """First step of a run that goes on from a checkpoint's position; ValueError if it belongs elsewhere."""
+        if position["step"] > self.steps:
+            raise ValueError(f"the checkpoint is {position['step']} steps into its run, this one ends after "
+                             f"{self.steps}: give more --epochs or --steps")
         if position["examples"] != self.examples_before(position["step"]):
             raise ValueError(
                 f"the checkpoint had seen {position['examples']} examples after {position['step']} steps, this "

@@ -23,12 +23,17 @@ from xc.config import UserError
 
 # Variables that a launcher sets for its ranks; SLURM_PROCID is not among them, since a batch script has it too.
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "HOROVOD_RANK")
-_LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "HOROVOD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def launched_rank():
     """This process's rank as its launcher states it, None when there is none."""
     return next((int(os.environ[v]) for v in _RANK_VARIABLES if v in os.environ), None)
+
+
+def _launched_size():
+    """The number of ranks as their launcher states it, None where it does not."""
+    return next((int(os.environ[v]) for v in _SIZE_VARIABLES if v in os.environ), None)
 
 
 def _launched_by_gloo():
@@ -55,10 +60,6 @@ class Group:
 
     def reduce_scatter(self, tensor, counts):
         """Sum over the group, of which rank r gets the r-th piece of counts[r] rows."""
-        return tensor
-
-    def broadcast(self, tensor):
-        """The tensor of the group's rank 0, in place on every rank; returns the tensor."""
         return tensor
 
     def all_gather_object(self, value):
@@ -132,11 +133,6 @@ class MpiGroup(Group):
         self._comm.Reduce_scatter(host.numpy(), out.numpy(), [n * width for n in counts])
         return out.to(tensor.device)
 
-    def broadcast(self, tensor):
-        host = tensor.cpu()
-        self._comm.Bcast(host.numpy())
-        return tensor if host is tensor else tensor.copy_(host)
-
     def all_gather_object(self, value):
         return self._comm.allgather(value)
 
@@ -175,10 +171,6 @@ class HorovodGroup(MpiGroup):
         first = sum(counts[: self.rank])
         return total[first : first + counts[self.rank]].clone()
 
-    def broadcast(self, tensor):
-        root = self._set.ranks[0] if self._set.ranks else 0
-        return self._hvd.broadcast_(tensor, root, **self._call())
-
 
 class MpiWorld(World):
     """The ranks of an MPI launcher, with Horovod beside mpi4py."""
@@ -194,6 +186,11 @@ class MpiWorld(World):
         from mpi4py import MPI
 
         comm = MPI.COMM_WORLD
+        if comm.size != (_launched_size() or comm.size):
+            raise UserError(
+                f"the launcher started {_launched_size()} ranks, but MPI sees {comm.size}: launch with the mpirun of "
+                "the MPI that the set-up used, or srun with a --mpi that it knows (srun --mpi=list)")
+        _agree_at_start(None)
         groups = _grid(comm.size, model_parallel_size)
         use_horovod = collectives == "horovod" or (collectives == "auto" and device == "cuda" and hvd.nccl_built())
         process_sets = [hvd.ProcessSet(ranks) for ranks in groups] if use_horovod else []
@@ -269,29 +266,64 @@ def open_world(device="auto", model_parallel_size=0):
         raise UserError("--device cuda, but torch finds no CUDA device here: take --device cpu, or check the driver")
     if launched_rank() is not None:
         return MpiWorld(device, model_parallel_size)
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        raise UserError(f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} tasks without MPI, which would all train "
+                        "the same: give srun --mpi=pmix, or use mpirun")
     _grid(1, model_parallel_size)
     return World(device)
 
 
-def run(main):
-    """Call main() and end this process so that no other rank waits for it. Returns only by SystemExit.
+_started = False  # whether every rank has said how it came through its start
 
-    UserError, which all ranks raise alike: rank 0 prints one line, all exit with 2. Anything else happened to this
-    rank alone: it is printed with the rank and MPI ends all ranks (2 for a ValueError, bad input met on the way).
+
+def _agree_at_start(error):
+    """What went wrong before MPI ran (a flag, a file of flags, a device), of the first rank that it befell.
+
+    Every rank calls this once: with None when it opens its world, or with its error from `run`. Raises it on all.
+    """
+    from mpi4py import MPI
+
+    global _started
+    if not _started:
+        _started = True
+        errors = [e for e in MPI.COMM_WORLD.allgather(error) if e is not None]
+        if errors:
+            raise UserError(errors[0])
+
+
+def run(main):
+    """Call main(); where it fails, end this process so that no other rank waits for it.
+
+    UserError, which all ranks raise alike once the world is open: rank 0 prints one line, all exit with 2. Anything
+    else happened to this rank alone: it is printed with the rank and MPI ends all ranks (2 for a ValueError, which is
+    bad input met on the way).
     """
     try:
         main()
     except UserError as e:
+        under_mpi = launched_rank() is not None and not _launched_by_gloo()
+        if under_mpi:
+            try:
+                _agree_at_start(str(e))
+            except UserError as first:
+                e = first
         if launched_rank() in (None, 0):
             print(f"error: {e}", file=sys.stderr, flush=True)
         # The launcher ends all ranks when the first one leaves: rank 0 must have spoken by then.
-        if _launched_by_gloo():
-            time.sleep(3 if launched_rank() else 0)
-        elif launched_rank() is not None:
+        if under_mpi:
             from mpi4py import MPI
 
             MPI.COMM_WORLD.Barrier()
+        elif _launched_by_gloo() and launched_rank():
+            time.sleep(3)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        if launched_rank() is not None:
+            from mpi4py import MPI
+
+            MPI.COMM_WORLD.Abort(130)
+        sys.exit(130)
     except BaseException as e:
         if isinstance(e, SystemExit) and not e.code:
             raise
