@@ -55,6 +55,7 @@ setup:  ## make .venv, unless it is there already for this Python, this MPI and 
 
 # The tools write under another name and rename at the end: what is there is whole.
 data/glyphs.pack: | setup
+	@mkdir -p data
 	[ -d data/glyphs ] || python -m data_tools.glyphs data/glyphs --no-system-fonts
 	python -m data_tools.pack data/glyphs data/glyphs.pack
 

@@ -56,5 +56,10 @@ def accuracies(folder):
     return [(line["step"], line["top1"], line["top5"]) for line in lines if "top1" in line]
 
 
+def last_json(process):
+    """The object that train.py prints last; horovodrun writes its prefix before it, and at times behind it too."""
+    return json.JSONDecoder().raw_decode(process.stdout[process.stdout.rindex("{") :])[0]
+
+
 def error_lines(process):
     return [line for line in process.stderr.splitlines() if "error:" in line]

@@ -7,7 +7,7 @@ import sys
 import h5py
 import pytest
 
-from tests.launch import error_lines, horovodrun, losses, mpirun, run
+from tests.launch import error_lines, horovodrun, last_json, losses, mpirun, run
 
 QUICK = ["--global-batch", 12, "--feature-dim", 8, "--warmup-epochs", 0, "--log-steps", 1, "--eval-epochs", 0,
          "--save-epochs", 0, "--device", "cpu"]
@@ -148,5 +148,5 @@ def test_two_ranks_learn_to_read(tmp_path):
     run(sys.executable, "-m", "data_tools.pack", tmp_path / "glyphs", tmp_path / "packs")
     process = horovodrun(2, "train.py", "--data", tmp_path / "packs", "--out", tmp_path / "run", "--epochs", 15,
                          "--global-batch", 64, "--eval-epochs", 5, "--device", "cpu")
-    result = json.loads(process.stdout[process.stdout.rindex("{"):])
+    result = last_json(process)
     assert result["top1"] > 0.6 and result["top5"] > 0.85, result
