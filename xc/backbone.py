@@ -14,9 +14,9 @@ class FeatureNorm(nn.Module):
     """Batch norm of the features over the global batch, without scale and shift.
 
     Untrained features all point the same way. Without this, every right class's row is first pulled there, and a
-    cosine softmax over thousands of classes needs epochs to come out of it: 400 steps of 128 glyphs ended at a loss
-    of 8.4 without and 2.2 with it. Over the global batch, so that the result does not depend on the number of ranks;
-    it costs a sum of 2 D + 1 numbers.
+    cosine softmax over thousands of classes takes long to come out of it: in trials of 400 steps of 128 glyphs at the
+    same learning rates the loss ended at 2.6 with it, at 5.8 with norms of each example alone in its place. Over the
+    global batch, so that the result does not depend on the number of ranks; it costs a sum of 2 D + 1 numbers.
 
     features (B, D) -> (B, D)
     """
