@@ -9,8 +9,7 @@ import torch
 
 from tests.worlds import run_ranks
 from xc.config import Config
-from xc.data import Loader, Order, _uniform, augment
-from xc.pack import open_splits
+from xc.data import Loader, Order, _uniform, augment, open_splits
 
 CFG = Config(data="x", out="x", loader_threads=2, prefetch=2)
 
@@ -36,7 +35,7 @@ def batches(world, packs, cfg=CFG, split="train"):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 14])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_ranks_share_the_global_batch(world_size, split, tiny_packs):
-    packs = open_splits(tiny_packs)
+    packs = open_splits(dataclasses.replace(CFG, data=str(tiny_packs)))
     (alone,) = run_ranks(1, lambda w: batches(w, packs, split=split))
     ranks = run_ranks(world_size, lambda w: batches(w, packs, split=split))
     assert {len(r) for r in ranks} == {len(alone)}
@@ -49,14 +48,14 @@ def test_ranks_share_the_global_batch(world_size, split, tiny_packs):
 
 
 def test_threads_change_nothing(tiny_packs):
-    packs = open_splits(tiny_packs)
+    packs = open_splits(dataclasses.replace(CFG, data=str(tiny_packs)))
     (one,) = run_ranks(1, lambda w: batches(w, packs, dataclasses.replace(CFG, loader_threads=1, prefetch=1)))
     (many,) = run_ranks(1, lambda w: batches(w, packs, dataclasses.replace(CFG, loader_threads=4, prefetch=7)))
     assert all(torch.equal(a, b) for x, y in zip(one, many, strict=True) for a, b in zip(x, y, strict=True))
 
 
 def test_augmentation_is_light_seeded_and_can_be_off(tiny_packs):
-    packs = open_splits(tiny_packs)
+    packs = open_splits(dataclasses.replace(CFG, data=str(tiny_packs)))
     (plain,) = run_ranks(1, lambda w: batches(w, packs, dataclasses.replace(CFG, augment=0.0)))
     (light,) = run_ranks(1, lambda w: batches(w, packs))
     (other,) = run_ranks(1, lambda w: batches(w, packs, dataclasses.replace(CFG, seed=1)))
@@ -77,7 +76,7 @@ def test_uniform_numbers():
 
 
 def test_an_undecodable_record_is_named(tiny_packs, monkeypatch):
-    packs = open_splits(tiny_packs)
-    monkeypatch.setattr(packs["train"], "read", lambda records: ([b"junk"] * len(records), np.zeros(len(records))))
+    packs = open_splits(dataclasses.replace(CFG, data=str(tiny_packs)))
+    monkeypatch.setattr(packs["train"].pack, "read", lambda records: ([b"junk"] * len(records), np.zeros(len(records))))
     with pytest.raises(ValueError, match=r"record \d+ of .*train"):
         run_ranks(1, lambda w: batches(w, packs))

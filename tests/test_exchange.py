@@ -12,7 +12,7 @@ from xc.exchange import AllReduce
 from xc.world import World
 
 # outside of the threads, which share torch's random generator; without its norm, which has sums of its own
-NET = backbones.build("small", 1, 16, 8, 1, World())[0]
+NET = backbones.build("small", (1, 16, 16), 8, 1, World())[0]
 
 
 def gradients(world, bucket_mb, exchange=True):

@@ -1,4 +1,4 @@
-"""Networks from images to features, by name.
+"""Networks from images or vectors to features, by name.
 
 None of them ends in a classifier of its own; all end in `FeatureNorm`.
 """
@@ -39,6 +39,12 @@ class FeatureNorm(nn.Module):
             self.mean.lerp_(mean.to(self.mean), self._momentum)
             self.variance.lerp_(variance.to(self.variance), self._momentum)
         return ((x - mean) / (variance + self._eps).sqrt()).to(features)
+
+
+def _mlp(dim, feature_dim):
+    """vectors (B, dim) -> features (B, D)"""
+    hidden = 2 * feature_dim
+    return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, feature_dim))
 
 
 class SmallConvNet(nn.Module):
@@ -124,23 +130,34 @@ _RESNETS = {"resnet18": (_basic, (2, 2, 2, 2)), "resnet34": (_basic, (3, 4, 6, 3
             "resnet50": (_bottleneck, (3, 4, 6, 3))}
 
 
-def build(name, channels, image_size, feature_dim, seed, world):
-    """The network of that name, with the same weights on every rank for the same seed."""
+def build(name, input_shape, feature_dim, seed, world):
+    """The network of that name, with the same weights on every rank for the same seed.
+
+    input_shape  (channels, size, size) or (dim,), of one example
+    """
+    images = len(input_shape) == 3
+    if name == "auto":
+        name = "small" if images else "mlp"
+    if name not in ("mlp", "small", *_RESNETS) and not name.startswith("timm:"):
+        raise UserError(f"--backbone {name} is not known: auto, mlp, small, {', '.join(_RESNETS)} or timm:NAME")
+    if images == (name == "mlp"):
+        takes, has = ("vectors", "images") if images else ("images", "vectors")
+        raise UserError(f"--backbone {name} takes {takes}, but the data are {has}: leave it out, auto finds one")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if name == "small":
-            net = SmallConvNet(channels, feature_dim)
+        if name == "mlp":
+            net = _mlp(*input_shape, feature_dim)
+        elif name == "small":
+            net = SmallConvNet(input_shape[0], feature_dim)
         elif name in _RESNETS:
-            net = ResNet(*_RESNETS[name], channels, image_size, feature_dim)
-        elif name.startswith("timm:"):
-            net = _from_timm(name.removeprefix("timm:"), channels, feature_dim)
+            net = ResNet(*_RESNETS[name], *input_shape[:2], feature_dim)
         else:
-            raise UserError(f"--backbone {name} is not known: small, {', '.join(_RESNETS)} or timm:NAME")
+            net = _from_timm(name.removeprefix("timm:"), input_shape[0], feature_dim)
     try:
         with torch.no_grad():
-            net.eval()(torch.zeros(1, channels, image_size, image_size))
+            net.eval()(torch.zeros(1, *input_shape))
     except RuntimeError as e:
-        raise UserError(f"--backbone {name} cannot take --image-size {image_size} ({str(e).splitlines()[0]}): "
+        raise UserError(f"--backbone {name} cannot take --image-size {input_shape[-1]} ({str(e).splitlines()[0]}): "
                         "take larger images or another network") from e
     return nn.Sequential(net.train(), FeatureNorm(feature_dim, world)).to(world.device)
 

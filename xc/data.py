@@ -1,4 +1,11 @@
-"""From packs to batches: which examples a step takes, decoding, augmentation, reading ahead.
+"""From a data set to batches: which examples a step takes, decoding, augmentation, reading ahead.
+
+A split is what the Loader takes examples from, `Images` of a pack or a `synth.Split`:
+
+    num_classes, classes_digest, input_shape   (channels, size, size) or (dim,): one example as the backbone sees it
+    len(split)                                 examples of an epoch
+    split.order(seed).records(first, count)    record numbers of examples of the endless training sequence
+    split.examples(records)                    float inputs (n, *input_shape) and labels (n,), as tensors
 
 The order of examples over all ranks is one endless sequence, epoch after epoch, fixed by the seed. A step takes the
 next `global_batch` of it and each rank its part of those, so a run's position is one number, any number of ranks can
@@ -13,8 +20,41 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from xc.pack import decode
+from xc import pack as packs
+from xc import synth
 from xc.shard import Shard
+
+
+def open_splits(cfg):
+    """{"train": split, …} of what --data names: a pack, a folder of packs, or synth: and a description."""
+    if cfg.data.startswith(synth.PREFIX):
+        return synth.open_splits(cfg)
+    return {name: Images(one, cfg.channels, cfg.image_size) for name, one in packs.open_splits(cfg.data).items()}
+
+
+class Images:
+    """The split of a pack, decoded."""
+
+    def __init__(self, pack, channels, image_size):
+        self.pack, self.num_classes, self.classes_digest = pack, pack.num_classes, pack.classes_digest
+        self.input_shape = (channels, image_size, image_size)
+
+    def __len__(self):
+        return len(self.pack)
+
+    def order(self, seed):
+        return Order(len(self), seed)
+
+    def examples(self, records):
+        channels, size, _ = self.input_shape
+        data, labels = self.pack.read(records)
+        images = np.empty((len(records), *self.input_shape), np.uint8)
+        for i, record in enumerate(records):
+            try:
+                images[i] = packs.decode(data[i], size, channels)
+            except ValueError as e:
+                raise ValueError(f"record {record} of {self.pack.path}: {e}: pack the data again without it") from e
+        return torch.from_numpy(images).float().div_(127.5).sub_(1), torch.from_numpy(labels)  # [-1, 1]
 
 
 class Order:
@@ -41,17 +81,17 @@ class Order:
 
 
 class Loader:
-    """Batches of one rank, read, decoded and augmented ahead in threads.
+    """Batches of one rank, read or made, and augmented ahead in threads.
 
     A batch is a pure function of (seed, first example, global batch, rank, W): the number of threads changes nothing.
     """
 
-    def __init__(self, pack, cfg, world):
-        self.pack, self.cfg, self.world = pack, cfg, world
+    def __init__(self, split, cfg, world):
+        self.split, self.cfg, self.world = split, cfg, world
 
     def train(self, wanted):
-        """Yields (images, labels) on the device for every (first example, global batch) of the iterable `wanted`."""
-        order = Order(len(self.pack), self.cfg.seed)
+        """Yields (inputs, labels) on the device for every (first example, global batch) of the iterable `wanted`."""
+        order = self.split.order(self.cfg.seed)
 
         def examples(first, global_batch):
             part = Shard.of(global_batch, self.world.size, self.world.rank)
@@ -62,8 +102,8 @@ class Loader:
 
     def test(self, global_batch):
         """Yields every record once over all ranks, unaltered; as many batches on every rank, some may be empty."""
-        for_all = (Shard(first, min(first + global_batch, len(self.pack)))
-                   for first in range(0, len(self.pack), global_batch))
+        for_all = (Shard(first, min(first + global_batch, len(self.split)))
+                   for first in range(0, len(self.split), global_batch))
         jobs = ((0, all.first + np.arange(part.first, part.last), 0.0)
                 for all in for_all for part in [Shard.of(len(all), self.world.size, self.world.rank)])
         return self._ahead(jobs)
@@ -83,18 +123,10 @@ class Loader:
                     future.cancel()
 
     def _load(self, first_example, records, strength):
-        data, labels = self.pack.read(records)
-        shape = (len(records), self.cfg.channels, self.cfg.image_size, self.cfg.image_size)
-        images = np.empty(shape, np.uint8)
-        for i, record in enumerate(records):
-            try:
-                images[i] = decode(data[i], self.cfg.image_size, self.cfg.channels)
-            except ValueError as e:
-                raise ValueError(f"record {record} of {self.pack.path}: {e}: pack the data again without it") from e
-        images = torch.from_numpy(images).float().div_(127.5).sub_(1)  # [-1, 1]
-        if strength and len(images):
-            images = augment(images, first_example, strength, self.cfg.seed)
-        return images, torch.from_numpy(labels)
+        inputs, labels = self.split.examples(records)
+        if strength and inputs.dim() == 4 and len(inputs):  # vectors stay as they are
+            inputs = augment(inputs, first_example, strength, self.cfg.seed)
+        return inputs, labels
 
     def _to_device(self, future):
         return tuple(t.to(self.world.device) for t in future.result())
@@ -124,12 +156,9 @@ def augment(images, first_example, strength, seed):
 def _uniform(seed, first, count, width):
     """(count, width) numbers in [0, 1) that depend on nothing but (seed, place in the order, column).
 
-    splitmix64 (Steele et al. 2014) of a counter; numpy's generators cannot start at each example cheaply.
+    splitmix64 of a counter; numpy's generators cannot start at each example cheaply.
     """
     with np.errstate(over="ignore"):
         x = np.arange(first * width, (first + count) * width, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        x += np.uint64(seed) * np.uint64(0xD1B54A32D192ED03)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x ^= x >> np.uint64(31)
+        x = synth.mix(x + np.uint64(seed) * np.uint64(0xD1B54A32D192ED03))
     return ((x >> np.uint64(11)) * 2.0**-53).reshape(count, width)
