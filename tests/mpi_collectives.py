@@ -30,6 +30,18 @@ def check(group, members, me):
             whole = sum(of(r, sum(counts), 4, dtype=dtype) for r in members)
             assert torch.equal(group.reduce_scatter(of(me, sum(counts), 4, dtype=dtype), counts),
                                whole.split(counts)[group.rank])
+        # Rank r gives rank q a block of (r + q) % 3 rows, of numbers that name both.
+        pieces = [of(me, (me + r) % 3, 4, dtype=dtype) * (r + 1) for r in members]
+        got = group.all_to_all(torch.cat(pieces), [len(piece) for piece in pieces])
+        assert len(got) == len(members)
+        for r, piece in zip(members, got, strict=True):
+            assert torch.equal(piece, of(r, (me + r) % 3, 4, dtype=dtype) * (me + 1))
+        before = members[group.rank - 1]
+        waits = [group.shift_async(of(me, me % 3 * n, 4, dtype=dtype), before % 3 * n) for n in (1000, 1)]
+        for n, wait in zip((1000, 1), waits, strict=True):
+            assert torch.equal(wait(), of(before, before % 3 * n, 4, dtype=dtype))
+    marks = torch.tensor([me, 0], dtype=torch.uint8)
+    assert group.all_reduce(marks, "max").tolist() == [max(members), 0]
     assert group.all_gather_object({"rank": me}) == [{"rank": r} for r in members]
 
 

@@ -18,6 +18,19 @@ def test_shapes_and_dtypes_are_compared():
         run_ranks(2, lambda w: w.everyone.all_reduce(torch.ones(1, dtype=[torch.float32, torch.float64][w.rank])))
 
 
+def test_shifts_and_pieces_are_checked():
+    def ring(world, num_rows):
+        return world.shards.shift_async(torch.full((world.rank, 2), world.rank), num_rows)().tolist()
+
+    assert run_ranks(3, lambda w: ring(w, (w.rank - 1) % 3)) == [[[2, 2]] * 2, [], [[1, 1]]]
+    with pytest.raises(AssertionError):
+        run_ranks(3, lambda w: ring(w, w.rank))
+    pieces = run_ranks(2, lambda w: w.shards.all_to_all(torch.arange(3) + 10 * w.rank, [1 + w.rank, 2 - w.rank]))
+    assert [[p.tolist() for p in rank] for rank in pieces] == [[[0], [10, 11]], [[1, 2], [12]]]
+    with pytest.raises(AssertionError):
+        run_ranks(2, lambda w: w.shards.all_to_all(torch.arange(3), [1, 1]))
+
+
 def test_the_error_of_one_rank_is_raised_and_ends_the_others():
     def body(world):
         if world.rank == 1:

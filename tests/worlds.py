@@ -49,6 +49,18 @@ class ThreadGroup(Group):
         parts = self._exchange("reduce_scatter", tensor, tuple(tensor.shape), tuple(counts))
         return torch.stack(parts).sum(0).split(list(counts))[self.rank].clone()
 
+    def all_to_all(self, tensor, counts):
+        assert len(tensor) == sum(counts) and len(counts) == self.size
+        parts = self._exchange("all_to_all", tensor, tuple(tensor.shape[1:]))
+        counts = self._meeting.exchange(self.rank, ("all_to_all counts",), list(counts))
+        return [part.split(count)[self.rank] for part, count in zip(parts, counts, strict=True)]
+
+    def shift_async(self, tensor, num_rows):
+        parts = self._exchange("shift_async", tensor, tuple(tensor.shape[1:]))
+        taken = parts[(self.rank - 1) % self.size]
+        assert len(taken) == num_rows
+        return lambda: taken
+
     def all_gather_object(self, value):
         return self._meeting.exchange(self.rank, ("all_gather_object",), value)
 

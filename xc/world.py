@@ -62,6 +62,17 @@ class Group:
         """Sum over the group, of which rank r gets the r-th piece of counts[r] rows."""
         return tensor
 
+    def all_to_all(self, tensor, counts):
+        """Rows for every rank: the r-th piece of counts[r] rows goes to rank r. Returns the pieces got, by rank."""
+        return [tensor]
+
+    def shift_async(self, tensor, num_rows):
+        """Begin to give a tensor to the next rank of the ring and to take one of num_rows rows from the rank before.
+
+        Returns a function that waits and returns the tensor taken. The one given must not change until then.
+        """
+        return lambda: tensor
+
     def all_gather_object(self, value):
         """A small picklable value of every rank, as a list. For set-up and logs, not for steps."""
         return [value]
@@ -133,6 +144,28 @@ class MpiGroup(Group):
         self._comm.Reduce_scatter(host.numpy(), out.numpy(), [n * width for n in counts])
         return out.to(tensor.device)
 
+    def all_to_all(self, tensor, counts):
+        host = tensor.detach().cpu().contiguous()
+        coming = self._comm.alltoall(counts)
+        out = host.new_empty((sum(coming), *host.shape[1:]))
+        width = _width(host)
+        self._comm.Alltoallv([host.numpy(), [n * width for n in counts]], [out.numpy(), [n * width for n in coming]])
+        return out.to(tensor.device).split(coming)
+
+    def shift_async(self, tensor, num_rows):
+        host = tensor.detach().cpu().contiguous()
+        out = host.new_empty((num_rows, *host.shape[1:]))
+        # Between two ranks messages of one tag keep their order, and all ranks shift in the same order.
+        requests = [self._comm.Irecv(out.numpy(), (self.rank - 1) % self.size),
+                    self._comm.Isend(host.numpy(), (self.rank + 1) % self.size)]
+
+        def wait():
+            for request in requests:
+                request.Wait()
+            return out.to(tensor.device)
+
+        return wait
+
     def all_gather_object(self, value):
         return self._comm.allgather(value)
 
@@ -142,7 +175,10 @@ def _width(tensor):
 
 
 class HorovodGroup(MpiGroup):
-    """The same through Horovod, whose NCCL operations take CUDA tensors where they are."""
+    """The same through Horovod, whose NCCL operations take CUDA tensors where they are.
+
+    Horovod has no sends and does not reduce uint8; those and all_to_all, none of which a step needs, stay with mpi4py.
+    """
 
     def __init__(self, comm, process_set, name):
         super().__init__(comm)
@@ -160,6 +196,8 @@ class HorovodGroup(MpiGroup):
         return {"name": f"{self._name}.{self._calls}", "process_set": self._set}
 
     def all_reduce(self, tensor, op="sum"):
+        if tensor.dtype == torch.uint8:
+            return super().all_reduce(tensor, op)
         return self._hvd.allreduce_(tensor, op=self._hvd_ops[op], **self._call())
 
     def all_gather(self, tensor, counts=None):

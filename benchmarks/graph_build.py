@@ -1,0 +1,127 @@
+"""Time and recall of the KNN graph: exact build, approximate build, refresh.
+
+    mpirun -np 2 python benchmarks/graph_build.py --exact 50000 --approx 1000000
+
+exact_seconds    an exact build of --exact classes
+gemm_share       time of that build's GEMM alone, at the speed measured right before and after, over exact_seconds
+approx_seconds   an approximate build of --approx classes
+speedup          what an exact build of --approx classes would take at the rate of the one measured, over approx_seconds
+recall           of the approximate graph, on sampled rows
+refresh_seconds  after 5 % of the rows turned by 0.3 radians and all others by 0.02; median of three
+refresh_speedup  approx_seconds over refresh_seconds
+cpu_speedup      the same of CPU seconds, of the busiest rank; for machines on which others compute too
+refresh_recall   of the graph after that, on sampled rows
+requeried        share of rows whose neighbours were searched for
+bytes_per_class  of the graph that a rank keeps, per class of all
+
+Rows are clustered, as those of trained classes are: 50 classes on average round a centre, 40 centres round a centre of
+their own; cosines of 0.61 within a cluster, 0.22 between those of one parent. Clusters lie scattered over the shards.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.measure import report
+from xc.config import UserError
+from xc.metrics import peak_rss_mb
+from xc.neighbors import build, refresh
+from xc.shard import Shard
+from xc.world import open_world, run
+
+
+def trained_like(num_classes, dim, shard):
+    """Class rows (S, D)."""
+    generator = torch.Generator().manual_seed(0)  # centres: the same on every rank
+    parents = unit_noise(1 + num_classes // 2000, dim, generator)
+    centres = unit_noise(1 + num_classes // 50, dim, generator) * 0.8
+    centres += 0.6 * parents[torch.randint(len(parents), (len(centres),), generator=generator)]
+    generator.manual_seed(1 + shard.first)
+    cluster = torch.randint(len(centres), (len(shard),), generator=generator)
+    return F.normalize(centres)[cluster] + 0.8 * unit_noise(len(shard), dim, generator)
+
+
+def unit_noise(num_rows, dim, generator):
+    return F.normalize(torch.randn(num_rows, dim, generator=generator))
+
+
+def turned(rows, share, shard):
+    """The rows after training went on: a share turned by 0.3 radians, the others by 0.02."""
+    generator = torch.Generator().manual_seed(2 + shard.first)
+    far = torch.rand(len(rows), 1, generator=generator) < share
+    step = unit_noise(*rows.shape, generator) * torch.where(far, 0.3, 0.02)
+    return rows + step * rows.norm(dim=1, keepdim=True)
+
+
+def gemm_seconds(dim, world):
+    """Time of a multiply-add of a rank in a large float32 GEMM while all ranks compute; of the slowest rank."""
+    left, right = torch.ones(4096, dim), torch.ones(4096, dim)
+    out = left @ right.T
+    world.everyone.all_reduce(torch.zeros(1))
+    start, done = time.perf_counter(), 0
+    while time.perf_counter() - start < 2:
+        torch.mm(left, right.T, out=out)
+        done += 1
+    seconds = torch.tensor([(time.perf_counter() - start) / (done * 4096**2 * dim)], dtype=torch.float64)
+    return world.everyone.all_reduce(seconds, "max").item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--exact", type=int, default=50_000, help="classes of the exact build")
+    parser.add_argument("--approx", type=int, default=0, help="classes of the approximate build; 0: none")
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--neighbors", type=int, default=16)
+    parser.add_argument("--moved", type=float, default=0.05, help="share of rows that move before the refresh")
+    args = parser.parse_args()
+    if min(args.exact, args.dim) < 1 or args.approx < 0 or not 0 <= args.moved <= 1:
+        raise UserError("--exact and --dim must be at least 1, --approx at least 0, --moved a share")
+
+    world = open_world("cpu")
+    group = world.shards
+    dim, neighbors = args.dim, args.neighbors
+    shard = Shard.of(args.exact, group.size, group.rank)
+    rows = trained_like(args.exact, dim, shard)
+    before = gemm_seconds(dim, world)
+    _, stats = build(rows, shard, args.exact, neighbors, group, "exact")
+    gemm = args.exact**2 * dim / group.size * (before + gemm_seconds(dim, world)) / 2
+    seconds = stats["graph_seconds"]
+    values = {"exact_classes": args.exact, "dim": dim, "neighbors": neighbors, "ranks": world.size,
+              "exact_seconds": seconds, "gemm_share": gemm / seconds}
+    if args.approx:
+        shard = Shard.of(args.approx, group.size, group.rank)
+        rows = trained_like(args.approx, dim, shard)
+        cpu = [time.process_time()]
+        graph, stats = build(rows, shard, args.approx, neighbors, group, "approx")
+        cpu.append(time.process_time())
+        values |= {"approx_classes": args.approx, "approx_seconds": stats["graph_seconds"],
+                   "speedup": seconds * (args.approx / args.exact) ** 2 / stats["graph_seconds"],
+                   "recall": stats["graph_recall"], "probes": graph.indexed.probes}
+        rows = turned(rows, args.moved, shard)
+        times = []
+        for _ in range(3):
+            cpu.append(time.process_time())
+            _, again = refresh(graph, rows, shard, group, angle=0.1)
+            cpu.append(time.process_time())
+            times.append(again["graph_seconds"])
+        spent = torch.tensor([stop - start for start, stop in zip(cpu[::2], cpu[1::2], strict=True)])
+        build_cpu, *refresh_cpu = world.everyone.all_reduce(spent, "max").tolist()
+        values |= {"refresh_seconds": statistics.median(times),
+                   "refresh_speedup": stats["graph_seconds"] / statistics.median(times),
+                   "cpu_speedup": build_cpu / statistics.median(refresh_cpu),
+                   "refresh_recall": again["graph_recall"], "requeried": again["graph_requeried"]}
+    values |= {"bytes_per_class": stats["graph_bytes_per_class"],
+               "peak_rss_mb": world.everyone.all_reduce(torch.tensor([peak_rss_mb()]), "max").item()}
+    if world.rank == 0:
+        report(f"KNN graph, {world.size} ranks", values)
+
+
+if __name__ == "__main__":
+    run(main)

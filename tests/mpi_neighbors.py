@@ -1,0 +1,30 @@
+"""Ran by test_neighbors.py under mpirun: build graphs, refresh them and write them.
+
+arguments: collectives (mpi | horovod), folder
+"""
+
+import sys
+from pathlib import Path
+
+from tests.test_neighbors import clustered
+from xc.neighbors import build, refresh
+from xc.shard import Shard
+from xc.world import MpiWorld, run
+
+
+def main():
+    world = MpiWorld("cpu", 0, sys.argv[1])
+    rows = clustered(2000)
+    shard = Shard.of(len(rows), world.shards.size, world.shards.rank)
+    rows = rows[shard.first : shard.last]
+    for method in "exact", "approx":
+        graph, _ = build(rows, shard, 2000, 8, world.shards, method)
+        graph, stats = refresh(graph, rows, shard, world.shards, angle=0.05)
+        assert stats["graph_requeried"] == 0
+        folder = Path(sys.argv[2]) / method
+        folder.mkdir(exist_ok=True)
+        graph.write(folder / graph.file_name)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,202 @@
+"""The KNN graph as a rank keeps it, and its files.
+
+Letters beside those of the design: E edges, N cells.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from xc.shard import Shard
+
+CHUNK = 2**18  # elements of a temporary, to stay in the cache
+
+
+class KnnGraph:
+    """This rank's part: for every class of all C, those of its K neighbours that live in this shard.
+
+    offsets    (C + 1,)  int32 (int64 where there are more edges): class c has edges offsets[c] ... offsets[c + 1] - 1
+    neighbors  (E,)      int32 local ids, of each class the nearest first
+    places     (E,)      uint8 (int16 for K > 256): 0 for the nearest of all shards, up to K - 1
+    indexed    what the rows were when they were indexed, for `refresh`
+
+    All shards together have K edges of every class, or fewer where an approximate search found fewer.
+    """
+
+    def __init__(self, shard, num_neighbors, offsets, neighbors, places, indexed):
+        self.shard, self.num_classes, self.num_neighbors = shard, len(offsets) - 1, num_neighbors
+        self.offsets, self.neighbors, self.places, self.indexed = offsets, neighbors, places, indexed
+
+    def lookup(self, labels):
+        """Neighbours of a batch that live in this shard. Not collective.
+
+        labels   (B,)  int64, global class ids
+        returns  rows (E,) into labels, ascending; neighbors (E,) local ids; places (E,); all int64
+        """
+        start = self.offsets[labels].long()
+        count = self.offsets[labels + 1] - start
+        rows = torch.arange(len(labels), device=labels.device).repeat_interleave(count)
+        at = torch.arange(len(rows), device=labels.device) + (start - count.cumsum(0) + count)[rows]
+        return rows, self.neighbors[at].long(), self.places[at].long()
+
+    def forget_rows(self):
+        """Free what only `refresh` needs."""
+        self.indexed = Indexed(self.indexed.codes.new_empty(len(self.shard), 0))
+
+    def refreshable(self, weight):
+        return self.indexed.codes.shape == weight.shape
+
+    @property
+    def bytes_per_class(self):
+        return sum(t.nbytes for t in (self.offsets, self.neighbors, self.places)) / self.num_classes
+
+    @property
+    def file_name(self):
+        return f"neighbors-{self.shard.first:012d}-{self.shard.last:012d}.safetensors"
+
+    def write(self, path):
+        """One file; shards without classes need none."""
+        shape = [self.shard.first, self.shard.last, self.num_classes, self.num_neighbors, self.indexed.probes]
+        recall = torch.tensor([self.indexed.recall], dtype=torch.float64)
+        tensors = {"shape": torch.tensor(shape), "recall": recall, "offsets": self.offsets, "neighbors": self.neighbors,
+                   "places": self.places, **self.indexed.tensors()}
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+    @classmethod
+    def read(cls, paths, shard, num_classes, device="cpu"):
+        """The graph of `shard` from the files of all shards, however many wrote them. Not collective.
+
+        ValueError for a file that is cut, of another number of classes, or missing.
+        """
+        parts, indexed, covered, num_neighbors = [], None, 0, None
+        for path in sorted(paths, key=str):
+            try:
+                with safe_open(path, "pt", device=str(device)) as file:
+                    first, last, *found, probes = file.get_tensor("shape").tolist()
+                    if found != [num_classes, num_neighbors or found[-1]]:
+                        raise ValueError("{} classes, {} neighbours".format(*found))
+                    num_neighbors = found[-1]
+                    start, stop = max(first, shard.first), min(last, shard.last)
+                    if indexed is None:
+                        indexed = Indexed.empty(file, probes, len(shard), device)
+                    if start < stop:
+                        indexed.fill(file, slice(start - first, stop - first),
+                                     slice(start - shard.first, stop - shard.first))
+                        parts.append(_edges_within(file, Shard(first, last), shard, *found))
+                        covered += stop - start
+            except (OSError, ValueError, TypeError, IndexError, RuntimeError, SafetensorError) as e:
+                raise ValueError(f"file of neighbours {path} cannot be used ({' '.join(str(e).split())}): build the "
+                                 f"graph of these {num_classes} classes anew") from e
+        if indexed is None or covered != len(shard):
+            raise ValueError(f"the {len(paths)} files of neighbours hold {covered} of the {len(shard)} classes "
+                             f"{shard.first} to {shard.last - 1}: build the graph anew")
+        none = torch.empty(0, dtype=torch.int64, device=device)
+        classes, neighbors, places = (torch.cat(c) for c in zip((none, none.int(), none.int()), *parts, strict=True))
+        order = (classes * num_neighbors + places).argsort()
+        offsets, places = offsets_of(classes.bincount(minlength=num_classes)), places[order]
+        return cls(shard, num_neighbors, offsets, neighbors[order], places.to(place_type(num_neighbors)), indexed)
+
+
+@dataclass
+class Indexed:
+    """What the rows of a shard were when they were last indexed.
+
+    codes      (S, D)  int8, rows up to their length
+    cells      (S,)    int32: the cell each row lies in; approximate graphs only
+    centroids  (N, D)  unit rows, the same on every rank; approximate graphs only
+    probes     P; 0 says that the graph is exact
+    recall     of the last build
+    """
+
+    codes: torch.Tensor
+    cells: torch.Tensor | None = None
+    centroids: torch.Tensor | None = None
+    probes: int = 0
+    recall: float = 1.0
+
+    @classmethod
+    def of(cls, weight):
+        indexed = cls(torch.empty_like(weight, dtype=torch.int8))
+        for block in blocks(*weight.shape):
+            indexed.codes[block] = code_of(weight[block])
+        return indexed
+
+    def angles(self, weight):
+        """Angle of every row to what it was when it was indexed, (S,) radians; an unmoved row has about 0.007."""
+        angles = weight.new_empty(len(weight), dtype=torch.float32)
+        for block in blocks(*weight.shape):
+            angles[block] = F.cosine_similarity(weight[block].float(), self.codes[block].float()).clamp_(-1, 1).acos()
+        return angles
+
+    def tensors(self):
+        return {n: t for n, t in vars(self).items() if isinstance(t, torch.Tensor)}
+
+    @classmethod
+    def empty(cls, file, probes, num_rows, device):
+        """As kept in a file of neighbours, but of so many rows, to be filled."""
+        width, recall = file.get_slice("codes").get_shape()[1], file.get_tensor("recall").item()
+        codes = torch.zeros(num_rows, width, dtype=torch.int8, device=device)
+        if not probes:
+            return cls(codes, recall=recall)
+        cells = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        centroids = file.get_tensor("centroids").float().clone()  # the copy leaves the file's own pages
+        if centroids.shape[1] != width or not 1 <= probes <= len(centroids):
+            raise ValueError("its centroids do not fit")
+        return cls(codes, cells, centroids, probes, recall)
+
+    def fill(self, file, source, target):
+        for name in ("codes", "cells") if self.probes else ("codes",):
+            getattr(self, name)[target] = file.get_slice(name)[source]
+        if self.probes and not ((0 <= self.cells) & (self.cells < len(self.centroids))).all():
+            raise ValueError("its rows are in cells that there are not")
+
+
+def join(parts):
+    """offsets, neighbors, places of parts (counts (C,), neighbors, places) of which no two have edges of one class."""
+    counts = sum(count for count, *_ in parts)
+    offsets = offsets_of(counts)
+    if len(parts) == 1:
+        return offsets, *parts[0][1:]
+    neighbors, places = (torch.cat([part[i] for part in parts]) for i in (1, 2))
+    for count, *columns in parts:
+        shift = offsets[:-1] - (count.cumsum(0) - count)
+        at = shift.repeat_interleave(count).long() + torch.arange(len(columns[0]), device=offsets.device)
+        neighbors[at], places[at] = columns
+    return offsets, neighbors, places
+
+
+def _edges_within(file, part, shard, num_classes, num_neighbors):
+    """classes, neighbors, places (E,) of the edges of a file of the classes `part` that end in `shard`."""
+    offsets, neighbors, places = (file.get_tensor(name) for name in ("offsets", "neighbors", "places"))
+    counts, places = offsets.diff(), places.int()
+    if (offsets.shape != (num_classes + 1,) or len(neighbors) != len(places) or offsets[0] != 0
+            or offsets[-1] != len(neighbors) or (counts < 0).any() or (places >= num_neighbors).any()
+            or ((neighbors < 0) | (neighbors >= len(part))).any()):
+        raise ValueError("its edges do not fit its shape")
+    local = neighbors + (part.first - shard.first)
+    here = (local >= 0) & (local < len(shard))
+    classes = torch.arange(num_classes, device=offsets.device).repeat_interleave(counts)
+    return classes[here], local[here], places[here]
+
+
+def code_of(rows):
+    """Rows in 8 bits, up to their length."""
+    rows = rows.float()
+    return (rows * (127 / rows.abs().amax(1, keepdim=True).clamp_(min=1e-30))).round_().to(torch.int8)
+
+
+def offsets_of(counts):
+    offsets = F.pad(counts.long().cumsum(0), (1, 0))
+    return offsets.int() if offsets[-1] < 2**31 else offsets
+
+
+def blocks(num_rows, width):
+    size = max(1, CHUNK // width)
+    return [slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size)]
+
+
+def place_type(num_neighbors):
+    return torch.uint8 if num_neighbors <= 256 else torch.int16
