@@ -18,9 +18,10 @@ from xc.evaluate import evaluate
 from xc.exchange import AllReduce
 from xc.metrics import Metrics, Timer, check_finite, peak_rss_mb
 from xc.optim import RowSGD, backbone_sgd, set_lr
-from xc.pack import open_splits
 from xc.schedule import Schedule
 from xc.world import open_world, run
+
+_AUDITED = 4  # examples per rank that head.audit looks at, against all classes
 
 
 def main():
@@ -30,16 +31,16 @@ def main():
     world = open_world(cfg.device, cfg.model_parallel_size)
     with world.agreed():
         run_folder.check(cfg)
-        packs = open_splits(cfg.data)
+        packs = data.open_splits(cfg)
         schedule = Schedule.of(cfg, len(packs["train"]), world.size)
 
     # --- model: the backbone on every rank, the class rows split over the shard group ---
     with world.agreed():
-        backbone = backbones.build(cfg.backbone, cfg.channels, cfg.image_size, cfg.feature_dim, cfg.seed, world)
+        backbone = backbones.build(cfg.backbone, packs["train"].input_shape, cfg.feature_dim, cfg.seed, world)
         head = heads.build(cfg, packs["train"].num_classes, world)
     exchange = AllReduce(backbone, world, cfg.bucket_mb)
     state = checkpoint.State(
-        backbone, backbone_sgd(backbone, cfg), head, RowSGD(head, cfg.momentum, cfg.head_weight_decay))
+        backbone, backbone_sgd(backbone, cfg), head, RowSGD(head, cfg.head_momentum, cfg.head_weight_decay))
 
     # --- resume: any number of ranks from any number of ranks ---
     first_step = 0
@@ -66,8 +67,12 @@ def main():
         set_lr(state.body_optimizer, now.lr)
         set_lr(state.head_optimizer, now.lr * cfg.head_lr_scale)
 
+        with timer("refresh"):
+            refreshed = head.refresh(step, schedule.due(step, cfg.graph_every))
         with timer("data"):
             images, labels = next(batches)
+        with timer("select"):
+            head.select(labels, step)
         with timer("forward"):
             features = backbone(images)
         with timer("head"):
@@ -85,6 +90,8 @@ def main():
             loss_sum += loss.detach()
 
         done = step + 1
+        if refreshed:
+            metrics.log(step, **refreshed)
         log = done % cfg.log_steps == 0 or done == schedule.steps
         eval = test and schedule.due(done, cfg.eval_epochs)
         save = schedule.due(done, cfg.save_epochs) or done == schedule.steps
@@ -98,7 +105,8 @@ def main():
                         sent_mb=exchange.sent_mb, **timer.take(done - logged, examples))
             logged, loss_sum = done, torch.zeros_like(loss_sum)
         if eval:
-            metrics.log(done, **evaluate(backbone, head, test.test(cfg.global_batch), world))
+            metrics.log(done, **evaluate(backbone, head, test.test(cfg.global_batch), world),
+                        train_seconds=timer.total, **head.audit(features.detach()[:_AUDITED], labels[:_AUDITED]))
         if save:
             position = {"step": done, "examples": schedule.examples_before(done)}
             checkpoint.save(cfg.out, world, state, position, identity, cfg.keep)
@@ -106,7 +114,8 @@ def main():
     # --- the result ---
     result = evaluate(backbone, head, test.test(cfg.global_batch), world) if test else {"top1": None, "top5": None}
     if test and steps:
-        metrics.log(schedule.steps, **result)
+        metrics.log(schedule.steps, **result, train_seconds=timer.total,
+                    **head.audit(features.detach()[:_AUDITED], labels[:_AUDITED]))
     metrics.close()
     peak = world.everyone.all_reduce(torch.tensor(peak_rss_mb(), device=world.device), "max").item()
     result |= {"images_per_second": round(timer.images_per_second, 1), "peak_rss_mb": round(peak),

@@ -20,7 +20,7 @@ GRIDS = [(1, 1), (2, 2), (3, 3), (4, 4), (4, 2), (12, 12)]  # twelve ranks: two 
 
 
 # outside of the threads, which share torch's random generator
-NETS = {seed: backbones.build("small", 1, 16, D, seed, World()) for seed in (1, 2)}
+NETS = {seed: backbones.build("small", (1, 16, 16), D, seed, World()) for seed in (1, 2)}
 
 
 def state_of(world, seed, num_classes=C):
@@ -128,8 +128,8 @@ def spoil(folder, what):
 
 @pytest.mark.parametrize("what, text", [
     ("no meta", "not a checkpoint"), ("meta is no json", "not a checkpoint"), ("version", "version 1"),
-    ("gap", "cover the classes"), ("path", "cover the classes"), ("position", "no position"),
-    ("rows are no list", "cover the classes"),
+    ("gap", "cover the class rows"), ("path", "cover the class rows"), ("position", "no position"),
+    ("rows are no list", "cover the class rows"),
     ("no momentum", "optimizer.safetensors"), ("other momentum", "optimizer.safetensors"),
     ("cut rows", "rows-000000000000"), ("cut backbone", "backbone.safetensors"), ("no rows", "rows-000000000000"),
 ])

@@ -1,5 +1,6 @@
 """Real ranks of mpirun and horovodrun: collectives, failures, training, checkpoints."""
 
+import json
 import sys
 from types import SimpleNamespace
 
@@ -91,6 +92,66 @@ def test_resume_on_another_number_of_ranks(before, after, tiny_packs, tmp_path):
     mpirun(after, *base, "--steps", 6, "--resume", "auto")
     run(sys.executable, *base[:4], tmp_path / "whole", *base[5:], "--steps", 6)
     assert_equal_losses(losses(tmp_path / "run"), losses(tmp_path / "whole"))
+
+
+SYNTH = ["train.py", "--data", "synth:classes=300,dim=16,test=50", "--feature-dim", 16, "--global-batch", 30,
+         "--lr", 0.05, "--warmup-epochs", 0.01, "--log-steps", 1, "--schedule", "constant", "--device", "cpu",
+         "--save-epochs", 0]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--head", "knn", "--active-classes", 90, "--graph-every", "3steps"],
+    ["--head", "knn", "--active-classes", 90, "--graph-every", "3steps", "--graph", "approx", "--graph-angle", 10,
+     "--row-dtype", "bfloat16", "--head-momentum", 0.9, "--head-lr-scale", 4],
+    ["--head", "sampled", "--active-classes", 90],
+    ["--head", "selective", "--active-classes", 90, "--graph-every", "3steps"],
+    ["--head", "mach", "--active-classes", 90],
+])
+def test_heads_resume_bit_for_bit(flags, tmp_path):
+    """Stopped between two builds of the graph: the rest of the run uses the graph that was built before."""
+    mpirun(2, *SYNTH, *flags, "--out", tmp_path / "whole", "--steps", 11)
+    mpirun(2, *SYNTH, *flags, "--out", tmp_path / "cut", "--steps", 5)
+    mpirun(2, *SYNTH, *flags, "--out", tmp_path / "cut", "--steps", 11, "--resume", "auto")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    last = [sorted((tmp_path / name / "checkpoints/step-00000011").glob("*.safetensors")) for name in ("cut", "whole")]
+    assert len(last[0]) == len(last[1]) >= 4
+    assert [f.read_bytes() for f in last[0]] == [f.read_bytes() for f in last[1]]
+
+
+@pytest.mark.parametrize("before, after", [(1, 3), (4, 2)])
+def test_a_graph_is_resumed_on_another_number_of_ranks(before, after, tmp_path):
+    """All classes active, so that the quota rule, which knows the number of ranks, has nothing to say."""
+    base = [*SYNTH, "--head", "knn", "--active-classes", 1.0, "--neighbors", 20, "--graph-every", "3steps"]
+    mpirun(before, *base, "--out", tmp_path / "run", "--steps", 5)
+    mpirun(after, *base, "--out", tmp_path / "run", "--steps", 8, "--resume", "auto")
+    run(sys.executable, *SYNTH, "--out", tmp_path / "full", "--steps", 8)
+    assert_equal_losses(losses(tmp_path / "run"), losses(tmp_path / "full"))
+
+
+def test_what_the_choice_of_classes_costs_is_logged(tmp_path):
+    mpirun(3, *SYNTH, "--head", "knn", "--active-classes", 0.3, "--graph-every", "5steps", "--out", tmp_path / "run",
+           "--steps", 12, "--eval-epochs", 0.02)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    builds = [line for line in lines if "graph_seconds" in line]
+    assert [line["step"] for line in builds] == [5, 10]
+    assert all(line["graph_recall"] == line["graph_requeried"] == 1.0 for line in builds)
+    audits = [line for line in lines if "top100_covered" in line]
+    assert len(audits) >= 2 and all(line["active"] == 90 and 0 < line["top100_covered"] < 1 for line in audits)
+
+
+@pytest.mark.parametrize("arguments, text", [
+    (["--head", "knn", "--active-classes", 1.5], "--active-classes 1.5"),
+    (["--head", "knn", "--active-classes", 0], "--active-classes 0.0 is not allowed"),
+    (["--head", "sampled", "--active-classes", 29], "a batch of 30 can have 30 different ones"),
+    (["--head", "knn", "--active-classes", 90, "--neighbors", 300], "take at most 299"),
+    (["--head", "mach", "--active-classes", 30, "--repetitions", 20], "--repetitions 20"),
+    (["--head", "knn", "--graph-every", "often"], "--graph-every 'often'"),
+    (["--head", "knnn"], "--head knnn is not known"),
+])
+def test_a_mistake_about_the_head_is_one_line(arguments, text, tmp_path):
+    process = mpirun(2, *SYNTH, "--out", tmp_path / "run", *arguments, expect=2, seconds=60)
+    (line,) = error_lines(process)
+    assert text in line and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("arguments, text", [

@@ -7,8 +7,9 @@ XC = Path(__file__).parent.parent / "xc"
 FLOORS = [
     {"margin", "schedule", "shard", "pack"},
     {"config"},
-    {"world", "run_folder"},
-    {"collective", "data", "metrics"},
+    {"world", "run_folder", "synth", "knn_graph"},
+    {"collective", "data", "metrics", "ring_search"},
+    {"neighbors"},
     {"backbone", "exchange", "heads", "optim"},
     {"checkpoint", "evaluate"},
 ]

@@ -2,6 +2,7 @@
 
     RUN/checkpoints/step-00001200/
         rows-000000000000-000000001650.safetensors   class rows and their momentum, by class range: one file a shard
+        neighbors-….safetensors                      what the head chooses classes by, if anything: the head's own files
         backbone.safetensors                         parameters and buffers
         optimizer.safetensors                        the backbone's momentum, by parameter name
         meta.json                                    format, position, classes, width, the files of class rows
@@ -64,15 +65,17 @@ def save(run, world, state, position, identity, keep):
             partial.mkdir(parents=True)
     with world.agreed():
         if world.replicas.rank == 0 and len(head.shard):
-            _write(partial / _rows_name(head.shard.first, head.shard.last),
-                   {"weight": head.weight, "momentum": state.head_optimizer.momentum_rows})
+            _write(partial / _rows_name(head.shard.first, head.shard.last), dict(_row_tables(state)))
+            head.save(partial)
         if world.rank == 0:
             _write(partial / "backbone.safetensors", state.backbone.state_dict())
             _write(partial / "optimizer.safetensors", _momentum_by_name(state))
     with world.agreed():
         if world.rank == 0:
-            rows = sorted(path.name for path in partial.glob("rows-*"))
-            meta = {"format": _FORMAT, "version": _VERSION, **position, **_shape(head), **identity, "rows": rows}
+            files = sorted(path.name for path in partial.glob("*.safetensors"))
+            rows = [name for name in files if _ROWS.fullmatch(name)]
+            meta = {"format": _FORMAT, "version": _VERSION, **position, **_shape(head), **identity, "rows": rows,
+                    "files": files}
             with open(partial / "meta.json", "w") as file:
                 json.dump(meta, file, indent=1)
                 file.flush()
@@ -94,7 +97,7 @@ def load(folder, state, identity):
     does not fit.
     """
     folder, head = Path(folder), state.head
-    position, ranges = _read_meta(folder, {**_shape(head), **identity})
+    position, ranges = _read_meta(folder, {**_shape(head), **identity}, head.num_rows)
     path = folder / "backbone.safetensors"
     try:
         state.backbone.load_state_dict(load_file(path))
@@ -106,19 +109,23 @@ def load(folder, state, identity):
                 continue
             path = folder / _rows_name(first, last)
             with safe_open(path, "pt") as file:
-                for name, rows in ("weight", head.weight), ("momentum", state.head_optimizer.momentum_rows):
+                if "momentum" not in file.keys() and state.head_optimizer.momentum:
+                    raise ValueError("it holds no momentum of the rows: go on with --head-momentum 0")
+                for name, rows in _row_tables(state):
                     piece = file.get_slice(name)
-                    if piece.get_shape() != [last - first, head.feature_dim]:
+                    if piece.get_shape() != [last - first, rows.shape[1]]:
                         raise ValueError(f"{name} has shape {piece.get_shape()}")
                     rows[start - head.shard.first : stop - head.shard.first] = piece[start - first : stop - first]
+        path = folder
+        head.load(folder)  # checks its files itself
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         raise ValueError(f"checkpoint file {path} cannot be used ({' '.join(str(e).split())}): resume with the "
                          "settings it was written with, or take another checkpoint") from e
     return position
 
 
-def _read_meta(folder, expected):
-    """(position, class ranges of the files of rows) of a checkpoint, checked; ValueError if it is not as expected."""
+def _read_meta(folder, expected, num_rows):
+    """(position, ranges of the files of rows) of a checkpoint, checked; ValueError if it is not as expected."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
     except (OSError, ValueError) as e:
@@ -134,9 +141,12 @@ def _read_meta(folder, expected):
     matches = [_ROWS.fullmatch(str(name)) for name in (rows if isinstance(rows, list) else ())]
     ranges = sorted((int(m[1]), int(m[2])) for m in matches if m)
     edges = [0, *(last for _, last in ranges)]
-    if len(ranges) != len(matches) or [first for first, _ in ranges] + [expected["num_classes"]] != edges:
-        raise ValueError(f"checkpoint {folder}: its files do not cover the classes 0 to {expected['num_classes']} "
+    if len(ranges) != len(matches) or [first for first, _ in ranges] + [num_rows] != edges:
+        raise ValueError(f"checkpoint {folder}: its files do not cover the class rows 0 to {num_rows} "
                          "once: take another checkpoint")
+    missing = [name for name in meta.get("files", ()) if not (folder / str(name)).is_file()]
+    if missing:
+        raise ValueError(f"checkpoint {folder} lacks its file {missing[0]}: take another checkpoint")
     position = {name: meta.get(name) for name in ("step", "examples")}
     if not all(type(n) is int and n >= 0 for n in position.values()):
         raise ValueError(f"checkpoint {folder} names no position: take another checkpoint")
@@ -144,7 +154,15 @@ def _read_meta(folder, expected):
 
 
 def _shape(head):
-    return {"num_classes": head.num_classes, "feature_dim": head.feature_dim}
+    return {"num_classes": head.num_classes, "feature_dim": head.feature_dim, "num_rows": head.num_rows,
+            "rows_are": head.rows_are, "row_dtype": str(head.weight.dtype).removeprefix("torch.")}
+
+
+def _row_tables(state):
+    """(name, (S, ...)) of what is kept by class range."""
+    yield "weight", state.head.weight
+    if state.head_optimizer.momentum:
+        yield "momentum", state.head_optimizer.momentum_rows
 
 
 def _folders(checkpoints):

@@ -43,11 +43,16 @@ def sum_over(tensor, group):
     return _SumOver.apply(tensor, group)
 
 
-def group_logsumexp(lse, group):
+def group_logsumexp(lse, group, addend=None):
     """log(sum over the group of exp(lse)), elementwise; a rank that has nothing to add gives -inf.
 
     lse      (G,)
-    returns  (G,), the same on every rank
+    addend   (G,) that is summed over the group in the same collective, or None
+    returns  (G,), the same on every rank; with an addend, both
     """
     top = group.all_reduce(lse.clone(), "max")
-    return top + group.all_reduce((lse - top).exp_()).log_()
+    share = (lse - top).exp_()
+    if addend is None:
+        return top + group.all_reduce(share).log_()
+    share, addend = group.all_reduce(torch.stack([share, addend])).unbind()
+    return top + share.log(), addend

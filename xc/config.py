@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field
 
 from xc.margin import MARGINS
-from xc.schedule import SCHEDULES
+from xc.schedule import SCHEDULES, interval
 
 
 class UserError(ValueError):
@@ -22,30 +22,50 @@ def _flag(default, help, choices=None):
 
 @dataclass(frozen=True)
 class Config:
-    data: str = _flag("", "a pack, or a folder with the packs train and test (python -m data_tools.pack makes them)")
+    data: str = _flag("", "a pack, or a folder with the packs train and test (python -m data_tools.pack makes them), "
+                          "or classes made up: synth:classes=1000000,dim=128,... (keys: xc/synth.py)")
     out: str = _flag("", "run folder: settings, metrics, checkpoints; must not hold another run")
     resume: str = _flag("", "auto: go on from the newest checkpoint in --out if there is one; or a checkpoint's folder")
 
-    backbone: str = _flag("small", "small, resnet18, resnet34, resnet50, or timm:NAME where timm is installed")
+    backbone: str = _flag("auto", "for vectors mlp; for images small, resnet18, resnet34, resnet50, or timm:NAME where "
+                                  "timm is installed; auto: mlp or small")
     feature_dim: int = _flag(128, "width of the features and of the class rows")
     image_size: int = _flag(32, "side of the square images that the backbone sees, in pixels")
     channels: int = _flag(1, "1 grey, 3 colour", (1, 3))
 
-    head: str = _flag("full", "which classes take part in a step; full: all")
+    head: str = _flag("full", "which classes take part in a step: full, knn, sampled, selective; or mach")
+    active_classes: float = _flag(0.1, "classes that take part in a step: a share of all up to 1, or a number; "
+                                       "mach: bucket rows")
+    near_share: float = _flag(0.5, "knn, selective: share of the active classes, beyond the right ones, for the near "
+                                   "ones; the rest is random")
+    padding: str = _flag("corrected", "random active classes stand for all that are left out, or (plain) for "
+                                      "themselves", ("corrected", "plain"))
+    neighbors: int = _flag(0, "knn: K of the graph; 0: by --active-classes, --near-share and --global-batch")
+    graph: str = _flag("auto", "knn: how the graph is built; auto: exact where that is quick",
+                       ("auto", "exact", "approx"))
+    graph_every: str = _flag("1epochs", "knn, selective: between two builds of the graph or index, as 0.5epochs or "
+                                        "500steps; before the first one the classes are random")
+    graph_angle: float = _flag(0.0, "knn: degrees; above 0, a graph is only refreshed for rows that turned further")
+    warmup_full_steps: int = _flag(0, "knn, sampled, selective: first steps, in which all classes take part")
+    repetitions: int = _flag(4, "mach: R; --active-classes are R hashes with as many buckets each")
+    row_dtype: str = _flag("float32", "of the class rows and their momentum; bfloat16: half the memory, rounded at "
+                                      "random", ("float32", "bfloat16"))
     logits: str = _flag("cosine", "cosine of feature and class row, times --scale; or their plain inner product",
                         ("cosine", "inner"))
     scale: float = _flag(20.0, "factor on cosine logits")
     margin: str = _flag("none", "margin on the cosine of the right class", tuple(MARGINS))
     margin_size: float = _flag(0.0, "cosface: taken from the cosine; arcface: added to the angle, in radians")
-    logits_mb: float = _flag(0.0, "memory for logits on each rank; beyond it the head works in blocks of classes; "
-                                  "0: 1 on a CPU, whose cache holds that, 256 on a GPU")
+    logits_mb: float = _flag(0.0, "memory for logits on each rank; those beyond it are computed twice; "
+                                  "0: 64 on a CPU, 256 on a GPU")
 
     epochs: float = _flag(10.0, "passes over the training set")
     steps: int = _flag(0, "optimizer steps; 0: from --epochs")
     global_batch: int = _flag(128, "examples per step over all ranks; any number of ranks gives the same recipe")
     lr: float = _flag(0.1, "highest learning rate of the backbone")
-    head_lr_scale: float = _flag(4.0, "learning rate of the class rows, as a multiple of --lr")
-    momentum: float = _flag(0.9, "momentum of the backbone and of the class rows")
+    head_lr_scale: float = _flag(40.0, "learning rate of the class rows, as a multiple of --lr")
+    momentum: float = _flag(0.9, "momentum of the backbone")
+    head_momentum: float = _flag(0.0, "momentum of the class rows, a tenth of --head-lr-scale goes with 0.9; 0: none, "
+                                      "and no memory for it")
     weight_decay: float = _flag(5e-4, "of backbone tensors with two or more dimensions")
     head_weight_decay: float = _flag(0.0, "of the class rows")
     schedule: str = _flag("cosine", "course of the learning rate after the warm-up", SCHEDULES)
@@ -70,12 +90,19 @@ class Config:
             if isinstance(value := getattr(self, f.name), float) and not math.isfinite(value):
                 raise UserError(f"{_option(f.name)} {value} is not allowed: give a finite number")
         for name, ok, allowed in [
-            ("data", self.data, "give the folder of a pack"),
+            ("data", self.data, "give the folder of a pack, or synth:classes=..."),
             ("out", self.out, "give the run folder"),
             ("feature_dim", 1 <= self.feature_dim <= 65536, "1 to 65536"),
             ("image_size", 8 <= self.image_size <= 4096, "8 to 4096 pixels"),
             ("scale", self.scale > 0, "above 0"),
             ("margin_size", 0 <= self.margin_size < math.pi / 2, "0 to pi/2"),
+            ("active_classes", self.active_classes > 0, "a share above 0 and up to 1, or a number of classes"),
+            ("near_share", 0 <= self.near_share <= 1, "0 to 1"),
+            ("neighbors", self.neighbors >= 0, "0 (chosen for you) or more"),
+            ("graph_every", interval(self.graph_every), "a number and its unit, as 0.5epochs or 500steps"),
+            ("graph_angle", 0 <= self.graph_angle < 180, "0 (always build anew) to below 180 degrees"),
+            ("warmup_full_steps", self.warmup_full_steps >= 0, "0 or more"),
+            ("repetitions", self.repetitions >= 1, "at least 1"),
             ("logits_mb", self.logits_mb >= 0, "0 or more"),
             ("epochs", self.epochs > 0, "above 0"),
             ("steps", self.steps >= 0, "0 or more"),
@@ -83,6 +110,7 @@ class Config:
             ("lr", self.lr > 0, "above 0"),
             ("head_lr_scale", self.head_lr_scale >= 0, "0 or more"),
             ("momentum", 0 <= self.momentum < 1, "0 to below 1"),
+            ("head_momentum", 0 <= self.head_momentum < 1, "0 to below 1"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
             ("head_weight_decay", self.head_weight_decay >= 0, "0 or more"),
             ("warmup_epochs", self.warmup_epochs >= 0, "0 or more"),

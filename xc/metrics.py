@@ -30,6 +30,11 @@ class Timer:
             self._phases[phase] = self._phases.get(phase, 0.0) + time.perf_counter() - start
 
     @property
+    def total(self):
+        """Seconds of all phases so far, taken or not."""
+        return self.seconds + sum(self._phases.values())
+
+    @property
     def images_per_second(self):
         """Over all intervals taken, over all ranks; 0 before the first."""
         return self.examples / self.seconds if self.seconds else 0.0

@@ -1,6 +1,9 @@
 """Optimizers: torch's SGD for the backbone, our own for the class rows."""
 
+import numpy as np
 import torch
+
+_BLOCK_BYTES = 2**22  # of gathered rows at a time
 
 
 def backbone_sgd(backbone, cfg):
@@ -14,25 +17,67 @@ def backbone_sgd(backbone, cfg):
 
 
 class RowSGD:
-    """SGD with momentum for a head's class rows; the same numbers as torch.optim.SGD.
+    """SGD with momentum for the active rows of a head: gather, update, scatter, in blocks of rows.
 
-    Works in place: torch's SGD makes a second (S, D) temporary for weight decay.
+    Lazy: a row that is not active keeps its place, its momentum and its length; its next active step goes on from
+    there, as if the steps between had not been. With all rows active in each step the numbers are torch.optim.SGD's.
 
-    momentum_rows  (S, D)
+    Rows in bfloat16 are updated in float32 and rounded to one of their two neighbours at random, so that steps
+    smaller than the spacing of bfloat16 are not lost but right on average; their momentum is kept the same way.
+
+    momentum_rows  (S, D) in the rows' own type; (0, D) without momentum
     """
 
     def __init__(self, head, momentum, weight_decay):
         self.head, self.momentum, self.weight_decay = head, momentum, weight_decay
-        self.momentum_rows = torch.zeros_like(head.weight)
+        self.momentum_rows = torch.zeros_like(head.weight if momentum else head.weight[:0])
         self.param_groups = [{"lr": 0.0}]  # as torch's optimizers have it, for set_lr
 
     @torch.no_grad()
     def step(self):
-        weight, grad = self.head.weight, self.head.row_grad
-        if self.weight_decay:
-            grad.add_(weight, alpha=self.weight_decay)
-        self.momentum_rows.mul_(self.momentum).add_(grad)
-        weight.add_(self.momentum_rows, alpha=-self.param_groups[0]["lr"])
+        head, lr = self.head, self.param_groups[0]["lr"]
+        row_grad = head.row_grad
+        self._random = None  # anew each step: the same on all copies of a shard, and after a resume
+        size = max(1, _BLOCK_BYTES // (head.weight.shape[1] * head.compute_dtype.itemsize))
+        for first in range(0, head.num_active, size):
+            block = slice(first, min(first + size, head.num_active))
+            grad, ids = row_grad[block], head.active_rows(block)
+            rows = self._take(head.weight, ids)
+            if self.weight_decay:
+                grad.add_(rows, alpha=self.weight_decay)
+            if self.momentum:
+                momentum = self._take(self.momentum_rows, ids)
+                grad = momentum.mul_(self.momentum).add_(grad)
+                self._put(self.momentum_rows, ids, momentum)
+            self._put(head.weight, ids, rows.add_(grad, alpha=-lr))
+
+    def _take(self, table, ids):
+        """Rows to compute with: a view of the table where that is possible."""
+        rows = table[ids] if isinstance(ids, slice) else table.index_select(0, ids)
+        return rows.to(self.head.compute_dtype)
+
+    def _put(self, table, ids, rows):
+        if table.dtype == torch.bfloat16:
+            rows = self._rounded(rows)
+        if not isinstance(ids, slice):
+            table.index_copy_(0, ids, rows)
+        elif table.dtype == torch.bfloat16:
+            table[ids] = rows
+
+    def _rounded(self, rows):
+        """float32 -> bfloat16, up or down at random so that the mean is the number itself.
+
+        bfloat16 is the upper half of a float32: a random number of 16 bits added to the lower half carries over as
+        often as the lower half is large.
+        """
+        if self._random is None:
+            head = self.head
+            seed = int(np.random.default_rng([head.seed, head.step, head.shard.first, 16]).integers(2**63))
+            self._random = torch.Generator(rows.device).manual_seed(seed)
+        noise = torch.randint(2**16, rows.shape, dtype=torch.int32, device=rows.device, generator=self._random)
+        bits = rows.view(torch.int32) + noise
+        rounded = bits.bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
+        return torch.where(rows.isfinite(), rounded, rows.to(torch.bfloat16))  # noise would make a number of a NaN
 
 
 def set_lr(optimizer, lr):

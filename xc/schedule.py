@@ -1,6 +1,7 @@
 """What a step uses: a learning rate and a global batch, as pure functions of the step."""
 
 import math
+import re
 from dataclasses import dataclass
 
 
@@ -60,11 +61,15 @@ class Schedule:
         """Examples that all steps before `step` have consumed, over all ranks."""
         return step * self.global_batch
 
-    def due(self, step, every_epochs):
-        """Whether something done every so many epochs (0: never) is due after `step` updates, the last one apart."""
-        if not every_epochs or step == self.steps:
+    def due(self, step, every):
+        """Whether something is due after `step` updates that is done every so many epochs (0: never) or, as a text,
+        after every `interval`; never before the first update and after the last one."""
+        count, unit = interval(every) if isinstance(every, str) else (every, "epochs")
+        if not count or not 0 < step < self.steps:
             return False
-        every = every_epochs * self.num_records
+        if unit == "steps":
+            return step // count > (step - 1) // count
+        every = count * self.num_records
         return self.examples_before(step) // every > self.examples_before(step - 1) // every
 
     def _factor(self, step):
@@ -79,3 +84,11 @@ class Schedule:
 
 
 SCHEDULES = ("constant", "cosine", "step")
+
+
+def interval(text):
+    """(number, unit) of a text such as 0.5epochs or 500steps; None if it is not one."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(epochs?|steps?)", text)
+    if not match or not float(match[1]):
+        return None
+    return float(match[1]), match[2].rstrip("s") + "s"

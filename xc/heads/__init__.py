@@ -1,14 +1,24 @@
 """Classifier heads by name: which classes take part in a step."""
 
-from xc.heads.base import Head
+import sys
 
-HEADS = {"full": Head}
+from xc.config import Config, UserError
+from xc.heads.base import Head
+from xc.heads.knn import KnnHead
+from xc.heads.mach import MachHead
+from xc.heads.sampled import SampledHead
+from xc.heads.selective import SelectiveHead
+
+HEADS = {"full": Head, "knn": KnnHead, "sampled": SampledHead, "selective": SelectiveHead, "mach": MachHead}
 
 
 def build(cfg, num_classes, world):
-    """The head that a Config asks for; ValueError where there is none of that name."""
+    """The head that a Config asks for; UserError where there is none of that name, or its settings do not fit."""
     if cfg.head not in HEADS:
-        raise ValueError(f"--head {cfg.head} is not known: {', '.join(HEADS)}")
-    return HEADS[cfg.head](
-        num_classes, cfg.feature_dim, world, cosine=cfg.logits == "cosine", scale=cfg.scale, margin=cfg.margin,
-        margin_size=cfg.margin_size, logits_mb=cfg.logits_mb, seed=cfg.seed)
+        raise UserError(f"--head {cfg.head} is not known: {', '.join(HEADS)}")
+    head = HEADS[cfg.head]
+    idle = {flag for other in HEADS.values() for flag in other.flags} - set(head.flags)
+    if world.rank == 0:
+        for flag in sorted(flag for flag in idle if getattr(cfg, flag) != getattr(Config, flag)):
+            print(f"warning: --{flag.replace('_', '-')} has no effect with --head {cfg.head}", file=sys.stderr)
+    return head.of(cfg, num_classes, world)

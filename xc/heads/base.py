@@ -1,10 +1,11 @@
-"""The classifier: class rows split over the shard group, and the exact softmax over all of them.
+"""The classifier: class rows split over the shard group, and the exact softmax over those that take part in a step.
 
 Hybrid parallel: every rank gathers the features of its shard group and scores them against the class rows that it
 owns; two small reductions join the shards' softmaxes. Song et al. 2020, hybrid parallel framework; the sequence is
 written out in `_ShardedSoftmax`.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -13,25 +14,73 @@ from xc.margin import MARGINS
 from xc.shard import Shard
 
 _INIT_BLOCK = 4096  # class rows that share one random generator: a rank draws its own blocks alone
+_CACHE_BYTES = 2**20  # of logits that a CPU works on at a time: they are passed over several times
+_TOP = 100  # logits of an example that `audit` looks for among the active classes
 
 
 class Head:
     """Full softmax: all classes take part in every step.
 
-    weight    (S, D)  class rows of this shard; no autograd leaf, they have one owner and one optimizer (RowSGD)
-    row_grad  (S, D)  their gradient, summed over the micro-batches and, by `reduce`, over the replicas
+    A step calls `refresh`, `select`, `forward` (once, or for one micro-batch after the other), `reduce`, the row
+    optimizer and `zero_grad`. Heads that leave classes out differ in how they set
+
+    active    (A,)    sorted, unique local ids of the classes that take part; None: all of this shard
+    offset    (A,)    added to their logits; 0 for every class that is the right one of an example; None: nothing
+
+    The rest is written here, once:
+
+    weight    (S, D)  class rows of this shard, of `num_rows` in all; no autograd leaf, they have one owner and one
+                      optimizer (RowSGD)
+    row_grad  (A, D)  gradient of the active rows, summed over micro-batches and, by `reduce`, over the replicas; None
+                      before the first forward() of a step. Rows that are not active have none, not even zeros
     """
+
+    rows_are = "classes"  # what a row of `weight` stands for; a checkpoint of others is refused
+    flags = ()  # fields of Config, of those that say which classes take part, that this head heeds
 
     def __init__(self, num_classes, feature_dim, world, *, cosine=True, scale=20.0, margin="none", margin_size=0.0,
                  logits_mb=0.0, seed=0, dtype=torch.float32):
-        self.num_classes, self.feature_dim = num_classes, feature_dim
-        self.world = world
+        """dtype: of the class rows; gradients and logits of bfloat16 rows are float32."""
+        self.num_classes, self.num_rows, self.feature_dim = num_classes, num_classes, feature_dim
+        self.world, self.seed = world, seed
         self.cosine, self.scale = cosine, scale if cosine else 1.0
         self.margin, self.margin_size = MARGINS[margin], margin_size
-        self.logits_bytes = (logits_mb or (1 if world.device.type == "cpu" else 256)) * 2**20
+        on_cpu = world.device.type == "cpu"
+        self._memory_bytes = (logits_mb or (64 if on_cpu else 256)) * 2**20
+        self._block_bytes = min(self._memory_bytes, _CACHE_BYTES) if on_cpu else self._memory_bytes
         self.shard = Shard.of(num_classes, world.shards.size, world.shards.rank)
         self.weight = initial_rows(self.shard, feature_dim, seed, dtype).to(world.device)
-        self.row_grad = torch.zeros_like(self.weight)
+        self.compute_dtype = torch.promote_types(dtype, torch.float32)
+        self.step, self.active, self.offset, self.row_grad = 0, None, None, None
+        self._workspace, self._own_labels = {}, None
+
+    @classmethod
+    def of(cls, cfg, num_classes, world):
+        """The head that a Config asks for; ValueError where its settings do not fit the number of classes."""
+        return cls(num_classes, cfg.feature_dim, world, cosine=cfg.logits == "cosine", scale=cfg.scale,
+                   margin=cfg.margin, margin_size=cfg.margin_size, logits_mb=cfg.logits_mb, seed=cfg.seed,
+                   dtype=getattr(torch, cfg.row_dtype), **cls.settings(cfg, num_classes))
+
+    @classmethod
+    def settings(cls, cfg, num_classes):
+        """What __init__ of this head takes beyond the others', from a Config."""
+        return {}
+
+    def refresh(self, step, due):
+        """Before a step: bring up to date what the choice of classes goes by, if that is due.
+
+        Returns what there is to log of it, usually nothing. Collective.
+        """
+        return {}
+
+    def select(self, labels, step):
+        """Choose the classes that take part in a step. Needs no features, so it can run before the backbone.
+
+        labels  (B,)  of all examples of this rank in this step, global class ids
+
+        Collective.
+        """
+        self.step = step
 
     def forward(self, features, labels, global_batch):
         """Cross-entropy of this rank's examples and of all others', summed over them and divided by `global_batch`.
@@ -43,22 +92,33 @@ class Head:
 
         Collective. The gradient of the class rows is taken here, not in backward(), and added to `row_grad`.
         """
-        group = self.world.shards
-        if self.cosine:
-            features = F.normalize(features)
-        counts = self._counts(labels)
-        labels = group.all_gather(labels, counts)  # (G,)
-        features = gather_rows(features, group, counts)  # (G, D)
+        counts, labels = self._gather_labels(labels)  # (G,)
+        features = gather_rows(self._directions(features), self.world.shards, counts)  # (G, D)
         return _ShardedSoftmax.apply(features, labels, self, global_batch)
 
-    __call__ = forward
+    def __call__(self, features, labels, global_batch):
+        return self.forward(features, labels, global_batch)
 
     def reduce(self):
-        """Sum the row gradients over the copies of this shard. Collective."""
+        """Sum the row gradients over the copies of this shard, which have the same active rows. Collective."""
         self.world.replicas.all_reduce(self.row_grad)
 
     def zero_grad(self):
-        self.row_grad.zero_()
+        self.row_grad = None
+
+    @property
+    def num_active(self):
+        """Rows of this shard that take part in the step."""
+        return len(self.weight) if self.active is None else len(self.active)
+
+    def active_rows(self, block):
+        """Where a slice of the active rows lies in `weight`: a slice, or local ids."""
+        return block if self.active is None else self.active[block]
+
+    def blocks(self, num_rows, num_examples):
+        """Slices of so many rows, each of whose logits fit the cache and the memory for them."""
+        size = max(1, int(self._block_bytes / (max(1, num_examples) * self.compute_dtype.itemsize)))
+        return [slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size)]
 
     @torch.no_grad()
     def label_places(self, features, labels):
@@ -71,29 +131,89 @@ class Head:
         Collective.
         """
         group = self.world.shards
-        counts = self._counts(labels)
-        first = sum(counts[: group.rank])
-        labels = group.all_gather(labels, counts)  # (G,)
-        features = group.all_gather(F.normalize(features) if self.cosine else features, counts)  # (G, D)
-
+        features, labels, mine = self._gathered(features, labels)
         own = self.shard.owns(labels)
         score = features.new_zeros(len(labels))  # of the right class, known to its owner
         score[own] = (features[own] * self._unit(self.weight[labels[own] - self.shard.first])).sum(1)
         score = group.all_reduce(score)[:, None]  # (G, 1)
         places = torch.zeros_like(labels)
-        for block in self._blocks(len(self.weight), len(labels)):
+        for block in self.blocks(len(self.weight), len(labels)):
             scores = features @ self._unit(self.weight[block]).T  # (G, block)
             ids = torch.arange(block.start, block.stop, device=labels.device) + self.shard.first
             ahead = (scores > score) | ((scores == score) & (ids < labels[:, None]))
             places += (ahead & (ids != labels[:, None])).sum(1)
-        return group.all_reduce(places)[first : first + counts[group.rank]]
+        return group.all_reduce(places)[mine]
 
-    def _counts(self, labels):
-        one = torch.tensor([len(labels)], device=labels.device)
-        return self.world.shards.all_gather(one).tolist()
+    @torch.no_grad()
+    def audit(self, features, labels):
+        """What the choice of classes costs, on a few examples of the last step; nothing where all take part.
+
+        features  (B, D)  this rank's, of classes that `select` was given
+        labels    (B,)    global class ids
+        returns   active, of all shards; top100_covered, the share of the examples' 100 highest logits of all classes
+                  that are among the active; loss_gap, their mean loss less that of the full softmax, without margins
+
+        Collective.
+        """
+        group = self.world.shards
+        num_active = group.all_reduce(torch.tensor([self.num_active], device=labels.device)).item()
+        if self.active is None:
+            return {"active": num_active}
+        features, labels, _ = self._gathered(features, labels)
+        top = min(_TOP, self.num_classes)
+        is_active = torch.zeros(len(self.weight), dtype=torch.bool, device=labels.device)
+        is_active[self.active] = True
+        offset = torch.full((len(self.weight),), -torch.inf, dtype=features.dtype, device=labels.device)
+        offset[self.active] = 0.0 if self.offset is None else self.offset
+
+        full = features.new_full((len(labels),), -torch.inf)
+        chosen = full.clone()
+        best = features.new_full((len(labels), top), -torch.inf)  # highest logits so far, and whether they are active
+        covered = torch.zeros_like(best, dtype=torch.bool)
+        for block in self.blocks(len(self.weight), len(labels)):
+            logits = self.scale * features @ self._unit(self.weight[block]).T  # (G, block)
+            full = torch.logaddexp(full, logits.logsumexp(1))
+            chosen = torch.logaddexp(chosen, (logits + offset[block]).logsumexp(1))
+            best, places = torch.cat([best, logits], 1).topk(top)
+            covered = torch.cat([covered, is_active[block].expand(len(labels), -1)], 1).gather(1, places)
+        best = group.all_gather(best[None]).transpose(0, 1).flatten(1)  # (G, W top)
+        covered = group.all_gather(covered[None].byte()).transpose(0, 1).flatten(1)
+        gap = group_logsumexp(chosen, group) - group_logsumexp(full, group)
+        among_top = covered.gather(1, best.topk(top).indices)
+        totals = torch.stack([among_top.sum() / top, gap.sum(), gap.new_tensor(len(gap))]).float()
+        share, gap, examples = self.world.replicas.all_reduce(totals).tolist()
+        return {"active": num_active, "top100_covered": share / max(1, examples), "loss_gap": gap / max(1, examples)}
+
+    def save(self, folder):
+        """Write what the choice of classes goes by into a checkpoint's folder. Called on one copy of each shard."""
+
+    def load(self, folder):
+        """Read what `save` wrote, on any number of ranks. Not collective; ValueError names what does not fit."""
+
+    def _gathered(self, features, labels):
+        """Features (G, D), as the logits use them, and labels (G,) of the shard group; the slice of this rank."""
+        group = self.world.shards
+        counts, labels = self._gather_labels(labels)
+        first = sum(counts[: group.rank])
+        features = group.all_gather(self._directions(features), counts)
+        return features, labels, slice(first, first + counts[group.rank])
+
+    def _gather_labels(self, labels):
+        """Numbers of labels of the shard group's ranks, and all of these labels (G,); those last asked for are kept."""
+        if labels is not self._own_labels:
+            counts = self._counts(labels, self.world.shards)
+            self._own_labels, self._group_labels = labels, (counts, self.world.shards.all_gather(labels, counts))
+        return self._group_labels
+
+    @staticmethod
+    def _counts(labels, group):
+        return group.all_gather(torch.tensor([len(labels)], device=labels.device)).tolist()
+
+    def _directions(self, features):
+        return F.normalize(features) if self.cosine else features
 
     def _unit(self, rows):
-        return F.normalize(rows) if self.cosine else rows
+        return self._directions(rows.to(self.compute_dtype))
 
     def _with_margin(self, logits):
         """Right classes' logits with the margin, and d(with) / d(without), both (N,)."""
@@ -103,22 +223,25 @@ class Head:
             (slope,) = torch.autograd.grad(shifted.sum(), cosine)
         return shifted.detach() * self.scale, slope
 
-    def _blocks(self, num_rows, num_examples):
-        """Slices of the class rows whose logits fit the memory for them."""
-        size = max(1, int(self.logits_bytes / (max(1, num_examples) * self.weight.element_size())))
-        return [slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size)]
+    def _memory(self, name, num_rows, width):
+        """(num_rows, width) of memory that is kept from step to step: fresh pages cost more than what is put there."""
+        memory = self._workspace.get(name)
+        if memory is None or memory.shape[1] != width or not num_rows <= len(memory) <= 2 * num_rows:
+            memory = torch.empty(num_rows, width, dtype=self.compute_dtype, device=self.weight.device)
+            self._workspace[name] = memory
+        return memory[:num_rows]
 
 
 class _ShardedSoftmax(torch.autograd.Function):
-    """Loss, feature gradient and row gradients of one batch against this shard's rows, in blocks of classes.
+    """Loss, feature gradient and row gradients of one batch against this shard's active rows, in blocks of classes.
 
     1. logits of each block -> log-sum-exp of this shard, logit of the right class where this shard owns it
     2. both are joined over the group: log-sum-exp by max and sum, right logits by sum
     3. logits of each block again -> softmax - one-hot -> gradients of features and rows
 
-    Everything is known for the gradients when the loss is, so they are taken in forward(): the logits are never whole
-    in memory. With a single block nothing is computed twice. The feature gradient that leaves here is this shard's
-    part; `gather_rows` sums the shards. The chain rule through the rows' length is written out, since autograd would
+    Everything is known for the gradients when the loss is, so they are taken in forward(): beyond the memory for them
+    logits are not kept but computed again. The feature gradient that leaves here is this shard's part; `gather_rows`
+    sums the shards. The chain rule through the rows' length is written out, since autograd would
     go over every block of logits five times more.
     """
 
@@ -126,44 +249,75 @@ class _ShardedSoftmax(torch.autograd.Function):
     def forward(ctx, features, labels, head, global_batch):
         group, shard = head.world.shards, head.shard
         example = shard.owns(labels).nonzero().squeeze(1)
-        local = labels[example] - shard.first  # rows of the right classes that live here
+        place = labels[example] - shard.first  # of the right classes that live here, among the active rows
+        if head.active is not None:
+            place = torch.searchsorted(head.active, place)
         scaled = features * head.scale
-        blocks = head._blocks(len(head.weight), len(labels))
+        blocks = head.blocks(head.num_active, len(labels))
+        # Blocks of which rows and logits stay in memory, as many as that holds; one alone always does.
+        block_bytes = (len(labels) + head.feature_dim) * features.element_size() * (blocks[0].stop if blocks else 1)
+        num_kept = max(1, int(head._memory_bytes / max(1, block_bytes)))
+        num_kept_rows = blocks[:num_kept][-1].stop if blocks else 0
+        rows_memory = head._memory("rows", num_kept_rows, head.feature_dim)
+        logits_memory = head._memory("logits", num_kept_rows, len(labels))
 
         def logits_of(block):
             """Rows (A, D), their lengths, logits (G, A) with margin, the right ones' (examples, columns), slopes."""
-            rows = head.weight[block]
+            keep = block.stop <= num_kept_rows
+            ids = head.active_rows(block)
+            if isinstance(ids, slice):
+                rows = head.weight[ids]
+            else:
+                out = rows_memory[block] if keep and head.weight.dtype == head.compute_dtype else None
+                rows = torch.index_select(head.weight, 0, ids, out=out)
+            rows = rows.to(head.compute_dtype)
             length = rows.norm(dim=1, keepdim=True).clamp_(min=1e-12) if head.cosine else None
-            rows = rows / length if head.cosine else rows
-            logits = scaled @ rows.T
-            here = (local >= block.start) & (local < block.stop)
-            right = example[here], local[here] - block.start
+            rows = torch.div(rows, length, out=rows_memory[block] if keep else None) if head.cosine else rows
+            logits = logits_memory[block].view(len(labels), len(rows)) if keep else None
+            if head.offset is None:
+                logits = torch.mm(scaled, rows.T, out=logits)
+            else:
+                logits = torch.addmm(head.offset[block], scaled, rows.T, out=logits)
+            here = (place >= block.start) & (place < block.stop)
+            right = example[here], place[here] - block.start
             logits[right], slope = head._with_margin(logits[right])
             return rows, length, logits, right, slope
 
         lse = features.new_full((len(labels),), -torch.inf)
         right_logit = features.new_zeros(len(labels))
+        kept = []
         for block in blocks:
-            *_, logits, right, _ = last = logits_of(block)
+            rows, length, logits, right, slope = logits_of(block)
             right_logit[right[0]] = logits[right]
-            lse = torch.logaddexp(lse, logits.logsumexp(1))
-        lse = group_logsumexp(lse, group)
-        right_logit = group.all_reduce(right_logit)
+            top = logits.amax(1, keepdim=True)
+            share = logits.sub_(top).exp_()  # of the softmax, but for a factor of each example
+            lse = torch.logaddexp(lse, share.sum(1).log_().add_(top[:, 0]))
+            if len(kept) < num_kept:
+                kept.append((rows, length, share, top, right, slope))
+        lse, right_logit = group_logsumexp(lse, group, right_logit)
         loss = head.world.replicas.all_reduce((lse - right_logit).sum() / global_batch)
         if not ctx.needs_input_grad[0]:
             return loss
 
         feature_grad = torch.zeros_like(features)
         scaled_mean = scaled / global_batch
-        for block in blocks:
-            rows, length, logits, right, slope = last if len(blocks) == 1 else logits_of(block)
-            error = logits.sub_(lse[:, None]).exp_()  # softmax
+        first_of_step = head.row_grad is None
+        head.row_grad = head._memory("row_grad", head.num_active, head.feature_dim)
+        for i, block in enumerate(blocks):
+            if i < num_kept:
+                rows, length, share, top, right, slope = kept[i]
+                error = share.mul_((top - lse[:, None]).exp_())  # softmax
+            else:
+                rows, length, logits, right, slope = logits_of(block)
+                error = logits.sub_(lse[:, None]).exp_()
             error[right] = (error[right] - 1) * slope
             feature_grad.addmm_(error, rows)
-            rows_grad = error.T @ scaled_mean
+            out = head.row_grad[block]
+            rows_grad = torch.mm(error.T, scaled_mean, out=out if first_of_step else None)
             if head.cosine:  # a row's length changes no logit: only the part across the row counts
                 rows_grad.sub_(rows * (rows * rows_grad).sum(1, keepdim=True)).div_(length)
-            head.row_grad[block] += rows_grad
+            if not first_of_step:
+                out += rows_grad
         ctx.save_for_backward(feature_grad.mul_(head.scale / global_batch))
         return loss
 
@@ -181,8 +335,9 @@ def initial_rows(shard, feature_dim, seed, dtype=torch.float32):
     rows = torch.empty(len(shard), feature_dim, dtype=dtype)
     for block in range(shard.first // _INIT_BLOCK, -(-shard.last // _INIT_BLOCK)):
         first = block * _INIT_BLOCK
-        generator = torch.Generator().manual_seed(seed * 2**31 + block)
-        drawn = torch.randn(_INIT_BLOCK, feature_dim, generator=generator).div_((3 * feature_dim) ** 0.5)
+        # numpy's: torch's generator heeds 32 bits of its seed only.
+        drawn = np.random.default_rng([seed, block]).standard_normal((_INIT_BLOCK, feature_dim), np.float32)
+        drawn = torch.from_numpy(drawn).div_((3 * feature_dim) ** 0.5)
         start, stop = max(first, shard.first), min(first + _INIT_BLOCK, shard.last)
         rows[start - shard.first : stop - shard.first] = drawn[start - first : stop - first]
     return rows
