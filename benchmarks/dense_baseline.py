@@ -22,7 +22,6 @@ from xc import config, data
 from xc.config import UserError
 from xc.heads.base import initial_rows
 from xc.optim import backbone_sgd, set_lr
-from xc.pack import open_splits
 from xc.schedule import Schedule
 from xc.shard import Shard
 from xc.world import World, run
@@ -30,18 +29,18 @@ from xc.world import World, run
 
 def main():
     cfg = config.parse([*sys.argv[1:], "--out", "unused"])
-    packs = open_splits(cfg.data)
+    packs = data.open_splits(cfg)
     if cfg.margin != "none" or "test" not in packs:
-        raise UserError("the dense baseline has no margins and needs a pack with a test split")
+        raise UserError("the dense baseline has no margins and needs data with a test split")
     schedule = Schedule.of(cfg, len(packs["train"]), num_ranks=1)
-    backbone = backbones.build(cfg.backbone, cfg.channels, cfg.image_size, cfg.feature_dim, cfg.seed, World())
+    backbone = backbones.build(cfg.backbone, packs["train"].input_shape, cfg.feature_dim, cfg.seed, World())
     num_classes = packs["train"].num_classes
     linear = nn.Linear(cfg.feature_dim, num_classes, bias=False)
     with torch.no_grad():  # both start from the same rows, so that their first losses can be compared
         linear.weight.copy_(initial_rows(Shard(0, num_classes), cfg.feature_dim, cfg.seed))
     criterion = nn.CrossEntropyLoss()
     optimizers = [backbone_sgd(backbone, cfg), torch.optim.SGD(
-        linear.parameters(), cfg.lr, cfg.momentum, weight_decay=cfg.head_weight_decay)]
+        linear.parameters(), cfg.lr, cfg.head_momentum, weight_decay=cfg.head_weight_decay)]
 
     def logits_of(images):
         features = backbone(images)
