@@ -13,12 +13,13 @@ import time
 import torch
 
 from xc import backbone as backbones
-from xc import checkpoint, config, data, heads, run_folder
+from xc import checkpoint, config, data, heads, pipeline, run_folder
+from xc import exchange as exchanges
 from xc.evaluate import evaluate
-from xc.exchange import AllReduce
 from xc.metrics import Metrics, Timer, check_finite, peak_rss_mb
 from xc.optim import RowSGD, backbone_sgd, set_lr
 from xc.schedule import Schedule
+from xc.timeline import Timeline
 from xc.world import open_world, run
 
 _AUDITED = 4  # examples per rank that head.audit looks at, against all classes
@@ -38,9 +39,9 @@ def main():
     with world.agreed():
         backbone = backbones.build(cfg.backbone, packs["train"].input_shape, cfg.feature_dim, cfg.seed, world)
         head = heads.build(cfg, packs["train"].num_classes, world)
-    exchange = AllReduce(backbone, world, cfg.bucket_mb)
-    state = checkpoint.State(
-        backbone, backbone_sgd(backbone, cfg), head, RowSGD(head, cfg.head_momentum, cfg.head_weight_decay))
+        exchange = exchanges.build(backbone, world, cfg)
+    state = checkpoint.State(backbone, backbone_sgd(backbone, cfg, exchange.keeps_momentum), head,
+                             RowSGD(head, cfg.head_momentum, cfg.head_weight_decay), exchange)
 
     # --- resume: any number of ranks from any number of ranks ---
     first_step = 0
@@ -56,13 +57,16 @@ def main():
     # --- the loop over steps ---
     steps = range(first_step, schedule.steps)
     batches = data.Loader(packs["train"], cfg, world).train(
-        (schedule.examples_before(step), schedule.at(step).global_batch) for step in steps)
+        (schedule.examples_before(step), schedule.at(step).global_batch, schedule.at(step).micro_batches)
+        for step in steps)
     test = data.Loader(packs["test"], cfg, world) if "test" in packs else None
     metrics = Metrics(cfg.out, world.rank, first_step, schedule.steps)
     timer = Timer()
+    timeline = Timeline(cfg.timeline, steps, cfg.out, world, timer)
     logged, loss_sum = first_step, torch.zeros((), device=world.device)
 
     for step in steps:
+        timeline.at(step)
         now = schedule.at(step)
         set_lr(state.body_optimizer, now.lr)
         set_lr(state.head_optimizer, now.lr * cfg.head_lr_scale)
@@ -70,15 +74,11 @@ def main():
         with timer("refresh"):
             refreshed = head.refresh(step, schedule.due(step, cfg.graph_every))
         with timer("data"):
-            images, labels = next(batches)
+            batch = next(batches)
         with timer("select"):
+            labels = torch.cat([labels for _, labels in batch])
             head.select(labels, step)
-        with timer("forward"):
-            features = backbone(images)
-        with timer("head"):
-            loss = head(features, labels, now.global_batch)
-        with timer("backward"):
-            loss.backward()
+        loss, features = pipeline.run(backbone, head, exchange, batch, labels, now, timer, cfg.feature_bits)
         with timer("exchange"):
             exchange.reduce()
             head.reduce()
@@ -87,7 +87,7 @@ def main():
             state.head_optimizer.step()
             exchange.zero_grad()
             head.zero_grad()
-            loss_sum += loss.detach()
+            loss_sum += loss
 
         done = step + 1
         if refreshed:
@@ -102,20 +102,23 @@ def main():
         if log:
             examples = schedule.examples_before(done) - schedule.examples_before(logged)
             metrics.log(done, loss=mean_loss, lr=now.lr, global_batch=now.global_batch, peak_rss_mb=peak_rss_mb(),
-                        sent_mb=exchange.sent_mb, **timer.take(done - logged, examples))
+                        **world.traffic.take(done - logged), **timer.take(done - logged, examples))
             logged, loss_sum = done, torch.zeros_like(loss_sum)
         if eval:
             metrics.log(done, **evaluate(backbone, head, test.test(cfg.global_batch), world),
-                        train_seconds=timer.total, **head.audit(features.detach()[:_AUDITED], labels[:_AUDITED]))
+                        train_seconds=timer.total, **head.audit(features[:_AUDITED], labels[:_AUDITED]))
         if save:
             position = {"step": done, "examples": schedule.examples_before(done)}
             checkpoint.save(cfg.out, world, state, position, identity, cfg.keep)
+        if eval or save:
+            world.traffic.take()  # which was not the steps'
+    timeline.at(schedule.steps)
 
     # --- the result ---
     result = evaluate(backbone, head, test.test(cfg.global_batch), world) if test else {"top1": None, "top5": None}
     if test and steps:
         metrics.log(schedule.steps, **result, train_seconds=timer.total,
-                    **head.audit(features.detach()[:_AUDITED], labels[:_AUDITED]))
+                    **head.audit(features[:_AUDITED], labels[:_AUDITED]))
     metrics.close()
     peak = world.everyone.all_reduce(torch.tensor(peak_rss_mb(), device=world.device), "max").item()
     result |= {"images_per_second": round(timer.images_per_second, 1), "peak_rss_mb": round(peak),

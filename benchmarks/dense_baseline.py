@@ -50,8 +50,8 @@ def main():
 
     start = time.perf_counter()
     loader = data.Loader(packs["train"], cfg, World())
-    wanted = ((schedule.examples_before(step), cfg.global_batch) for step in range(schedule.steps))
-    for step, (images, labels) in enumerate(loader.train(wanted)):
+    wanted = ((schedule.examples_before(step), cfg.global_batch, 1) for step in range(schedule.steps))
+    for step, [(images, labels)] in enumerate(loader.train(wanted)):
         for optimizer, scale in zip(optimizers, (1.0, cfg.head_lr_scale), strict=True):
             set_lr(optimizer, schedule.at(step).lr * scale)
             optimizer.zero_grad()

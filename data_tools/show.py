@@ -1,5 +1,7 @@
 """Prints what is inside a pack, or a folder of packs, and checks it: python -m data_tools.show PACK
 
+Of a timeline.json, which train.py --timeline writes, it prints and draws one step instead.
+
 Opening checks the index and the sizes of the shard files, the statistics decode a sample of the images; --verify
 reads every byte and checks every checksum. Exit code 2 and one line on stderr where something is wrong.
 """
@@ -10,6 +12,7 @@ import os
 import numpy as np
 from PIL import Image
 
+from data_tools import timeline
 from data_tools.pack import Parser, Progress
 from xc.pack import PackError, decode, open_image, open_splits
 
@@ -75,14 +78,40 @@ def contact_sheet(pack):
     return sheet
 
 
+def show_timeline(parser, args):
+    try:
+        if args.plot and os.path.lexists(args.plot):
+            raise timeline.TimelineError(f"--plot {args.plot} exists; remove it or give another name")
+        name, spans = timeline.one_step(timeline.read(args.pack))
+        facts = timeline.describe(spans)
+        if args.plot:
+            timeline.draw(spans, name, args.plot)
+    except (timeline.TimelineError, OSError) as error:
+        parser.error(str(error))
+    if args.json:
+        print(json.dumps({"step": name} | facts))
+        return
+    print(name)
+    for rank, of_rank in facts.items():
+        phases = "  ".join(f"{phase} {ms:.1f}" for phase, ms in of_rank["phases_ms"].items())
+        print(f"  {rank}: {phases} ms; network busy {of_rank['network_ms']:.1f} ms, {of_rank['behind_ms']:.1f} of it "
+              "behind a computation")
+
+
 def main(argv=None):
     parser = Parser(prog="data_tools.show", description=__doc__.partition("\n")[0])
-    parser.add_argument("pack", metavar="PACK", help="a pack, or a folder with packs train, val, test")
+    parser.add_argument("pack", metavar="PACK", help="a pack, a folder with packs train, val, test, or a timeline.json")
     parser.add_argument("--verify", action="store_true", help="read everything and check every checksum")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--sheet", metavar="PNG", help="write a contact sheet of some images (of train)")
+    parser.add_argument("--plot", metavar="PNG", help="of a timeline.json: draw one step")
     args = parser.parse_args(argv)
+    if args.pack.endswith(".json"):
+        show_timeline(parser, args)
+        return
     try:
+        if args.plot:
+            raise PackError(f"--plot is for a timeline.json, {args.pack} is none")
         if args.sheet and os.path.lexists(args.sheet):
             raise PackError(f"--sheet {args.sheet} exists; remove it or give another name")
         packs = open_splits(args.pack)

@@ -36,10 +36,20 @@ def check(group, members, me):
         assert len(got) == len(members)
         for r, piece in zip(members, got, strict=True):
             assert torch.equal(piece, of(r, (me + r) % 3, 4, dtype=dtype) * (me + 1))
+        waits = [group.all_gather_async(of(me, 2, 3, dtype=dtype)), group.all_reduce_async(of(me, 5, dtype=dtype))]
+        gathered, total = (wait() for wait in waits)
+        assert torch.equal(gathered, torch.cat([of(r, 2, 3, dtype=dtype) for r in members]))
+        assert torch.equal(total, sum(of(r, 5, dtype=dtype) for r in members))
         before = members[group.rank - 1]
         waits = [group.shift_async(of(me, me % 3 * n, 4, dtype=dtype), before % 3 * n) for n in (1000, 1)]
         for n, wait in zip((1000, 1), waits, strict=True):
             assert torch.equal(wait(), of(before, before % 3 * n, 4, dtype=dtype))
+    for dtype in torch.float16, torch.bfloat16:  # sums of 16-bit numbers are float32
+        assert torch.equal(group.all_gather(of(me, 2, 3, dtype=dtype)),
+                           torch.cat([of(r, 2, 3, dtype=dtype) for r in members]))
+        whole = sum(of(r, len(members), 3) / 64 for r in members)
+        piece = group.reduce_scatter((of(me, len(members), 3) / 64).to(dtype), [1] * len(members))
+        assert piece.dtype == torch.float32 and torch.equal(piece[0], whole[group.rank])
     marks = torch.tensor([me, 0], dtype=torch.uint8)
     assert group.all_reduce(marks, "max").tolist() == [max(members), 0]
     assert group.all_gather_object({"rank": me}) == [{"rank": r} for r in members]
@@ -52,12 +62,16 @@ def main():
     check(world.everyone, list(range(world.size)), world.rank)
     check(world.shards, list(range(copy * width, (copy + 1) * width)), world.rank)
     check(world.replicas, list(range(world.rank % width, world.size, width)), world.rank)
+    check(world.host, list(range(world.size)), world.rank)
+    check(world.across, [world.rank], world.rank)
 
     tensors = [torch.full((1000,), float(world.rank + i)) for i in range(5)]
-    handles = [world.all_reduce_async(t, f"t{i}") for i, t in enumerate(tensors)]
-    for i, (tensor, handle) in enumerate(zip(tensors, handles, strict=True)):
-        world.wait(handle)
+    waits = [world.all_reduce_async(t, f"t{i}") for i, t in enumerate(tensors)]
+    for i, (tensor, wait) in enumerate(zip(tensors, waits, strict=True)):
+        assert wait() is tensor
         assert torch.equal(tensor, torch.full((1000,), sum(range(world.size)) + float(i * world.size)))
+    half = torch.full((1000,), 0.25 * (world.rank + 1), dtype=torch.float16)
+    assert world.all_reduce_async(half, "half")().tolist() == [0.25 * sum(range(1, world.size + 1))] * 1000
     if world.rank == 0:
         print("all collectives right")
 

@@ -11,6 +11,7 @@ from tests.worlds import run_ranks
 from xc import backbone as backbones
 from xc import checkpoint
 from xc.config import UserError
+from xc.exchange import AllReduce
 from xc.heads import HEADS
 from xc.optim import RowSGD
 from xc.world import World
@@ -26,7 +27,8 @@ NETS = {seed: backbones.build("small", (1, 16, 16), D, seed, World()) for seed i
 def state_of(world, seed, num_classes=C):
     net = copy.deepcopy(NETS[seed])
     head = HEADS["full"](num_classes, D, world, seed=seed)
-    state = checkpoint.State(net, torch.optim.SGD(net.parameters(), 0.1, 0.9), head, RowSGD(head, 0.9, 0.0))
+    state = checkpoint.State(net, torch.optim.SGD(net.parameters(), 0.1, 0.9), head, RowSGD(head, 0.9, 0.0),
+                             AllReduce(net, world))
     for p in net.parameters():
         p.grad = torch.ones_like(p)
     state.body_optimizer.step()

@@ -85,3 +85,13 @@ def test_a_position_of_another_schedule_is_refused():
         s.resume({"step": 101, "examples": 10100})
     with pytest.raises(ValueError, match="same --global-batch"):
         s.resume({"step": 3, "examples": 384})
+
+
+def test_density_falls_by_quarters_during_its_warmup():
+    falling = schedule(density=0.001, density_warmup_epochs=5.0, global_batch=10, epochs=6.0)
+    found = [falling.at(step).density for step in range(600)]
+    assert found == [0.25] * 100 + [0.25**2] * 100 + [0.25**3] * 100 + [0.25**4] * 100 + [0.001] * 200
+    assert {schedule(density=0.001, density_warmup_epochs=0.0).at(step).density for step in range(10)} == {0.001}
+    assert {schedule(density=d, density_warmup_epochs=1.0).at(0).density for d in (0.25, 0.5, 1.0)} == {0.25, 0.5, 1.0}
+    odd = schedule(density=0.1, density_warmup_epochs=0.07, global_batch=10, epochs=1.0)  # seven steps of warm-up
+    assert [odd.at(step).density for step in range(8)] == [0.25] * 4 + [0.1] * 4

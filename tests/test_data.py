@@ -25,11 +25,13 @@ def test_order_is_one_permutation_an_epoch(cut):
     assert not np.array_equal(Order(101, seed=5).records(0, 101), epochs[0])
 
 
-def batches(world, packs, cfg=CFG, split="train"):
+def batches(world, packs, cfg=CFG, split="train", num_parts=1):
+    """The micro-batches of twelve steps of 39 or 13 examples, or the whole test split."""
     loader = Loader(packs[split], cfg, world)
     if split == "test":
         return list(loader.test(13))
-    return list(loader.train((first, 13) for first in range(26, 26 + 13 * 12, 13)))
+    steps = loader.train((first, 13 * num_parts, num_parts) for first in range(26, 26 + 13 * 12, 13 * num_parts))
+    return [part for step in steps for part in step]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 14])
@@ -42,6 +44,9 @@ def test_ranks_share_the_global_batch(world_size, split, tiny_packs):
     for step, (images, labels) in enumerate(alone):
         assert torch.equal(torch.cat([r[step][0] for r in ranks]), images)  # distortion included
         assert torch.equal(torch.cat([r[step][1] for r in ranks]), labels)
+    if split == "train":  # micro-batches are the same examples in the same order
+        for rank, parts in zip(ranks, run_ranks(world_size, lambda w: batches(w, packs, num_parts=3)), strict=True):
+            assert all(torch.equal(a, b) for x, y in zip(rank, parts, strict=True) for a, b in zip(x, y, strict=True))
     if split == "test":
         found = torch.cat([labels for _, labels in alone])
         assert found.bincount().tolist() == [3] * 10

@@ -98,14 +98,16 @@ def test_huge_logits_stay_finite():
     assert all(run_ranks(3, body))
 
 
-def test_micro_batches_add_up():
+@pytest.mark.parametrize("cosine", [True, False])
+@pytest.mark.parametrize("logits_mb", [0.0, 1e-4])  # all rows kept from one micro-batch to the next; one block of them
+def test_micro_batches_add_up(cosine, logits_mb):
     def body(world, cuts):
-        head = HEADS["full"](10, D, world, seed=SEED, dtype=torch.float64)
+        head = HEADS["full"](10, D, world, seed=SEED, dtype=torch.float64, cosine=cosine, logits_mb=logits_mb)
         features, labels = examples(10)
         for first, last in zip([0, *cuts], [*cuts, G], strict=True):
             part = Shard.of(last - first, world.size, world.rank)
             own = slice(first + part.first, first + part.last)
-            head(features[own].requires_grad_(), labels[own], G).backward()
+            head(features[own].requires_grad_(), labels[own], G, last=last == G).backward()
         return head.row_grad
 
     for whole, split in zip(run_ranks(2, lambda w: body(w, [])), run_ranks(2, lambda w: body(w, [4, 5])), strict=True):

@@ -1,7 +1,11 @@
 """Real ranks of mpirun and horovodrun: collectives, failures, training, checkpoints."""
 
+import contextlib
 import json
+import re
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -118,6 +122,79 @@ def test_heads_resume_bit_for_bit(flags, tmp_path):
     assert [f.read_bytes() for f in last[0]] == [f.read_bytes() for f in last[1]]
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("exchange", ["dgc", "dgc-hier"])
+def test_an_exchange_resumes_bit_for_bit(ranks, exchange, tmp_path):
+    """Residuals and momentum are part of the checkpoint."""
+    base = [*SYNTH, "--exchange", exchange, "--density", 0.05, "--density-warmup-epochs", 0.04, "--micro-batches", 2,
+            "--gradient-bits", 16, "--feature-bits", 16]
+    mpirun(ranks, *base, "--out", tmp_path / "whole", "--steps", 11)
+    mpirun(ranks, *base, "--out", tmp_path / "cut", "--steps", 5)
+    mpirun(ranks, *base, "--out", tmp_path / "cut", "--steps", 11, "--resume", "auto")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    last = [sorted((tmp_path / name / "checkpoints/step-00000011").glob("*.safetensors")) for name in ("cut", "whole")]
+    assert sum(file.name.startswith("residuals-") for file in last[0]) == ranks
+    assert [f.read_bytes() for f in last[0]] == [f.read_bytes() for f in last[1]]
+
+
+@pytest.mark.parametrize("first, then", [("dense", "dgc"), ("dgc", "dense")])
+def test_another_exchange_cannot_go_on(first, then, tmp_path):
+    base = [sys.executable, *SYNTH, "--out", tmp_path / "run"]
+    run(*base, "--steps", 2, "--exchange", first)
+    process = run(*base, "--steps", 4, "--resume", "auto", "--exchange", then, expect=2)
+    (line,) = error_lines(process)
+    assert "go on with the --exchange" in line and len(losses(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("hosts", ["aab", "aabb"])
+def test_two_levels(hosts, tmp_path):
+    """Hosts by name. At density 1 the numbers are those of one rank with the dense exchange; hosts must be alike."""
+    flags = [*SYNTH, "--weight-decay", 0, "--steps", 8, "--out", tmp_path / "run", "--exchange", "dgc-hier",
+             "--density", 1.0]
+    command = []
+    for host in hosts:
+        command += [":"] * bool(command) + ["-np", 1, "-x", f"XC_HOST={host}", sys.executable, *flags]
+    process = run("mpirun", "--oversubscribe", *command, expect=2 if hosts == "aab" else 0)
+    if hosts == "aab":
+        (line,) = error_lines(process)
+        assert "--exchange dgc-hier needs as many ranks on every host" in line and not (tmp_path / "run").exists()
+    else:
+        run(sys.executable, *SYNTH, "--weight-decay", 0, "--steps", 8, "--out", tmp_path / "alone")
+        assert_equal_losses(losses(tmp_path / "run"), losses(tmp_path / "alone"))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_micro_batches_do_not_depend_on_the_ranks(ranks, tiny_packs, tmp_path):
+    """Nor does the batch norm of the features, which is over a micro-batch of all ranks."""
+    flags = ["--data", tiny_packs, "--steps", 6, *SETTINGS, "--global-batch", 26, "--micro-batches", 2]
+    run(sys.executable, "train.py", *flags, "--out", tmp_path / "alone")
+    mpirun(ranks, "train.py", *flags, "--out", tmp_path / "run", "--timeline", 2)
+    assert_equal_losses(losses(tmp_path / "run"), losses(tmp_path / "alone"))
+    spans = json.loads((tmp_path / "run" / "timeline.json").read_text())["traceEvents"]
+    assert {span["pid"] for span in spans} == set(range(ranks))
+    assert {"shards.all_gather", "shards.reduce_scatter", "backbone.dense"} <= {span["name"] for span in spans}
+
+
+@pytest.mark.parametrize("moment, flags", [
+    ("gather", ["--micro-batches", 2]), ("bucket", []), ("message", ["--exchange", "dgc", "--density", 0.05])])
+def test_a_rank_killed_with_communication_in_flight_ends_all(moment, flags, tmp_path):
+    start = time.monotonic()
+    process = mpirun(3, "-m", "tests.mpi_killed", moment, *SYNTH[1:], *flags, "--out", tmp_path / "run", "--steps", 500,
+                     expect=137, seconds=60)
+    assert time.monotonic() - start < 40  # of which some ten for the start
+    assert re.search(r"process rank 1 .* exited on signal 9", process.stderr)
+    assert not left_over(tmp_path / "run")
+
+
+def left_over(run_folder):
+    """Command lines of processes that still have to do with a run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_bytes().replace(b"\0", b" ").decode())
+    return [line for line in found if str(run_folder) in line]
+
+
 @pytest.mark.parametrize("before, after", [(1, 3), (4, 2)])
 def test_a_graph_is_resumed_on_another_number_of_ranks(before, after, tmp_path):
     """All classes active, so that the quota rule, which knows the number of ranks, has nothing to say."""
@@ -158,6 +235,10 @@ def test_a_mistake_about_the_head_is_one_line(arguments, text, tmp_path):
     (["--data", "nowhere"], "nowhere"),
     (["--model-parallel-size", 3], "--model-parallel-size 3 does not divide the 4 ranks"),
     (["--global-batch", 3], "--global-batch 3 is less than the 4 ranks"),
+    (["--global-batch", 12, "--micro-batches", 5], "--micro-batches 5 does not divide --global-batch 12"),
+    (["--global-batch", 12, "--micro-batches", 4], "--micro-batches 4 is more than the 3 examples of a rank"),
+    (["--exchange", "dgc", "--density", 0], "--density 0.0 is not allowed: a share above 0 and up to 1"),
+    (["--exchange", "dgc", "--density", 1.5], "--density 1.5 is not allowed"),
     (["--bakbone", "small"], "did you mean --backbone?"),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2_on_many_ranks(arguments, text, tiny_packs, tmp_path):

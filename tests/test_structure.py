@@ -5,13 +5,13 @@ from pathlib import Path
 
 XC = Path(__file__).parent.parent / "xc"
 FLOORS = [
-    {"margin", "schedule", "shard", "pack"},
+    {"margin", "schedule", "shard", "pack", "topk", "traffic"},
     {"config"},
     {"world", "run_folder", "synth", "knn_graph"},
-    {"collective", "data", "metrics", "ring_search"},
+    {"collective", "data", "metrics", "ring_search", "timeline"},
     {"neighbors"},
     {"backbone", "exchange", "heads", "optim"},
-    {"checkpoint", "evaluate"},
+    {"checkpoint", "evaluate", "pipeline"},
 ]
 
 

@@ -7,7 +7,7 @@ import threading
 
 import torch
 
-from xc.world import Group, World
+from xc.world import Group, World, _sum_dtype
 
 _PATIENCE_SECONDS = 30
 
@@ -45,9 +45,18 @@ class ThreadGroup(Group):
         assert len(tensor) == counts[self.rank]
         return torch.cat(self._exchange("all_gather", tensor, tuple(tensor.shape[1:]), tuple(counts)))
 
-    def reduce_scatter(self, tensor, counts):
+    def all_reduce_async(self, tensor):
+        self.all_reduce(tensor)
+        return lambda: tensor
+
+    def all_gather_async(self, tensor, counts=None):
+        gathered = self.all_gather(tensor, counts)
+        return lambda: gathered
+
+    def reduce_scatter_async(self, tensor, counts):
         parts = self._exchange("reduce_scatter", tensor, tuple(tensor.shape), tuple(counts))
-        return torch.stack(parts).sum(0).split(list(counts))[self.rank].clone()
+        piece = torch.stack(parts).sum(0, dtype=_sum_dtype(tensor)).split(list(counts))[self.rank].clone()
+        return lambda: piece
 
     def all_to_all(self, tensor, counts):
         assert len(tensor) == sum(counts) and len(counts) == self.size
@@ -66,37 +75,43 @@ class ThreadGroup(Group):
 
 
 class ThreadWorld(World):
-    def __init__(self, rank, everyone, shards, replicas):
+    def __init__(self, rank, everyone, shards, replicas, host, across):
         super().__init__("cpu")
         self.rank, self.size = rank, everyone.size
-        self.everyone, self.shards, self.replicas = everyone, shards, replicas
+        self.everyone, self.shards, self.replicas, self.host, self.across = everyone, shards, replicas, host, across
 
     def all_reduce_async(self, tensor, name):
-        return tensor, name
+        def wait():
+            self.everyone._exchange("name", torch.zeros(()), name)
+            return self.everyone.all_reduce(tensor)
 
-    def wait(self, handle):
-        tensor, name = handle
-        self.everyone._exchange("name", torch.zeros(()), name)
-        self.everyone.all_reduce(tensor)
+        return wait
 
 
-def run_ranks(size, body, model_parallel_size=0):
-    """[body(world) of every rank]; the first error of any rank is raised, and no other rank waits for it."""
-    width = model_parallel_size or size
+def run_ranks(size, body, model_parallel_size=0, ranks_per_host=0):
+    """[body(world) of every rank]; the first error of any rank is raised, and no other rank waits for it.
+
+    0: one copy of the classifier over all ranks; all ranks on one host
+    """
     everyone = _Meeting(size)
-    rows = [_Meeting(width) for _ in range(size // width)]
-    columns = [_Meeting(size // width) for _ in range(width)]
+
+    def grid(width):
+        return ([_Meeting(width) for _ in range(size // width)], [_Meeting(size // width) for _ in range(width)])
+
+    width, per_host = model_parallel_size or size, ranks_per_host or size
+    (rows, columns), (hosts, places) = grid(width), grid(per_host)
     results, errors = [None] * size, []
 
     def work(rank):
         world = ThreadWorld(
             rank, ThreadGroup(rank, everyone), ThreadGroup(rank % width, rows[rank // width]),
-            ThreadGroup(rank // width, columns[rank % width]))
+            ThreadGroup(rank // width, columns[rank % width]), ThreadGroup(rank % per_host, hosts[rank // per_host]),
+            ThreadGroup(rank // per_host, places[rank % per_host]))
         try:
             results[rank] = body(world)
         except BaseException as e:
             errors.append(e)
-            for meeting in (everyone, *rows, *columns):
+            for meeting in (everyone, *rows, *columns, *hosts, *places):
                 meeting.barrier.abort()
 
     threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(size)]

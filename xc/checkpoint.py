@@ -5,6 +5,7 @@
         neighbors-….safetensors                      what the head chooses classes by, if anything: the head's own files
         backbone.safetensors                         parameters and buffers
         optimizer.safetensors                        the backbone's momentum, by parameter name
+        residuals-….safetensors                      what every rank has yet to deliver, if anything: the exchange's own
         meta.json                                    format, position, classes, width, the files of class rows
 
 All files are written into a hidden folder, meta.json last, and the folder is renamed: a folder of the final name is
@@ -23,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from xc.exchange import AllReduce
 from xc.heads import Head
 from xc.optim import RowSGD
 
@@ -39,6 +41,7 @@ class State:
     body_optimizer: torch.optim.Optimizer
     head: Head
     head_optimizer: RowSGD
+    exchange: AllReduce
 
 
 def to_resume(resume, run):
@@ -67,6 +70,7 @@ def save(run, world, state, position, identity, keep):
         if world.replicas.rank == 0 and len(head.shard):
             _write(partial / _rows_name(head.shard.first, head.shard.last), dict(_row_tables(state)))
             head.save(partial)
+        state.exchange.save(partial)
         if world.rank == 0:
             _write(partial / "backbone.safetensors", state.backbone.state_dict())
             _write(partial / "optimizer.safetensors", _momentum_by_name(state))
@@ -118,6 +122,7 @@ def load(folder, state, identity):
                     rows[start - head.shard.first : stop - head.shard.first] = piece[start - first : stop - first]
         path = folder
         head.load(folder)  # checks its files itself
+        state.exchange.load(folder)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         raise ValueError(f"checkpoint file {path} cannot be used ({' '.join(str(e).split())}): resume with the "
                          "settings it was written with, or take another checkpoint") from e
@@ -182,8 +187,11 @@ def _momentum_by_name(state):
 
 def _set_momentum_by_name(state, momentum):
     parameters = {name: p for name, p in state.backbone.named_parameters() if p.requires_grad}
-    if momentum and momentum.keys() != parameters.keys():
-        raise ValueError(f"it has the momentum of {len(momentum)} tensors, the backbone has {len(parameters)}")
+    kept = {id(p) for group in state.body_optimizer.param_groups if group["momentum"] for p in group["params"]}
+    wanted = {name for name, p in parameters.items() if id(p) in kept}
+    if momentum and momentum.keys() != wanted:
+        raise ValueError(f"it has the momentum of {len(momentum)} tensors, this run keeps that of {len(wanted)}: go on "
+                         "with the --exchange and the --backbone that it was made with")
     for name, buffer in momentum.items():
         if buffer.shape != parameters[name].shape:
             raise ValueError(f"momentum of {name} has shape {tuple(buffer.shape)}")

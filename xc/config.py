@@ -66,12 +66,24 @@ class Config:
     momentum: float = _flag(0.9, "momentum of the backbone")
     head_momentum: float = _flag(0.0, "momentum of the class rows, a tenth of --head-lr-scale goes with 0.9; 0: none, "
                                       "and no memory for it")
+    nesterov: int = _flag(0, "1: Nesterov's form of the backbone's momentum", (0, 1))
     weight_decay: float = _flag(5e-4, "of backbone tensors with two or more dimensions")
     head_weight_decay: float = _flag(0.0, "of the class rows")
     schedule: str = _flag("cosine", "course of the learning rate after the warm-up", SCHEDULES)
     warmup_epochs: float = _flag(0.5, "linear warm-up of the learning rate")
     lr_drops: tuple = _flag((0.5, 0.75), "--schedule step: shares of the run after which lr falls to a tenth")
     augment: float = _flag(1.0, "strength of shift, scale, rotation, blur and contrast; 0 switches them off")
+
+    micro_batches: int = _flag(1, "parts of a step's batch: one is computed while another's features travel; 2 pay "
+                                  "where features are many beside the backbone's weights")
+    exchange: str = _flag("dense", "of the backbone's gradients: dense; dgc, the largest alone; dgc-hier, dense inside "
+                                   "a host and the largest between hosts", ("dense", "dgc", "dgc-hier"))
+    density: float = _flag(0.01, "dgc: share of the gradients that is sent")
+    density_warmup_epochs: float = _flag(4.0, "dgc: epochs over which the density falls from a quarter")
+    dgc_clip: float = _flag(0.0, "dgc: highest norm of a layer's gradient, over the root of the number of ranks; "
+                                 "0: none")
+    gradient_bits: int = _flag(32, "of the backbone's gradients on the way", (32, 16))
+    feature_bits: int = _flag(32, "of features and their gradients on the way", (32, 16))
 
     model_parallel_size: int = _flag(0, "ranks that together hold one copy of the classifier; 0: all")
     device: str = _flag("auto", "auto: cuda where there is one", ("auto", "cpu", "cuda"))
@@ -80,6 +92,7 @@ class Config:
     prefetch: int = _flag(4, "batches per rank that are read ahead")
 
     seed: int = _flag(0, "of everything random")
+    timeline: int = _flag(0, "steps to draw into timeline.json in the run folder, after the first 10")
     log_steps: int = _flag(50, "steps between two lines of metrics")
     eval_epochs: float = _flag(1.0, "epochs between two evaluations; 0: only at the end")
     save_epochs: float = _flag(1.0, "epochs between two checkpoints; 0: only at the end")
@@ -116,7 +129,12 @@ class Config:
             ("warmup_epochs", self.warmup_epochs >= 0, "0 or more"),
             ("lr_drops", all(0 < drop < 1 for drop in self.lr_drops), "shares of the run between 0 and 1"),
             ("augment", 0 <= self.augment <= 2, "0 to 2"),
+            ("micro_batches", self.micro_batches >= 1, "at least 1"),
+            ("density", 0 < self.density <= 1, "a share above 0 and up to 1"),
+            ("density_warmup_epochs", self.density_warmup_epochs >= 0, "0 or more"),
+            ("dgc_clip", self.dgc_clip >= 0, "0 (none) or more"),
             ("model_parallel_size", self.model_parallel_size >= 0, "0 (all ranks) or a divisor of their number"),
+            ("timeline", self.timeline >= 0, "0 (none) or a number of steps"),
             ("bucket_mb", self.bucket_mb > 0, "above 0"),
             ("loader_threads", self.loader_threads >= 1, "at least 1"),
             ("prefetch", self.prefetch >= 1, "at least 1"),
@@ -130,6 +148,8 @@ class Config:
                 raise UserError(f"{_option(name)} {getattr(self, name)!r} is not allowed: {allowed}")
         if self.logits == "inner" and self.margin != "none":
             raise UserError(f"--margin {self.margin} needs cosine logits: drop --logits inner or --margin")
+        if self.nesterov and not self.momentum:
+            raise UserError("--nesterov 1 is a form of momentum: give --momentum above 0")
         if self.margin == "none" and self.margin_size:
             raise UserError(f"--margin-size {self.margin_size} has no margin to size: give --margin cosface or arcface")
 

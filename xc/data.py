@@ -90,36 +90,39 @@ class Loader:
         self.split, self.cfg, self.world = split, cfg, world
 
     def train(self, wanted):
-        """Yields (inputs, labels) on the device for every (first example, global batch) of the iterable `wanted`."""
+        """Yields a list of micro-batches (inputs, labels) on the device for every (first example, global batch,
+        micro-batches) of the iterable `wanted`. A micro-batch is the next part of the sequence over all ranks, so
+        which examples it has does not depend on their number.
+        """
         order = self.split.order(self.cfg.seed)
 
-        def examples(first, global_batch):
-            part = Shard.of(global_batch, self.world.size, self.world.rank)
-            return first + part.first, order.records(first + part.first, len(part))
+        def part(first, count):
+            mine = Shard.of(count, self.world.size, self.world.rank)
+            return first + mine.first, order.records(first + mine.first, len(mine)), self.cfg.augment
 
-        jobs = ((*examples(*want), self.cfg.augment) for want in wanted)
-        return self._ahead(jobs)
+        return self._ahead([part(first + i * count // num_parts, count // num_parts) for i in range(num_parts)]
+                           for first, count, num_parts in wanted)
 
     def test(self, global_batch):
         """Yields every record once over all ranks, unaltered; as many batches on every rank, some may be empty."""
         for_all = (Shard(first, min(first + global_batch, len(self.split)))
                    for first in range(0, len(self.split), global_batch))
-        jobs = ((0, all.first + np.arange(part.first, part.last), 0.0)
+        jobs = ([(0, all.first + np.arange(part.first, part.last), 0.0)]
                 for all in for_all for part in [Shard.of(len(all), self.world.size, self.world.rank)])
-        return self._ahead(jobs)
+        return (batch for [batch] in self._ahead(jobs))
 
     def _ahead(self, jobs):
         with ThreadPoolExecutor(self.cfg.loader_threads) as pool:
             pending = deque()
             try:
                 for job in jobs:
-                    pending.append(pool.submit(self._load, *job))
+                    pending.append([pool.submit(self._load, *part) for part in job])
                     if len(pending) > self.cfg.prefetch:
                         yield self._to_device(pending.popleft())
                 while pending:
                     yield self._to_device(pending.popleft())
             finally:
-                for future in pending:
+                for future in (future for job in pending for future in job):
                     future.cancel()
 
     def _load(self, first_example, records, strength):
@@ -128,8 +131,8 @@ class Loader:
             inputs = augment(inputs, first_example, strength, self.cfg.seed)
         return inputs, labels
 
-    def _to_device(self, future):
-        return tuple(t.to(self.world.device) for t in future.result())
+    def _to_device(self, futures):
+        return [tuple(t.to(self.world.device) for t in future.result()) for future in futures]
 
 
 def augment(images, first_example, strength, seed):

@@ -1,6 +1,33 @@
-"""The backbone's gradients between ranks."""
+"""The backbone's gradients between ranks: dense, or the largest alone (DGC)."""
+
+import math
+import sys
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from xc.config import Config, UserError
+from xc.shard import Shard
+from xc.topk import message_bytes, pack, top_places, unpack
+from xc.traffic import sent_all_gather, sent_all_reduce
+from xc.world import Group
+
+_GROUP_BYTES = 2**18  # smaller tensors share a selection and a message
+
+
+def build(backbone, world, cfg):
+    """The exchange that a Config asks for; UserError where these ranks cannot have it. Not collective."""
+    if cfg.exchange == "dense":
+        for flag in ("density", "density_warmup_epochs", "dgc_clip") if world.rank == 0 else ():
+            if getattr(cfg, flag) != getattr(Config, flag):
+                print(f"warning: --{flag.replace('_', '-')} has no effect with --exchange dense", file=sys.stderr)
+        return AllReduce(backbone, world, cfg.bucket_mb, cfg.gradient_bits)
+    if cfg.exchange == "dgc-hier" and world.across is None:
+        raise UserError("--exchange dgc-hier needs as many ranks on every host: launch so, or take --exchange dgc")
+    return Dgc(backbone, world, cfg.bucket_mb, cfg.gradient_bits, momentum=cfg.momentum, nesterov=bool(cfg.nesterov),
+               clip=cfg.dgc_clip, two_level=cfg.exchange == "dgc-hier")
 
 
 class AllReduce:
@@ -11,22 +38,33 @@ class AllReduce:
     order of the parameters, which is about the order in which gradients appear: the sums have the same bits in every
     run, which Horovod's own fusion, grouping by arrival, does not promise.
 
-    Construct once; then per step: backward, `reduce`, optimizer step, `zero_grad`.
+    Construct once; then per step: backward passes, of which the last comes after `begin`, `reduce`, optimizer step,
+    `zero_grad`.
     """
 
-    def __init__(self, backbone, world, bucket_mb=4.0):
-        self.world = world
-        self.sent_mb = 0.0  # handed to the network by this rank in the last step
+    keeps_momentum = False  # whether momentum is taken here, for parameters of two dimensions and more
+
+    def __init__(self, backbone, world, bucket_mb=4.0, bits=32):
+        """bits: of every number on the way, 16 are float16's."""
+        self.world, self.bits = world, bits
         self._backbone, self._buckets = backbone, []
-        parameters = [p for p in reversed(list(backbone.parameters())) if p.requires_grad]
-        for members in _fill_buckets(parameters, bucket_mb * 2**20):
-            self._buckets.append(_Bucket(members, f"backbone.{len(self._buckets)}", world))
+        self._make_buckets([p for p in reversed(list(backbone.parameters())) if p.requires_grad], bucket_mb * 2**20)
+
+    def _make_buckets(self, parameters, max_bytes):
+        for members in _fill_buckets(parameters, max_bytes):
+            self._buckets.append(_DenseBucket(members, f"backbone.{len(self._buckets)}", self.world, self.bits))
+
+    def begin(self, now):
+        """The next backward pass is the last of the step `now` of the schedule: what it completes can leave."""
+        for bucket in self._buckets:
+            bucket.begin(now)
 
     def reduce(self):
         """Wait until every .grad of the backbone is the sum over all ranks. Collective."""
         for bucket in self._buckets:
-            bucket.wait()
-        self.sent_mb = sum(b.flat.nbytes for b in self._buckets) / 2**20 if self.world.size > 1 else 0.0
+            bucket.launch()  # unless it is under way: some parameter took no part in the loss
+        for bucket in self._buckets:
+            bucket.finish()
 
     def average_buffers(self):
         """Make the buffers (batch-norm statistics, which every rank takes of its own examples) the same. Collective."""
@@ -38,30 +76,212 @@ class AllReduce:
         for bucket in self._buckets:
             bucket.flat.zero_()
 
+    def save(self, folder):
+        """Write what is yet to be delivered into a checkpoint's folder. Every rank calls this."""
+
+    def load(self, folder):
+        """Read what `save` wrote, on any number of ranks. Not collective."""
+
+
+class Dgc(AllReduce):
+    """Deep gradient compression (Lin et al. 2018): only the largest sums of what was not yet sent are.
+
+    Of every layer, g its local gradient, m the momentum, u and v kept on this rank:
+
+        u ← m u + g          momentum correction; Nesterov: u ← m (u + g), and u + g in place of u below
+        v ← v + u            residual
+        the k places of the largest |v| are sent and summed over the ranks; there v ← 0, u ← 0 (factor masking)
+
+    k is `now.density` of the layer, which falls during a warm-up. clip: g is scaled to a norm of at most clip / sqrt(W)
+    per layer. With 16 bits values travel as bfloat16, and v keeps what rounding took. What was given, the sum of all u,
+    is what was delivered plus the residuals.
+
+    Tensors of fewer than two dimensions are summed as they are, with the optimizer's momentum. So is a layer's u where
+    the places would send more than a dense sum, which is above a density of about 1/W: u is not masked then, and with
+    density 1 all numbers are those of the dense exchange with momentum. Layers below 256 KB are taken together.
+
+    two_level: gradients are summed inside a host first, dense; each of its ranks selects in its part of every layer,
+    and only these messages travel between hosts.
+    """
+
+    keeps_momentum = True
+
+    def __init__(self, backbone, world, bucket_mb=4.0, bits=32, *, momentum=0.9, nesterov=False, clip=0.0,
+                 two_level=False):
+        self.momentum, self.nesterov, self.clip = momentum, nesterov, clip
+        self.inner, self.outer = (world.host, world.across) if two_level else (Group(), world.everyone)
+        self._sparse = []
+        super().__init__(backbone, world, bucket_mb, bits)
+
+    def _make_buckets(self, parameters, max_bytes):
+        super()._make_buckets([p for p in parameters if p.dim() <= 1], max_bytes)
+        first = 0
+        for members in _fill_buckets([p for p in parameters if p.dim() > 1], _GROUP_BYTES):
+            self._sparse.append(_SparseBucket(members, first, self))
+            first = self._sparse[-1].last
+        self._buckets += self._sparse
+
+    def launch_in_order(self):
+        """Begin to exchange the layers that are complete and that all before them are: collectives of a group must
+        begin in the same order on every rank. Between hosts a layer follows while the next one is summed inside."""
+        before = None
+        for bucket in self._sparse:
+            if bucket.missing:
+                return
+            bucket.launch()
+            if self.inner.size == 1:
+                bucket.select()
+            elif before:
+                before.select()
+            before = bucket
+
+    def reduce(self):
+        for bucket in self._sparse:
+            bucket.launch()
+        for bucket in self._sparse:
+            bucket.select()
+        super().reduce()
+
+    def save(self, folder):
+        tensors = {f"{name}.{bucket.first + bucket.part.first}": rows
+                   for bucket in self._sparse for name, rows in bucket.kept.items()}
+        save_file(tensors, Path(folder) / f"residuals-{self.outer.rank:06d}-{self.inner.rank:06d}.safetensors")
+
+    def load(self, folder):
+        """What rank r of W' kept goes to rank r mod W: residuals are summed, none is lost."""
+        for bucket in self._sparse:
+            for rows in bucket.kept.values():
+                rows.fill_(-0.0)  # to which any number is added without a change of a bit
+        for path in sorted(Path(folder).glob("residuals-*-*.safetensors")):
+            if int(path.stem.split("-")[1]) % self.outer.size == self.outer.rank:
+                with safe_open(path, "pt") as file:
+                    self._add_kept(file)
+
+    def _add_kept(self, file):
+        for key in file.keys():
+            name, first = key.split(".")
+            piece, first = file.get_slice(key), int(first)
+            last = first + piece.get_shape()[0]
+            for bucket in self._sparse:
+                mine = Shard(bucket.first + bucket.part.first, bucket.first + bucket.part.last)
+                start, stop = max(first, mine.first), min(last, mine.last)
+                if start < stop:
+                    bucket.kept[name][start - mine.first : stop - mine.first] += piece[start - first : stop - first]
+
 
 class _Bucket:
-    def __init__(self, parameters, name, world):
-        self.name, self.world, self.size = name, world, len(parameters)
-        self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype,
-                                device=parameters[0].device)
-        self._missing, self._handle = self.size, None
-        for parameter, piece in zip(parameters, self.flat.split([p.numel() for p in parameters]), strict=True):
+    """Parameters whose gradients are exchanged together: views of `flat` (N,)."""
+
+    def __init__(self, parameters):
+        sizes = [p.numel() for p in parameters]
+        self.flat = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
+        self._num_parameters = len(parameters)
+        self.missing, self._last_pass, self._wait = len(parameters), False, None
+        for parameter, piece in zip(parameters, self.flat.split(sizes), strict=True):
             parameter.grad = piece.view_as(parameter)
             parameter.register_post_accumulate_grad_hook(self._ready)
 
+    def begin(self, now):
+        self._last_pass = True
+
     def _ready(self, parameter):
-        self._missing -= 1
-        if not self._missing:
-            self._launch()
+        if self._last_pass:
+            self.missing -= 1
+            if not self.missing:
+                self._complete()
 
-    def _launch(self):
-        self._handle = self.world.all_reduce_async(self.flat, self.name)
+    def _again(self):
+        self.missing, self._last_pass, self._wait = self._num_parameters, False, None
 
-    def wait(self):
-        if self._handle is None:  # some parameter took no part in the loss, or this rank had no example
-            self._launch()
-        self.world.wait(self._handle)
-        self._missing, self._handle = self.size, None
+
+class _DenseBucket(_Bucket):
+    def __init__(self, parameters, name, world, bits):
+        super().__init__(parameters)
+        self._name, self._world, self._bits = name, world, bits
+
+    def _complete(self):
+        self.launch()
+
+    def launch(self):
+        if self._wait is None:
+            out = self.flat.half() if self._bits == 16 else self.flat
+            self._wait = self._world.all_reduce_async(out, self._name)
+
+    def finish(self):
+        total = self._wait()
+        if total is not self.flat:
+            self.flat.copy_(total)
+        self._again()
+
+
+class _SparseBucket(_Bucket):
+    """kept  u and v (n,), of the part of `flat` that this rank selects in: all, or its part among those of its host
+
+    first, last: where the bucket lies in all sparse parameters, laid end to end.
+    """
+
+    def __init__(self, parameters, first, dgc):
+        super().__init__(parameters)
+        self.first, self.last, self._dgc = first, first + len(self.flat), dgc
+        self._parts = [Shard.of(len(self.flat), dgc.inner.size, rank) for rank in range(dgc.inner.size)]
+        self.part = self._parts[dgc.inner.rank]
+        self.kept = {name: torch.zeros_like(self.flat[: len(self.part)]) for name in "uv"}
+        self._sums = self._messages = None
+
+    def begin(self, now):
+        super().begin(now)
+        self.density = now.density
+
+    def _complete(self):
+        self._dgc.launch_in_order()
+
+    def _num_sent(self, part):
+        """k of a part, or None where a dense sum sends less."""
+        k, size = math.ceil(self.density * len(part)), self._dgc.outer.size
+        sparse = sent_all_gather(size, message_bytes(k, self._dgc.bits))
+        return None if k >= len(part) or sparse > sent_all_reduce(size, 4 * len(part)) else k
+
+    def launch(self):
+        if self._wait is None:
+            if self._dgc.clip:
+                most = self._dgc.clip * self._dgc.world.size**-0.5
+                self.flat.mul_((most / self.flat.norm().clamp(min=1e-12)).clamp(max=1))
+            self._wait = self._dgc.inner.reduce_scatter_async(self.flat, [len(part) for part in self._parts])
+
+    def select(self):
+        if self._sums or self._messages:
+            return
+        dgc, grad, u, v = self._dgc, self._wait(), self.kept["u"], self.kept["v"]
+        u.mul_(dgc.momentum).add_(grad, alpha=dgc.momentum if dgc.nesterov else 1.0)
+        v.add_(u)
+        if dgc.nesterov:
+            v.add_(grad)
+        k = self._num_sent(self.part)
+        if k is None:
+            self._sums = dgc.outer.all_reduce_async(v.clone())
+            v.zero_()
+            return
+        places = top_places(v, k)
+        message, sent = pack(v[places], places, dgc.bits)
+        v[places] -= sent
+        u[places] = 0
+        self._messages = dgc.outer.all_gather_async(message)
+
+    def finish(self):
+        inner, outer = self._dgc.inner, self._dgc.outer
+        if self._sums:
+            self.flat.copy_(inner.all_gather(self._sums(), [len(part) for part in self._parts]))
+        else:
+            ks = [self._num_sent(part) for part in self._parts]
+            sizes = [message_bytes(k, self._dgc.bits) // 4 for k in ks]
+            messages = inner.all_gather(self._messages(), [outer.size * size for size in sizes])
+            self.flat.zero_()
+            for part, k, of_part in zip(self._parts, ks, messages.split([outer.size * s for s in sizes]), strict=True):
+                for message in of_part.chunk(outer.size):
+                    values, places = unpack(message, k, self._dgc.bits)
+                    self.flat[part.first : part.last].index_add_(0, places, values)
+        self._sums = self._messages = None
+        self._again()
 
 
 def _fill_buckets(parameters, max_bytes):

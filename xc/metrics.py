@@ -19,6 +19,7 @@ class Timer:
 
     def __init__(self):
         self.seconds, self.examples = 0.0, 0  # of all intervals taken
+        self.on_end = None  # called with phase, begin, end (seconds of time.perf_counter)
         self._phases = {}
 
     @contextmanager
@@ -27,7 +28,10 @@ class Timer:
         try:
             yield
         finally:
-            self._phases[phase] = self._phases.get(phase, 0.0) + time.perf_counter() - start
+            end = time.perf_counter()
+            self._phases[phase] = self._phases.get(phase, 0.0) + end - start
+            if self.on_end:
+                self.on_end(phase, start, end)
 
     @property
     def total(self):

@@ -6,14 +6,19 @@ import torch
 _BLOCK_BYTES = 2**22  # of gathered rows at a time
 
 
-def backbone_sgd(backbone, cfg):
-    """SGD with momentum; biases and norm scales are not decayed."""
+def backbone_sgd(backbone, cfg, keeps_momentum=False):
+    """SGD with momentum; biases and norm scales are not decayed.
+
+    keeps_momentum: the exchange takes the momentum of tensors of two dimensions and more. There is none here then, and
+    their decay, which momentum would sum up, is 1/(1 - momentum) times stronger for that.
+    """
     parameters = [p for p in backbone.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.SGD([g for g in groups if g["params"]], lr=cfg.lr, momentum=cfg.momentum)
+    matrices = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": cfg.weight_decay}
+    others = {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}
+    if keeps_momentum:
+        matrices |= {"momentum": 0.0, "nesterov": False, "weight_decay": cfg.weight_decay / (1 - cfg.momentum)}
+    return torch.optim.SGD([g for g in (matrices, others) if g["params"]], lr=cfg.lr, momentum=cfg.momentum,
+                           nesterov=bool(cfg.nesterov), fused=True)
 
 
 class RowSGD:

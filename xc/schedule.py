@@ -7,8 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Now:
+    """What one step uses."""
+
     lr: float
     global_batch: int
+    micro_batches: int = 1
+    density: float = 1.0  # share of the backbone's gradients that is sent, with --exchange dgc
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,7 @@ class Schedule:
     steps         optimizer steps of the whole run
     warmup_steps  steps over which lr rises linearly
     num_records   examples of an epoch
+    density       reached within density_warmup_steps by quarters: 1/4, 1/16, … (Lin et al. 2018)
     """
 
     kind: str
@@ -28,6 +33,9 @@ class Schedule:
     drops: tuple
     global_batch: int
     num_records: int
+    micro_batches: int = 1
+    density: float = 1.0
+    density_warmup_steps: int = 0
 
     @classmethod
     def of(cls, cfg, num_records, num_ranks):
@@ -35,13 +43,20 @@ class Schedule:
         if cfg.global_batch < num_ranks:
             raise ValueError(f"--global-batch {cfg.global_batch} is less than the {num_ranks} ranks: every rank needs "
                              "an example, take a larger batch or fewer ranks")
+        if cfg.global_batch % cfg.micro_batches:
+            raise ValueError(f"--micro-batches {cfg.micro_batches} does not divide --global-batch {cfg.global_batch}: "
+                             "take a divisor")
+        if cfg.global_batch // num_ranks < cfg.micro_batches:
+            raise ValueError(f"--micro-batches {cfg.micro_batches} is more than the {cfg.global_batch // num_ranks} "
+                             f"examples of a rank (--global-batch {cfg.global_batch} on {num_ranks} ranks): take fewer")
         steps_per_epoch = num_records / cfg.global_batch
         steps = cfg.steps or max(1, round(cfg.epochs * steps_per_epoch))
         warmup_steps = round(cfg.warmup_epochs * steps_per_epoch)
         if warmup_steps >= steps > 1:
             raise ValueError(f"--warmup-epochs {cfg.warmup_epochs} is {warmup_steps} steps, but the run has {steps}: "
                              "take a shorter warm-up or a longer run")
-        return cls(cfg.schedule, cfg.lr, steps, warmup_steps, cfg.lr_drops, cfg.global_batch, num_records)
+        return cls(cfg.schedule, cfg.lr, steps, warmup_steps, cfg.lr_drops, cfg.global_batch, num_records,
+                   cfg.micro_batches, cfg.density, round(cfg.density_warmup_epochs * steps_per_epoch))
 
     def resume(self, position):
         """First step of a run that goes on from a checkpoint's position; ValueError if it belongs elsewhere."""
@@ -55,7 +70,7 @@ class Schedule:
         return position["step"]
 
     def at(self, step):
-        return Now(lr=self.lr * self._factor(step), global_batch=self.global_batch)
+        return Now(self.lr * self._factor(step), self.global_batch, self.micro_batches, self._density(step))
 
     def examples_before(self, step):
         """Examples that all steps before `step` have consumed, over all ranks."""
@@ -71,6 +86,12 @@ class Schedule:
             return step // count > (step - 1) // count
         every = count * self.num_records
         return self.examples_before(step) // every > self.examples_before(step - 1) // every
+
+    def _density(self, step):
+        if step >= self.density_warmup_steps:
+            return self.density
+        stages = math.ceil(math.log(self.density) / math.log(0.25))  # of equal length; the last is the density itself
+        return max(self.density, 0.25 ** (1 + step * stages // self.density_warmup_steps))
 
     def _factor(self, step):
         if step < self.warmup_steps:

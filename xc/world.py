@@ -3,14 +3,17 @@ environment.
 
 `World` is the case of one process, and the contract. The world is a grid: `world.shards` is the group of ranks that
 together hold one copy of the classifier, `world.replicas` the group of ranks that hold the same shard of different
-copies, `world.everyone` all of them. A `Group` has blocking collectives on torch tensors; the backbone's gradients go
-through `all_reduce_async`, which is Horovod's.
+copies, `world.everyone` all of them. The same ranks make a second grid: `world.host` are those on one host,
+`world.across` those of the same place on every host. A `Group` has collectives on torch tensors, blocking or begun now
+and waited for later; the backbone's dense gradients go through `World.all_reduce_async`, which is Horovod's.
 
-All collectives SUM; nothing in here averages. Host tensors of a group travel by mpi4py; CUDA tensors by Horovod with
-NCCL in a process set per group where that is built, otherwise by mpi4py through host memory.
+All collectives SUM; nothing in here averages. Host tensors of a group travel by mpi4py (between two hosts its gather
+of 11 x 32 KB took 2 ms, Horovod's 3); CUDA tensors by Horovod with NCCL in a process set per group where that is
+built, otherwise by mpi4py through host memory.
 """
 
 import os
+import platform
 import sys
 import time
 import traceback
@@ -20,6 +23,7 @@ import numpy as np
 import torch
 
 from xc.config import UserError
+from xc.traffic import Traffic, sent_all_gather, sent_all_reduce, sent_reduce_scatter
 
 # Variables that a launcher sets for its ranks; SLURM_PROCID is not among them, since a batch script has it too.
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "HOROVOD_RANK")
@@ -41,10 +45,12 @@ def _launched_by_gloo():
 
 
 class Group:
-    """Blocking collectives among some ranks. This class is the group of one.
+    """Collectives among some ranks. This class is the group of one.
 
-    Every rank of the group calls the same collectives in the same order. Tensors are contiguous; a tensor given is
+    Every rank of the group begins the same collectives in the same order. Tensors are contiguous; a tensor given is
     not kept. Sums have the same bits on every rank.
+
+    The _async ones return a function that waits and returns the result; what was given must not change until then.
     """
 
     rank = 0
@@ -54,28 +60,41 @@ class Group:
         """Sum or max over the group, in place on every rank; returns the tensor."""
         return tensor
 
+    def all_reduce_async(self, tensor):
+        """Begin to sum over the group, in place."""
+        return lambda: tensor
+
     def all_gather(self, tensor, counts=None):
         """Concatenation along dimension 0, in the order of ranks. counts: rows of every rank, None if all alike."""
         return tensor
 
+    def all_gather_async(self, tensor, counts=None):
+        """Begin to concatenate."""
+        return lambda: tensor
+
     def reduce_scatter(self, tensor, counts):
-        """Sum over the group, of which rank r gets the r-th piece of counts[r] rows."""
-        return tensor
+        """Sum over the group, of which rank r gets the r-th piece of counts[r] rows; of 16-bit numbers in float32."""
+        return self.reduce_scatter_async(tensor, counts)()
+
+    def reduce_scatter_async(self, tensor, counts):
+        """Begin to sum and to hand out the pieces."""
+        return lambda: tensor.to(_sum_dtype(tensor))
 
     def all_to_all(self, tensor, counts):
         """Rows for every rank: the r-th piece of counts[r] rows goes to rank r. Returns the pieces got, by rank."""
         return [tensor]
 
     def shift_async(self, tensor, num_rows):
-        """Begin to give a tensor to the next rank of the ring and to take one of num_rows rows from the rank before.
-
-        Returns a function that waits and returns the tensor taken. The one given must not change until then.
-        """
+        """Begin to give a tensor to the next rank of the ring and to take one of num_rows rows from the rank before."""
         return lambda: tensor
 
     def all_gather_object(self, value):
         """A small picklable value of every rank, as a list. For set-up and logs, not for steps."""
         return [value]
+
+
+def _sum_dtype(tensor):
+    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
 
 
 class World:
@@ -87,14 +106,15 @@ class World:
 
     def __init__(self, device="cpu"):
         self.device = torch.device(device)
-        self.everyone = self.shards = self.replicas = Group()
+        self.traffic = Traffic()
+        self.everyone = self.shards = self.replicas = self.host = self.across = Group()
 
     def all_reduce_async(self, tensor, name):
-        """Begin to sum a tensor over all ranks in place; `name` is the same on all ranks. Returns a handle."""
-        return tensor
+        """Begin to sum a tensor over all ranks in place, in its own type; returns a function that waits.
 
-    def wait(self, handle):
-        """Wait for a handle of all_reduce_async."""
+        name: the same on all ranks, another for each tensor that is in flight.
+        """
+        return lambda: tensor
 
     @contextmanager
     def agreed(self):
@@ -115,41 +135,62 @@ class World:
 class MpiGroup(Group):
     """A group of ranks over an mpi4py communicator; CUDA tensors are staged through host memory."""
 
-    def __init__(self, comm):
+    def __init__(self, comm, traffic, name):
         from mpi4py import MPI
 
-        self._comm = comm
+        self._comm, self._traffic, self._name = comm, traffic, name
         self._ops = {"sum": MPI.SUM, "max": MPI.MAX}
         self._in_place = MPI.IN_PLACE
         self.rank = comm.rank
         self.size = comm.size
 
+    def _begin(self, what, num_bytes, request, finish, background):
+        return self._traffic.begin(f"{self._name}.{what}", num_bytes, request.Test, finish, background)
+
     def all_reduce(self, tensor, op="sum"):
+        return self._all_reduce(tensor, op, background=False)()
+
+    def all_reduce_async(self, tensor):
+        return self._all_reduce(tensor, "sum", background=True)
+
+    def _all_reduce(self, tensor, op, background):
         host = tensor.cpu()
-        self._comm.Allreduce(self._in_place, host.numpy(), self._ops[op])
-        return tensor if host is tensor else tensor.copy_(host)
+        request = self._comm.Iallreduce(self._in_place, host.numpy(), self._ops[op])
+        return self._begin("all_reduce", sent_all_reduce(self.size, host.nbytes), request,
+                           lambda: tensor if host is tensor else tensor.copy_(host), background)
 
     def all_gather(self, tensor, counts=None):
+        return self._all_gather(tensor, counts, background=False)()
+
+    def all_gather_async(self, tensor, counts=None):
+        return self._all_gather(tensor, counts, background=True)
+
+    def _all_gather(self, tensor, counts, background):
         host = tensor.detach().cpu().contiguous()
         counts = counts or [len(host)] * self.size
         out = host.new_empty((sum(counts), *host.shape[1:]))
         width = _width(host)
-        self._comm.Allgatherv(host.numpy(), [out.numpy(), [n * width for n in counts]])
-        return out.to(tensor.device)
+        request = self._comm.Iallgatherv(_raw(host), [_raw(out), [n * width for n in counts]])
+        return self._begin("all_gather", sent_all_gather(self.size, host.nbytes), request,
+                           lambda: out.to(tensor.device), background)
 
-    def reduce_scatter(self, tensor, counts):
+    def reduce_scatter_async(self, tensor, counts):
+        # Pieces are exchanged and summed here: one round, half the bytes of a reduction by halves, and 16-bit
+        # numbers, which MPI does not know.
         host = tensor.detach().cpu().contiguous()
-        out = host.new_empty((counts[self.rank], *host.shape[1:]))
+        out = host.new_empty((self.size, counts[self.rank], *host.shape[1:]))
         width = _width(host)
-        self._comm.Reduce_scatter(host.numpy(), out.numpy(), [n * width for n in counts])
-        return out.to(tensor.device)
+        request = self._comm.Ialltoallv([_raw(host), [n * width for n in counts]],
+                                        [_raw(out), [counts[self.rank] * width] * self.size])
+        return self._begin("reduce_scatter", sent_reduce_scatter(self.size, host.nbytes), request,
+                           lambda: out.sum(0, dtype=_sum_dtype(out)).to(tensor.device), background=True)
 
     def all_to_all(self, tensor, counts):
         host = tensor.detach().cpu().contiguous()
         coming = self._comm.alltoall(counts)
         out = host.new_empty((sum(coming), *host.shape[1:]))
         width = _width(host)
-        self._comm.Alltoallv([host.numpy(), [n * width for n in counts]], [out.numpy(), [n * width for n in coming]])
+        self._comm.Alltoallv([_raw(host), [n * width for n in counts]], [_raw(out), [n * width for n in coming]])
         return out.to(tensor.device).split(coming)
 
     def shift_async(self, tensor, num_rows):
@@ -174,20 +215,24 @@ def _width(tensor):
     return int(np.prod(tensor.shape[1:]))
 
 
+def _raw(tensor):
+    """A host tensor's memory for MPI, which knows no 16-bit floats: those travel as int16."""
+    return (tensor.view(torch.int16) if tensor.is_floating_point() and tensor.itemsize == 2 else tensor).numpy()
+
+
 class HorovodGroup(MpiGroup):
-    """The same through Horovod, whose NCCL operations take CUDA tensors where they are.
+    """The same through Horovod, whose NCCL operations take CUDA tensors where they are, on a stream of their own.
 
     Horovod has no sends and does not reduce uint8; those and all_to_all, none of which a step needs, stay with mpi4py.
     """
 
-    def __init__(self, comm, process_set, name):
-        super().__init__(comm)
+    def __init__(self, comm, traffic, name, process_set):
+        super().__init__(comm, traffic, name)
         import horovod.torch as hvd
 
         self._hvd = hvd
         self._set = process_set
         self._hvd_ops = {"sum": hvd.Sum, "max": hvd.Max}
-        self._name = name
         self._calls = 0
 
     def _call(self):
@@ -195,19 +240,31 @@ class HorovodGroup(MpiGroup):
         self._calls += 1
         return {"name": f"{self._name}.{self._calls}", "process_set": self._set}
 
-    def all_reduce(self, tensor, op="sum"):
+    def _begin_horovod(self, what, num_bytes, handle, finish, background):
+        return self._traffic.begin(f"{self._name}.{what}", num_bytes, lambda: self._hvd.poll(handle),
+                                   lambda: finish(self._hvd.synchronize(handle)), background)
+
+    def _all_reduce(self, tensor, op, background):
         if tensor.dtype == torch.uint8:
-            return super().all_reduce(tensor, op)
-        return self._hvd.allreduce_(tensor, op=self._hvd_ops[op], **self._call())
+            return super()._all_reduce(tensor, op, background)
+        handle = self._hvd.allreduce_async_(tensor, op=self._hvd_ops[op], **self._call())
+        return self._begin_horovod("all_reduce", sent_all_reduce(self.size, tensor.nbytes), handle, lambda t: t,
+                                   background)
 
-    def all_gather(self, tensor, counts=None):
-        return self._hvd.allgather(tensor.detach().contiguous(), **self._call())
+    def _all_gather(self, tensor, counts, background):
+        tensor = tensor.detach().contiguous()
+        bits = tensor.view(torch.float16) if tensor.dtype == torch.bfloat16 else tensor  # which Horovod does not know
+        handle = self._hvd.allgather_async(bits, **self._call())
+        return self._begin_horovod("all_gather", sent_all_gather(self.size, tensor.nbytes), handle,
+                                   lambda gathered: gathered.view(tensor.dtype), background)
 
-    def reduce_scatter(self, tensor, counts):
+    def reduce_scatter_async(self, tensor, counts):
         # Horovod's own reducescatter knows only near-equal pieces, so the sum is cut here.
-        total = self._hvd.allreduce(tensor.detach(), op=self._hvd.Sum, **self._call())
+        whole = tensor.detach().to(_sum_dtype(tensor))
         first = sum(counts[: self.rank])
-        return total[first : first + counts[self.rank]].clone()
+        handle = self._hvd.allreduce_async(whole, op=self._hvd.Sum, **self._call())
+        return self._begin_horovod("reduce_scatter", sent_all_reduce(self.size, whole.nbytes), handle,
+                                   lambda total: total[first : first + counts[self.rank]].clone(), background=True)
 
 
 class MpiWorld(World):
@@ -229,7 +286,11 @@ class MpiWorld(World):
                 f"the launcher started {_launched_size()} ranks, but MPI sees {comm.size}: launch with the mpirun of "
                 "the MPI that the set-up used, or srun with a --mpi that it knows (srun --mpi=list)")
         _agree_at_start(None)
+        hosts = _hosts(comm.allgather(_host_name()))
+        across = list(zip(*hosts, strict=True)) if len({len(ranks) for ranks in hosts}) == 1 else []
         groups = _grid(comm.size, model_parallel_size)
+        more = [ranks for ranks in (*hosts, *map(list, across)) if 1 < len(ranks) < comm.size]
+        groups += [ranks for ranks in more if ranks not in groups]
         use_horovod = collectives == "horovod" or (collectives == "auto" and device == "cuda" and hvd.nccl_built())
         process_sets = [hvd.ProcessSet(ranks) for ranks in groups] if use_horovod else []
         hvd.init(process_sets=process_sets)
@@ -250,16 +311,19 @@ class MpiWorld(World):
                 return Group()
             sub = comm if len(ranks) == comm.size else comm.Create_group(comm.group.Incl(ranks))
             if not use_horovod:
-                return MpiGroup(sub)
+                return MpiGroup(sub, self.traffic, name)
             whole = len(ranks) == comm.size
             chosen = hvd.global_process_set if whole else process_sets[groups.index(ranks)]
-            return HorovodGroup(sub, chosen, name)
+            return HorovodGroup(sub, self.traffic, name, chosen)
 
+        self.traffic = Traffic()
         width = model_parallel_size or comm.size
         copy = comm.rank // width
         self.everyone = group("everyone", list(range(comm.size)))
         self.shards = group("shards", list(range(copy * width, (copy + 1) * width)))
         self.replicas = group("replicas", list(range(comm.rank % width, comm.size, width)))
+        self.host = group("host", next(ranks for ranks in hosts if comm.rank in ranks))
+        self.across = group("across", list(across[self.host.rank])) if across else None  # hosts of different sizes
 
     @staticmethod
     def _check_launch(hvd, MPI):
@@ -276,13 +340,14 @@ class MpiWorld(World):
     def all_reduce_async(self, tensor, name):
         # A Horovod without NCCL takes host tensors only.
         host = tensor if self._hvd.nccl_built() else tensor.cpu()
-        return tensor, host, self._hvd.allreduce_async_(host, name=name, op=self._hvd.Sum)
+        handle = self._hvd.allreduce_async_(host, name=name, op=self._hvd.Sum)
 
-    def wait(self, handle):
-        tensor, host, horovod_handle = handle
-        self._hvd.synchronize(horovod_handle)
-        if host is not tensor:
-            tensor.copy_(host)
+        def finish():
+            self._hvd.synchronize(handle)
+            return tensor if host is tensor else tensor.copy_(host)
+
+        return self.traffic.begin("backbone.dense", sent_all_reduce(self.size, host.nbytes),
+                                  lambda: self._hvd.poll(handle), finish)
 
 
 def _grid(size, model_parallel_size):
@@ -294,6 +359,16 @@ def _grid(size, model_parallel_size):
     groups = [list(range(first, first + width)) for first in range(0, size, width)]
     groups += [list(range(first, size, width)) for first in range(width)]
     return [ranks for ranks in groups if 1 < len(ranks) < size]
+
+
+def _host_name():
+    """This host. XC_HOST, where it is set, says so instead: for tests of several hosts on one."""
+    return os.environ.get("XC_HOST") or platform.node()
+
+
+def _hosts(names):
+    """Ranks on every host, from the names of all ranks' hosts."""
+    return [[rank for rank, other in enumerate(names) if other == name] for name in dict.fromkeys(names)]
 
 
 def open_world(device="auto", model_parallel_size=0):

@@ -32,7 +32,8 @@ class Head:
     weight    (S, D)  class rows of this shard, of `num_rows` in all; no autograd leaf, they have one owner and one
                       optimizer (RowSGD)
     row_grad  (A, D)  gradient of the active rows, summed over micro-batches and, by `reduce`, over the replicas; None
-                      before the first forward() of a step. Rows that are not active have none, not even zeros
+                      before the first forward() of a step, complete after the last one. Rows that are not active have
+                      none, not even zeros
     """
 
     rows_are = "classes"  # what a row of `weight` stands for; a checkpoint of others is refused
@@ -46,13 +47,14 @@ class Head:
         self.cosine, self.scale = cosine, scale if cosine else 1.0
         self.margin, self.margin_size = MARGINS[margin], margin_size
         on_cpu = world.device.type == "cpu"
-        self._memory_bytes = (logits_mb or (64 if on_cpu else 256)) * 2**20
-        self._block_bytes = min(self._memory_bytes, _CACHE_BYTES) if on_cpu else self._memory_bytes
+        self.memory_bytes = (logits_mb or (64 if on_cpu else 256)) * 2**20
+        self._block_bytes = min(self.memory_bytes, _CACHE_BYTES) if on_cpu else self.memory_bytes
         self.shard = Shard.of(num_classes, world.shards.size, world.shards.rank)
         self.weight = initial_rows(self.shard, feature_dim, seed, dtype).to(world.device)
         self.compute_dtype = torch.promote_types(dtype, torch.float32)
         self.step, self.active, self.offset, self.row_grad = 0, None, None, None
-        self._workspace, self._own_labels = {}, None
+        self.rows_of_step = None  # the active rows as the logits use them, from the first forward() of a step on
+        self._workspace, self._own_labels, self._reduced = {}, None, None
 
     @classmethod
     def of(cls, cfg, num_classes, world):
@@ -80,31 +82,48 @@ class Head:
 
         Collective.
         """
-        self.step = step
+        self.step, self.rows_of_step = step, None
 
-    def forward(self, features, labels, global_batch):
+    def forward(self, features, labels, global_batch, last=True):
         """Cross-entropy of this rank's examples and of all others', summed over them and divided by `global_batch`.
 
         features      (B, D)  this rank's, B may differ between ranks
         labels        (B,)    global class ids
         global_batch  examples of the whole step over all ranks and micro-batches
+        last          no other micro-batch follows in this step
         returns       ()      the same on every rank; its gradients are sums over all ranks, complete after `reduce`
 
         Collective. The gradient of the class rows is taken here, not in backward(), and added to `row_grad`.
         """
-        counts, labels = self._gather_labels(labels)  # (G,)
-        features = gather_rows(self._directions(features), self.world.shards, counts)  # (G, D)
-        return _ShardedSoftmax.apply(features, labels, self, global_batch)
+        counts, labels = self.gather_labels(labels)  # (G,)
+        features = gather_rows(self.directions(features), self.world.shards, counts)  # (G, D)
+        return self.loss(features, labels, global_batch, last)
 
-    def __call__(self, features, labels, global_batch):
-        return self.forward(features, labels, global_batch)
+    def loss(self, features, labels, global_batch, last=True):
+        """The same of features that are gathered already, so that this can be done behind something else.
+
+        features  (G, D)  as `directions` gives them, of all ranks of the shard group
+        labels    (G,)
+        returns   ()      its gradient of the features is this shard's part, yet to be summed over the group
+        """
+        return _ShardedSoftmax.apply(features, labels, self, global_batch, last)
+
+    def __call__(self, features, labels, global_batch, last=True):
+        return self.forward(features, labels, global_batch, last)
+
+    def reduce_async(self):
+        """Begin what `reduce` waits for, after the last forward() of a step. Collective."""
+        self._reduced = self.world.replicas.all_reduce_async(self.row_grad)
 
     def reduce(self):
         """Sum the row gradients over the copies of this shard, which have the same active rows. Collective."""
-        self.world.replicas.all_reduce(self.row_grad)
+        if self._reduced is None:
+            self.reduce_async()
+        self._reduced()
+        self._reduced = None
 
     def zero_grad(self):
-        self.row_grad = None
+        self.row_grad = self.rows_of_step = None
 
     @property
     def num_active(self):
@@ -193,12 +212,12 @@ class Head:
     def _gathered(self, features, labels):
         """Features (G, D), as the logits use them, and labels (G,) of the shard group; the slice of this rank."""
         group = self.world.shards
-        counts, labels = self._gather_labels(labels)
+        counts, labels = self.gather_labels(labels)
         first = sum(counts[: group.rank])
-        features = group.all_gather(self._directions(features), counts)
+        features = group.all_gather(self.directions(features), counts)
         return features, labels, slice(first, first + counts[group.rank])
 
-    def _gather_labels(self, labels):
+    def gather_labels(self, labels):
         """Numbers of labels of the shard group's ranks, and all of these labels (G,); those last asked for are kept."""
         if labels is not self._own_labels:
             counts = self._counts(labels, self.world.shards)
@@ -209,11 +228,12 @@ class Head:
     def _counts(labels, group):
         return group.all_gather(torch.tensor([len(labels)], device=labels.device)).tolist()
 
-    def _directions(self, features):
+    def directions(self, features):
+        """Features or rows (N, D) as the logits use them: of length 1 for cosine logits."""
         return F.normalize(features) if self.cosine else features
 
     def _unit(self, rows):
-        return self._directions(rows.to(self.compute_dtype))
+        return self.directions(rows.to(self.compute_dtype))
 
     def _with_margin(self, logits):
         """Right classes' logits with the margin, and d(with) / d(without), both (N,)."""
@@ -223,13 +243,13 @@ class Head:
             (slope,) = torch.autograd.grad(shifted.sum(), cosine)
         return shifted.detach() * self.scale, slope
 
-    def _memory(self, name, num_rows, width):
+    def memory(self, name, num_rows, width):
         """(num_rows, width) of memory that is kept from step to step: fresh pages cost more than what is put there."""
-        memory = self._workspace.get(name)
-        if memory is None or memory.shape[1] != width or not num_rows <= len(memory) <= 2 * num_rows:
-            memory = torch.empty(num_rows, width, dtype=self.compute_dtype, device=self.weight.device)
+        size, memory = num_rows * width, self._workspace.get(name)
+        if memory is None or not size <= len(memory) <= 2 * size:
+            memory = torch.empty(size, dtype=self.compute_dtype, device=self.weight.device)
             self._workspace[name] = memory
-        return memory[:num_rows]
+        return memory[:size].view(num_rows, width)
 
 
 class _ShardedSoftmax(torch.autograd.Function):
@@ -246,34 +266,22 @@ class _ShardedSoftmax(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, features, labels, head, global_batch):
+    def forward(ctx, features, labels, head, global_batch, last):
         group, shard = head.world.shards, head.shard
         example = shard.owns(labels).nonzero().squeeze(1)
         place = labels[example] - shard.first  # of the right classes that live here, among the active rows
         if head.active is not None:
             place = torch.searchsorted(head.active, place)
         scaled = features * head.scale
-        blocks = head.blocks(head.num_active, len(labels))
-        # Blocks of which rows and logits stay in memory, as many as that holds; one alone always does.
-        block_bytes = (len(labels) + head.feature_dim) * features.element_size() * (blocks[0].stop if blocks else 1)
-        num_kept = max(1, int(head._memory_bytes / max(1, block_bytes)))
-        num_kept_rows = blocks[:num_kept][-1].stop if blocks else 0
-        rows_memory = head._memory("rows", num_kept_rows, head.feature_dim)
-        logits_memory = head._memory("logits", num_kept_rows, len(labels))
+        if head.rows_of_step is None:
+            head.rows_of_step = _ActiveRows(head, len(labels))
+        active = head.rows_of_step
+        logits_memory = head.memory("logits", active.num_kept, len(labels))
 
-        def logits_of(block):
+        def logits_of(i, block):
             """Rows (A, D), their lengths, logits (G, A) with margin, the right ones' (examples, columns), slopes."""
-            keep = block.stop <= num_kept_rows
-            ids = head.active_rows(block)
-            if isinstance(ids, slice):
-                rows = head.weight[ids]
-            else:
-                out = rows_memory[block] if keep and head.weight.dtype == head.compute_dtype else None
-                rows = torch.index_select(head.weight, 0, ids, out=out)
-            rows = rows.to(head.compute_dtype)
-            length = rows.norm(dim=1, keepdim=True).clamp_(min=1e-12) if head.cosine else None
-            rows = torch.div(rows, length, out=rows_memory[block] if keep else None) if head.cosine else rows
-            logits = logits_memory[block].view(len(labels), len(rows)) if keep else None
+            rows, length = active.block(i)
+            logits = logits_memory[block].view(len(labels), len(rows)) if block.stop <= active.num_kept else None
             if head.offset is None:
                 logits = torch.mm(scaled, rows.T, out=logits)
             else:
@@ -286,13 +294,13 @@ class _ShardedSoftmax(torch.autograd.Function):
         lse = features.new_full((len(labels),), -torch.inf)
         right_logit = features.new_zeros(len(labels))
         kept = []
-        for block in blocks:
-            rows, length, logits, right, slope = logits_of(block)
+        for i, block in enumerate(active.blocks):
+            rows, length, logits, right, slope = logits_of(i, block)
             right_logit[right[0]] = logits[right]
             top = logits.amax(1, keepdim=True)
             share = logits.sub_(top).exp_()  # of the softmax, but for a factor of each example
             lse = torch.logaddexp(lse, share.sum(1).log_().add_(top[:, 0]))
-            if len(kept) < num_kept:
+            if block.stop <= active.num_kept:
                 kept.append((rows, length, share, top, right, slope))
         lse, right_logit = group_logsumexp(lse, group, right_logit)
         loss = head.world.replicas.all_reduce((lse - right_logit).sum() / global_batch)
@@ -301,30 +309,63 @@ class _ShardedSoftmax(torch.autograd.Function):
 
         feature_grad = torch.zeros_like(features)
         scaled_mean = scaled / global_batch
-        first_of_step = head.row_grad is None
-        head.row_grad = head._memory("row_grad", head.num_active, head.feature_dim)
-        for i, block in enumerate(blocks):
-            if i < num_kept:
+        first = head.row_grad is None
+        if first:
+            head.row_grad = head.memory("row_grad", head.num_active, head.feature_dim)
+        for i, block in enumerate(active.blocks):
+            if i < len(kept):
                 rows, length, share, top, right, slope = kept[i]
                 error = share.mul_((top - lse[:, None]).exp_())  # softmax
             else:
-                rows, length, logits, right, slope = logits_of(block)
+                rows, length, logits, right, slope = logits_of(i, block)
                 error = logits.sub_(lse[:, None]).exp_()
             error[right] = (error[right] - 1) * slope
             feature_grad.addmm_(error, rows)
-            out = head.row_grad[block]
-            rows_grad = torch.mm(error.T, scaled_mean, out=out if first_of_step else None)
-            if head.cosine:  # a row's length changes no logit: only the part across the row counts
+            rows_grad = head.row_grad[block]
+            torch.addmm(rows_grad, error.T, scaled_mean, beta=0 if first else 1, out=rows_grad)
+            if head.cosine and last:  # a row's length changes no logit: only the part across the row counts
                 rows_grad.sub_(rows * (rows * rows_grad).sum(1, keepdim=True)).div_(length)
-            if not first_of_step:
-                out += rows_grad
         ctx.save_for_backward(feature_grad.mul_(head.scale / global_batch))
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         (feature_grad,) = ctx.saved_tensors
-        return grad * feature_grad, None, None, None
+        return grad * feature_grad, None, None, None, None
+
+
+class _ActiveRows:
+    """The active rows of a step in blocks of classes, of length 1 for cosine logits.
+
+    As many as fit the memory for them are gathered once, for both passes and all micro-batches of the step; one block
+    always is.
+    """
+
+    def __init__(self, head, num_examples):
+        self._head, self.blocks = head, head.blocks(head.num_active, num_examples)
+        rows = self.blocks[0].stop if self.blocks else 1
+        block_bytes = rows * (num_examples + head.feature_dim) * head.compute_dtype.itemsize
+        kept = self.blocks[: max(1, int(head.memory_bytes / max(1, block_bytes)))]
+        self.num_kept = kept[-1].stop if kept else 0  # rows
+        self._memory, self._kept = head.memory("rows", self.num_kept, head.feature_dim), {}
+
+    def block(self, i):
+        """Rows (A, D) of block i and their lengths (A, 1), None for logits that heed them."""
+        if i in self._kept:
+            return self._kept[i]
+        head, block = self._head, self.blocks[i]
+        keep, ids = block.stop <= self.num_kept, head.active_rows(block)
+        if isinstance(ids, slice):
+            rows = head.weight[ids]
+        else:
+            out = self._memory[block] if keep and head.weight.dtype == head.compute_dtype else None
+            rows = torch.index_select(head.weight, 0, ids, out=out)
+        rows = rows.to(head.compute_dtype)
+        length = rows.norm(dim=1, keepdim=True).clamp_(min=1e-12) if head.cosine else None
+        rows = torch.div(rows, length, out=self._memory[block] if keep else None) if head.cosine else rows
+        if keep:
+            self._kept[i] = rows, length
+        return rows, length
 
 
 def initial_rows(shard, feature_dim, seed, dtype=torch.float32):

@@ -2,7 +2,7 @@
 
 import torch
 
-from xc.collective import gather_rows, group_logsumexp
+from xc.collective import group_logsumexp
 from xc.config import UserError
 from xc.heads.base import Head, _ShardedSoftmax
 from xc.heads.partial import share_of
@@ -48,14 +48,15 @@ class MachHead(Head):
         """(R, N) buckets of classes (N,)."""
         return torch.stack([(a * classes + b) % _PRIME % self.num_rows for a, b in self._hashes])
 
-    def forward(self, features, labels, global_batch):
-        """As of `Head`; the loss is the mean over the repetitions. Every bucket row gets its own softmax's gradient."""
-        counts, labels = self._gather_labels(labels)
-        buckets = self.buckets(labels)
-        features = gather_rows(self._directions(features), self.world.shards, counts)
-        losses = [_ShardedSoftmax.apply(features, *of_part, global_batch)
-                  for of_part in zip(buckets, self.parts, strict=True)]
+    def loss(self, features, labels, global_batch, last=True):
+        """As of `Head`; the mean over the repetitions. Every bucket row gets its own softmax's gradient."""
+        losses = [_ShardedSoftmax.apply(features, *of_part, global_batch, last)
+                  for of_part in zip(self.buckets(labels), self.parts, strict=True)]
         return torch.stack(losses).mean()
+
+    def reduce_async(self):
+        for part in self.parts:
+            part.reduce_async()
 
     def reduce(self):
         for part in self.parts:

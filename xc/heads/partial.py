@@ -59,7 +59,7 @@ class PartialHead(Head):
     def labels_of_step(self, labels):
         """Labels (G,) of the whole step, over all copies: all must choose alike. Collective."""
         if self.world.replicas.size == 1:
-            return self._gather_labels(labels)[1]
+            return self.gather_labels(labels)[1]
         everyone = self.world.everyone
         return everyone.all_gather(labels, self._counts(labels, everyone))
 

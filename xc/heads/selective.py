@@ -14,7 +14,8 @@ class SelectiveHead(PartialHead):
     """Classes near a step are found by FEATURE, in an approximate index over the rows of each shard.
 
     The authors' index is a forest of random projection trees, built anew every 100 steps; this one is an inverted file
-    (faiss). Features must be there first, so classes are chosen in the step's first forward().
+    (faiss). Features must be there first, so classes are chosen in the step's first forward(), by the features of the
+    first micro-batch.
     """
 
     flags = (*PartialHead.flags, "near_share", "graph_every")
@@ -39,13 +40,13 @@ class SelectiveHead(PartialHead):
         self.active = self.offset = None
         self._labels = self.labels_of_step(labels) if step >= self.warmup_full_steps else None
 
-    def forward(self, features, labels, global_batch):
+    def loss(self, features, labels, global_batch, last=True):
         if self._labels is not None:
-            everyone = self.world.everyone
-            of_step = everyone.all_gather(features.detach(), self._counts(labels, everyone))
-            self.activate(self._labels, *self._near(of_step))
+            replicas = self.world.replicas
+            of_copies = replicas.all_gather(features.detach(), self._counts(labels, replicas))
+            self.activate(self._labels, *self._near(of_copies))
             self._labels = None
-        return super().forward(features, labels, global_batch)
+        return super().loss(features, labels, global_batch, last)
 
     def save(self, folder):
         """The rows as they were indexed: the same index can be built of them again."""
