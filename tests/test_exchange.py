@@ -181,18 +181,38 @@ def test_density_1_is_the_dense_exchange_with_momentum(size, per_host, nesterov)
 
 
 def test_one_step_by_hand():
-    """The formulas of the class, on four numbers of one rank: two are sent, and masked."""
-    net = nn.Linear(4, 1, bias=False)
-    exchange = Dgc(net, World(), momentum=0.5)
-    sent = []
-    for grad in ([4.0, -3.0, 1.0, 0.5], [0.0, 0.0, 1.0, 0.5]):
-        exchange.begin(now(0.5))
-        (net.weight * torch.tensor([grad])).sum().backward()
-        exchange.reduce()
-        sent.append(net.weight.grad.tolist()[0])
-        exchange.zero_grad()
+    """The formulas of the class, on four numbers of two ranks that have the same: two are sent, and masked."""
+    def body(world):
+        net = nn.Linear(40, 1, bias=False)
+        exchange = Dgc(net, world, momentum=0.5)
+        sent = []
+        for grad in ([4.0, -3.0, 1.0, 0.5], [0.0, 0.0, 1.0, 0.5]):
+            exchange.begin(now(0.05))
+            (net.weight * torch.tensor([grad + 36 * [0.0]])).sum().backward()
+            exchange.reduce()
+            sent.append(net.weight.grad.tolist()[0][:4])
+            exchange.zero_grad()
+        return sent
+
     # Then u = (0, 0, 1.5, 0.75), v = (0, 0, 2.5, 1.25): without masking the first two would still be 2 and -1.5.
-    assert sent == [[4, -3, 0, 0], [0, 0, 2.5, 1.25]]
+    assert run_ranks(2, body) == [[[8, -6, 0, 0], [0, 0, 5, 2.5]]] * 2
+
+
+def test_nesterov_by_hand():
+    def body(world):
+        net = nn.Linear(40, 1, bias=False)
+        exchange = Dgc(net, world, momentum=0.5, nesterov=True)
+        for grad in ([4.0, 1.0, 0.5], [0.0, 1.0, 0.0]):
+            exchange.begin(now(0.025))
+            (net.weight * torch.tensor([grad + 37 * [0.0]])).sum().backward()
+            exchange.reduce()
+            sent = net.weight.grad.tolist()[0][:3]
+            exchange.zero_grad()
+        return sent, exchange._sparse[0].kept["u"].tolist()[:3], exchange._sparse[0].kept["v"].tolist()[:3]
+
+    # First u = m (u + g) = (2, 0.5, 0.25), v = u + g = (6, 1.5, 0.75): 6 is sent. Then u = (0, 0.75, 0.125) and
+    # v = (0, 1.5 + 0.75 + 1, 0.75 + 0.125).
+    assert run_ranks(2, body) == [([0, 6.5, 0], [0, 0, 0.125], [0, 0, 0.875])] * 2
 
 
 def test_it_sends_what_the_formula_says():
@@ -252,3 +272,18 @@ def test_residuals_are_summed_on_another_number_of_ranks(before, after, tmp_path
 def test_a_setting_without_effect_is_named(capsys):
     build(NET, World(), Config(data="x", out="y", density=0.5))
     assert "warning: --density has no effect with --exchange dense" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size, per_host, warned", [(1, 0, "on one rank"), (2, 2, "on one host"), (2, 1, "")])
+def test_nothing_sparse_inside_one_host(size, per_host, warned, capsys):
+    cfg = Config(data="x", out="y", exchange="dgc-hier" if per_host else "dgc")
+
+    def body(world):
+        exchange = build(copy.deepcopy(NET), world, cfg)
+        give(exchange._backbone, exchange, world.rank, density=0.01)
+        exchange.reduce()
+        return sum(bucket.kept["v"].abs().sum().item() for bucket in exchange._sparse)
+
+    residuals = run_ranks(size, body, ranks_per_host=per_host)
+    assert capsys.readouterr().err.count(warned or "warning") == bool(warned)
+    assert all((residual == 0) == bool(warned) for residual in residuals)

@@ -22,6 +22,13 @@ def test_the_k_largest(size, k, kind):
     torch.testing.assert_close(values[places].abs().sort().values, values.abs().sort().values[-k:], rtol=0, atol=0)
 
 
+def test_a_number_that_is_none_does_not_stop_it():
+    """It is in the loss too, which ends the run with a line of its own."""
+    values = torch.randn(10_000)
+    values[77] = torch.nan
+    assert 77 in top_places(values, 10) and len(top_places(torch.full((10_000,), torch.nan), 10)) == 10
+
+
 @pytest.mark.parametrize("k", [1, 2, 5, 8])
 @pytest.mark.parametrize("bits", [32, 16])
 def test_a_message_comes_back(k, bits):

@@ -26,8 +26,12 @@ def build(backbone, world, cfg):
         return AllReduce(backbone, world, cfg.bucket_mb, cfg.gradient_bits)
     if cfg.exchange == "dgc-hier" and world.across is None:
         raise UserError("--exchange dgc-hier needs as many ranks on every host: launch so, or take --exchange dgc")
-    return Dgc(backbone, world, cfg.bucket_mb, cfg.gradient_bits, momentum=cfg.momentum, nesterov=bool(cfg.nesterov),
-               clip=cfg.dgc_clip, two_level=cfg.exchange == "dgc-hier")
+    dgc = Dgc(backbone, world, cfg.bucket_mb, cfg.gradient_bits, momentum=cfg.momentum, nesterov=bool(cfg.nesterov),
+              clip=cfg.dgc_clip, two_level=cfg.exchange == "dgc-hier")
+    if dgc.outer.size == 1 and world.rank == 0:
+        print(f"warning: --exchange {cfg.exchange} has nothing to send sparse on one "
+              f"{'rank' if world.size == 1 else 'host'}: all is dense", file=sys.stderr)
+    return dgc
 
 
 class AllReduce:
@@ -97,8 +101,9 @@ class Dgc(AllReduce):
     is what was delivered plus the residuals.
 
     Tensors of fewer than two dimensions are summed as they are, with the optimizer's momentum. So is a layer's u where
-    the places would send more than a dense sum, which is above a density of about 1/W: u is not masked then, and with
-    density 1 all numbers are those of the dense exchange with momentum. Layers below 256 KB are taken together.
+    the places would send no less than a dense sum, which is above a density of about 1/W: u is not masked then, and
+    with density 1, or one rank, all numbers are those of the dense exchange with momentum. Layers below 256 KB are
+    taken together.
 
     two_level: gradients are summed inside a host first, dense; each of its ranks selects in its part of every layer,
     and only these messages travel between hosts.
@@ -239,7 +244,7 @@ class _SparseBucket(_Bucket):
         """k of a part, or None where a dense sum sends less."""
         k, size = math.ceil(self.density * len(part)), self._dgc.outer.size
         sparse = sent_all_gather(size, message_bytes(k, self._dgc.bits))
-        return None if k >= len(part) or sparse > sent_all_reduce(size, 4 * len(part)) else k
+        return None if k >= len(part) or sparse >= sent_all_reduce(size, 4 * len(part)) else k
 
     def launch(self):
         if self._wait is None:

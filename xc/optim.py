@@ -47,14 +47,16 @@ class RowSGD:
         for first in range(0, head.num_active, size):
             block = slice(first, min(first + size, head.num_active))
             grad, ids = row_grad[block], head.active_rows(block)
-            rows = self._take(head.weight, ids)
             if self.weight_decay:
-                grad.add_(rows, alpha=self.weight_decay)
+                grad.add_(self._take(head.weight, ids), alpha=self.weight_decay)
             if self.momentum:
                 momentum = self._take(self.momentum_rows, ids)
                 grad = momentum.mul_(self.momentum).add_(grad)
                 self._put(self.momentum_rows, ids, momentum)
-            self._put(head.weight, ids, rows.add_(grad, alpha=-lr))
+            if isinstance(ids, slice) or head.weight.dtype == torch.bfloat16:
+                self._put(head.weight, ids, self._take(head.weight, ids).add_(grad, alpha=-lr))
+            else:
+                head.weight.index_add_(0, ids, grad, alpha=-lr)  # without a copy of the rows
 
     def _take(self, table, ids):
         """Rows to compute with: a view of the table where that is possible."""

@@ -10,8 +10,8 @@ def top_places(values, k):
     """Places (k,) of the k largest |values| (N,), exactly, in no order; of equal ones any.
 
     Divide: |values| fall into columns; the k columns with the highest maxima hold k values that are not below the k-th
-    highest maximum, so the k largest of all lie in these columns (equals aside). Conquer: the k largest of them. With
-    columns of sqrt(N/k) values this looks at 2 sqrt(N k) numbers after one pass over all.
+    highest maximum, so the k largest of all lie in these columns (equals aside) and are not below it either. Conquer:
+    the k largest of those. With columns of sqrt(N/k) values this looks at 2 sqrt(N k) numbers after a pass over all.
     """
     height = int((len(values) / k) ** 0.5)
     if height < 4:  # nothing to gain
@@ -20,9 +20,9 @@ def top_places(values, k):
     whole = height * width  # the few that are left over are candidates all
     table = values[:whole].view(height, width)
     maxima = torch.maximum(table.amax(0), table.amin(0).neg_())  # twice read, but nothing of that size written
-    columns = maxima.topk(k, sorted=False).indices
-    rows = torch.arange(0, whole, width, device=values.device)
-    places = torch.cat([(rows[:, None] + columns).flatten(), torch.arange(whole, len(values), device=values.device)])
+    least, columns = maxima.topk(k, sorted=False)
+    row, column = (~(table.index_select(1, columns).abs() < least.min())).nonzero(as_tuple=True)  # a NaN stays in
+    places = torch.cat([row * width + columns[column], torch.arange(whole, len(values), device=values.device)])
     return places[values[places].abs().topk(k, sorted=False).indices]
 
 
