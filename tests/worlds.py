@@ -78,6 +78,7 @@ class ThreadWorld(World):
     def __init__(self, rank, everyone, shards, replicas, host, across):
         super().__init__("cpu")
         self.rank, self.size = rank, everyone.size
+        self.shard_ranks = range(rank - shards.rank, rank - shards.rank + shards.size)
         self.everyone, self.shards, self.replicas, self.host, self.across = everyone, shards, replicas, host, across
 
     def all_reduce_async(self, tensor, name):

@@ -8,12 +8,14 @@ Song et al. 2020, overlapping pipeline; the sequence is ours, since the paper's 
 
 import torch
 
+from xc.shard import Shard
+
 
 def run(backbone, head, exchange, batch, labels, now, timer, feature_bits=32):
     """Leaves the gradients of a step in the backbone and in the head, complete after `exchange.reduce` and
     `head.reduce`. `head.select` has chosen the step's classes. Collective.
 
-    batch         [(images (B, …), labels (B,)), …] of this rank, one pair for each micro-batch of `now`
+    batch         [(images (B, …), labels (B,)), …] of this rank, its near-equal part of each micro-batch of `now`
     labels        of all of them, as `head.select` had them
     now           of the schedule
     feature_bits  32, or 16: features travel as float16, and their gradients, which can be very small, as bfloat16;
@@ -23,13 +25,11 @@ def run(backbone, head, exchange, batch, labels, now, timer, feature_bits=32):
     Examples are independent but for norms over a batch, so the numbers are those of the unsplit step; with such norms
     they are those of gradients accumulated over the micro-batches.
     """
-    shards, num_parts = head.world.shards, len(batch)
-    _, group_labels = head.gather_labels(labels)
-    sizes = torch.tensor([[len(part) for _, part in batch]], device=labels.device)
-    counts = shards.all_gather(sizes).tolist()  # of every rank
+    world, shards, num_parts = head.world, head.world.shards, now.micro_batches
+    counts = [len(Shard.of(now.global_batch // num_parts, world.size, rank)) for rank in world.shard_ranks]
+    assert [len(part) for _, part in batch] == num_parts * [counts[shards.rank]]
     # The group's labels lie rank by rank, and of each rank micro-batch by micro-batch.
-    pieces = group_labels.split([count for of_rank in counts for count in of_rank])
-    counts = list(zip(*counts, strict=True))  # of every micro-batch
+    pieces = head.gather_labels(labels)[1].split([count for count in counts for _ in range(num_parts)])
     features, gathered, gradients = {}, {}, {}  # by micro-batch, each until it is used up
     losses, of_first = [], None
 
@@ -40,7 +40,7 @@ def run(backbone, head, exchange, batch, labels, now, timer, feature_bits=32):
         if i < num_parts:
             with timer("forward"):
                 features[i] = head.directions(backbone(batch[i][0]))
-                gathered[i] = shards.all_gather_async(short(features[i].detach(), torch.float16), counts[i])
+                gathered[i] = shards.all_gather_async(short(features[i].detach(), torch.float16), counts)
         if 0 <= (j := i - 1) < num_parts:
             with timer("wait"):
                 group_features = gathered.pop(j)().to(features[j].dtype).requires_grad_()  # (G, D)
@@ -48,7 +48,7 @@ def run(backbone, head, exchange, batch, labels, now, timer, feature_bits=32):
                 loss = head.loss(group_features, torch.cat(pieces[j::num_parts]), now.global_batch, j == num_parts - 1)
                 loss.backward()
                 losses.append(loss.detach())
-                gradients[j] = shards.reduce_scatter_async(short(group_features.grad, torch.bfloat16), counts[j])
+                gradients[j] = shards.reduce_scatter_async(short(group_features.grad, torch.bfloat16), counts)
                 if j == num_parts - 1:
                     head.reduce_async()
         if 0 <= (j := i - 2):

@@ -103,6 +103,7 @@ class World:
     rank = 0
     size = 1
     local_rank = 0
+    shard_ranks = range(1)  # of `shards`, as ranks of the world
 
     def __init__(self, device="cpu"):
         self.device = torch.device(device)
@@ -320,7 +321,8 @@ class MpiWorld(World):
         width = model_parallel_size or comm.size
         copy = comm.rank // width
         self.everyone = group("everyone", list(range(comm.size)))
-        self.shards = group("shards", list(range(copy * width, (copy + 1) * width)))
+        self.shard_ranks = range(copy * width, (copy + 1) * width)
+        self.shards = group("shards", list(self.shard_ranks))
         self.replicas = group("replicas", list(range(comm.rank % width, comm.size, width)))
         self.host = group("host", next(ranks for ranks in hosts if comm.rank in ranks))
         self.across = group("across", list(across[self.host.rank])) if across else None  # hosts of different sizes
