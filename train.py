@@ -87,6 +87,7 @@ def main():
             state.head_optimizer.step()
             exchange.zero_grad()
             head.zero_grad()
+            features = features[:_AUDITED]  # of the first micro-batch, which has the first labels
             loss_sum += loss
 
         done = step + 1
@@ -104,21 +105,20 @@ def main():
             metrics.log(done, loss=mean_loss, lr=now.lr, global_batch=now.global_batch, peak_rss_mb=peak_rss_mb(),
                         **world.traffic.take(done - logged), **timer.take(done - logged, examples))
             logged, loss_sum = done, torch.zeros_like(loss_sum)
-        if eval:
-            metrics.log(done, **evaluate(backbone, head, test.test(cfg.global_batch), world),
-                        train_seconds=timer.total, **head.audit(features[:_AUDITED], labels[:_AUDITED]))
-        if save:
-            position = {"step": done, "examples": schedule.examples_before(done)}
-            checkpoint.save(cfg.out, world, state, position, identity, cfg.keep)
-        if eval or save:
-            world.traffic.take()  # which was not the steps'
+        with world.traffic.uncounted():
+            if eval:
+                metrics.log(done, **evaluate(backbone, head, test.test(cfg.global_batch), world),
+                            train_seconds=timer.total, **head.audit(features, labels[: len(features)]))
+            if save:
+                position = {"step": done, "examples": schedule.examples_before(done)}
+                checkpoint.save(cfg.out, world, state, position, identity, cfg.keep)
     timeline.at(schedule.steps)
 
     # --- the result ---
     result = evaluate(backbone, head, test.test(cfg.global_batch), world) if test else {"top1": None, "top5": None}
     if test and steps:
         metrics.log(schedule.steps, **result, train_seconds=timer.total,
-                    **head.audit(features[:_AUDITED], labels[:_AUDITED]))
+                    **head.audit(features, labels[: len(features)]))
     metrics.close()
     peak = world.everyone.all_reduce(torch.tensor(peak_rss_mb(), device=world.device), "max").item()
     result |= {"images_per_second": round(timer.images_per_second, 1), "peak_rss_mb": round(peak),

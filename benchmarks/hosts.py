@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 _SUBNET, _QUEUE, _BURST = "10.77.0", "10ms", "256kb"
+_ENDS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 _AGENT = """#!/bin/bash
 # mpirun's remote shell: AGENT ADDRESS COMMAND...
 ns={prefix}${{1##*.}}; shift
@@ -38,7 +39,8 @@ class Hosts:
             raise SystemExit("error: hosts on one machine need root and iproute2 (ip, tc): run as root, or start the "
                              "program on a cluster by srun")
         self.folder = Path(tempfile.mkdtemp())
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with the hosts taken down on the way
+        for number in _ENDS:  # by an exception, so that the hosts are taken down on the way
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
         try:
             self._up()
         except BaseException:
@@ -68,6 +70,8 @@ class Hosts:
         agent.chmod(0o755)
 
     def __exit__(self, *error):
+        for number in _ENDS:
+            signal.signal(number, signal.SIG_IGN)
         for i in range(self._count + 1):
             inside = subprocess.run(["ip", "netns", "pids", self._name(i)], capture_output=True, text=True, check=False)
             for pid in inside.stdout.split():  # ranks of a launch that was interrupted
@@ -75,11 +79,13 @@ class Hosts:
                     os.kill(int(pid), signal.SIGKILL)
             subprocess.run(["ip", "netns", "del", self._name(i)], stderr=subprocess.DEVNULL, check=False)
         shutil.rmtree(self.folder, ignore_errors=True)
+        for number in _ENDS:
+            signal.signal(number, signal.SIG_DFL)
 
     def _name(self, i):
         return f"{self._prefix}{i}"
 
-    def mpirun(self, ranks_per_host, command, seconds=None):
+    def mpirun(self, ranks_per_host, command):
         """Run a command on all hosts, its standard output through to ours; CalledProcessError if it fails."""
         hosts = ",".join(f"{_SUBNET}.{i}:{ranks_per_host}" for i in range(1, self._count + 1))
         environment = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1",
@@ -93,12 +99,12 @@ class Hosts:
                   "--mca", "oob_tcp_if_include", f"{_SUBNET}.0/24",
                   *(word for name in environment for word in ("-x", name)),
                   "-np", str(self._count * ranks_per_host), "-H", hosts]
-        subprocess.run([*first, *launch, *map(str, command)], env=os.environ | environment, check=True,
-                       timeout=seconds)
+        subprocess.run([*first, *launch, *map(str, command)], check=True,
+                       env=os.environ | environment | {"TMPDIR": str(self.folder)})
 
 
 def link_bytes():
-    """Bytes that this process's host has sent through its port so far."""
+    """Bytes that this process's host has sent through its port so far; 0 on a host that `Hosts` did not make."""
     with open("/proc/self/net/dev") as lines:
         for line in lines:
             name, _, numbers = line.partition(":")

@@ -7,17 +7,22 @@ otherwise. Bytes, not times.
 
 Of W ranks with B examples each, G = W B, features of D numbers, a backbone of N numbers of which DGC sends n:
 
-    features   all-gather of features, (W-1) B D, and reduce-scatter of their gradients, (W-1) B D; 4 bytes each, or 2
+    features   all-gather of features and of labels, reduce-scatter of the features' gradients: (W-1) B D numbers of 4
+               or 2 bytes each way, (W-1) (B + 1) of 8 bytes
     softmax    all-reduce of G maxima and of 2 G sums: 2 (W-1)/W 3 G numbers of 4 bytes
-    dense      all-reduce of the backbone's gradients: 2 (W-1)/W N; 4 bytes each, or 2
-    dgc        all-gather of values and places, (W-1) n; 8 bytes each, or 6; dense where that is less: for vectors, and
+    backbone   dense: all-reduce of the gradients, 2 (W-1)/W N numbers of 4 or 2 bytes
+               dgc: all-gather of values and places, (W-1) n of 8 or 6 bytes; dense where that is less: for vectors, and
                for layers of which the places would send more
-    hier       (dgc-hier, L ranks on each of H hosts) inside a host reduce-scatter of N numbers, (L-1)/L N of 4 bytes;
-               between hosts (H-1) n/L values and places; inside a host these messages, (L-1) H n/L
+               hier (dgc-hier, L ranks on each of H hosts): inside a host reduce-scatter of N numbers, (L-1)/L N of 4
+               bytes; between hosts (H-1) n/L values and places; inside a host these messages, (L-1) H n/L
+               all: sums of the features' norm over the batch, 2 (W-1)/W (4 D + 1) numbers of 8 bytes
+    rows       with R copies of the classifier (--model-parallel-size W/R) of S rows a shard: 2 (R-1)/R S D numbers of 4
+               bytes; with them W and G are of a copy in `features` and `softmax`
 
-Keys: W.SETTING.predicted_mb, .counted_mb, of a rank; .link_mb, what the median host's link sent in one step (headers,
-acknowledgements and Horovod's coordination included), for the settings dense, dense16, dgc, dgc16 (16: bits, of
-features too) and hier (several ranks on a host); and model.W.SETTING for more ranks, each a host of its own.
+Keys: W.SETTING.PATH.predicted_mb and .counted_mb, of a rank; W.SETTING.link_mb, what the median host's link sent in one
+step (headers, acknowledgements and Horovod's coordination included), for the settings dense, dense16, dgc, dgc16 (16:
+bits, of features too) and hier (several ranks on a host); and model.W.SETTING, the sum for more ranks, each a host of
+its own.
 """
 
 import argparse
@@ -26,6 +31,7 @@ import math
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -52,6 +58,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4, 8])
     parser.add_argument("--ranks-per-host", type=int, default=1)
+    parser.add_argument("--model-parallel-size", type=int, default=0, help="of train.py")
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--batch-per-rank", type=int, default=32)
     parser.add_argument("--backbone", default="resnet18")
@@ -63,10 +70,12 @@ def main():
     if args.found:
         run(lambda: measure(args, settings))
         return
+    if min(args.ranks) < 2:
+        raise SystemExit("error: --ranks 1 sends nothing: give 2 or more")
     if uneven := [size for size in args.ranks if size % args.ranks_per_host]:
         raise SystemExit(f"error: --ranks {uneven[0]} is not a multiple of --ranks-per-host {args.ranks_per_host}")
     layers = layers_of(network(args, World()))
-    result = {}
+    result, rows = {}, []
     for size in args.ranks:
         with Hosts(size // args.ranks_per_host) as hosts:
             found = hosts.folder / "found.json"
@@ -75,22 +84,25 @@ def main():
                              [sys.executable, Path(__file__).resolve(), *sys.argv[1:], "--found", found])
             except subprocess.CalledProcessError as e:
                 raise SystemExit(e.returncode) from None
-            for setting, values in json.loads(found.read_text()).items():
-                result[f"{size}.{setting}.predicted_mb"] = predicted_mb(args, size, layers, *settings[setting])
-                result |= {f"{size}.{setting}.{name}": value for name, value in values.items()}
-    for size in MODELLED:
-        result |= {f"model.{size}.{name}": predicted_mb(args, size, layers, *how) for name, how in settings.items()
-                   if name != "hier"}
-    print(f"MB a step that a rank sends; {args.backbone}, {sum(map(sum, layers)):,} numbers, D = {args.dim}, "
-          f"{args.batch_per_rank} examples a rank, density {args.density}")
-    print(f"{'ranks':>6} {'setting':8} {'predicted':>10} {'counted':>10} {'link':>10}")
-    for size in (*args.ranks, *MODELLED):
-        for setting in settings:
-            values = [result.get(f"{size}.{setting}.{name}_mb") for name in ("predicted", "counted", "link")]
-            values[0] = values[0] or result.get(f"model.{size}.{setting}")
-            if values[0] is None:
-                continue
-            print(f"{size:6} {setting:8} " + " ".join(f"{'-' if v is None else format(v, '.3f'):>10}" for v in values))
+            for setting, (counted, link) in json.loads(found.read_text()).items():
+                predicted = predicted_mb(args, size, layers, *settings[setting])
+                for path, mb in predicted.items():
+                    result[f"{size}.{setting}.{path}.predicted_mb"] = mb
+                    result[f"{size}.{setting}.{path}.counted_mb"] = counted.get(path, 0.0)
+                result[f"{size}.{setting}.link_mb"] = link
+                pairs = [f"{mb:.3f} {counted.get(path, 0.0):.3f}" for path, mb in predicted.items()]
+                rows.append((size, setting, *pairs, f"{sum(predicted.values()):.3f}", f"{link:.3f}"))
+    for size in MODELLED if not args.model_parallel_size else ():
+        for setting, how in settings.items():
+            if setting != "hier":
+                predicted = predicted_mb(args, size, layers, *how)
+                result[f"model.{size}.{setting}"] = sum(predicted.values())
+                rows.append((size, setting, *(f"{mb:.3f}" for mb in predicted.values()),
+                             f"{sum(predicted.values()):.3f}", "-"))
+    print(f"MiB a step that a rank sends, predicted and counted; {args.backbone}, {sum(map(sum, layers)):,} numbers, "
+          f"D = {args.dim}, {args.batch_per_rank} examples a rank, density {args.density}")
+    for row in [("ranks", "setting", "features", "softmax", "backbone", "rows", "sum", "link"), *rows]:
+        print(f"{row[0]:>6} {row[1]:8} " + " ".join(f"{cell:>16}" for cell in row[2:]))
     print(json.dumps({key: round(value, 4) for key, value in result.items()}))
 
 
@@ -105,25 +117,41 @@ def layers_of(net):
 
 
 def predicted_mb(args, size, layers, kind, bits):
+    """By path, in the order of the table."""
     matrices, vectors = layers
-    features = 2 * (size - 1) * args.batch_per_rank * args.dim * bits // 8
-    softmax = sent_all_reduce(size, 3 * size * args.batch_per_rank * 4)
+    width = args.model_parallel_size or size
+    copies = size // width
+    features = 2 * sent_all_gather(width, args.batch_per_rank * args.dim * bits // 8)
+    features += sent_all_gather(width, (args.batch_per_rank + 1) * 8)
+    softmax = sent_all_reduce(width, 3 * width * args.batch_per_rank * 4)
+    backbone = sent_all_reduce(size, (4 * args.dim + 1) * 8)
     if kind == "dense":
-        return (features + softmax + sent_all_reduce(size, (sum(matrices) + sum(vectors)) * bits // 8)) / 2**20
-    total = features + softmax + sent_all_reduce(size, sum(vectors) * bits // 8)
-    local = args.ranks_per_host if kind == "hier" else 1
-    hosts = size // local
-    for n in matrices:
-        part = n / local
-        message = message_bytes(math.ceil(part * args.density), bits)
-        sparse, dense = sent_all_gather(hosts, message), sent_all_reduce(hosts, 4 * part)
-        total += sent_reduce_scatter(local, 4 * n) + min(sparse, dense)
-        total += sent_all_gather(local, hosts * message if sparse < dense else 4 * part)
-    return total / 2**20
+        backbone += sent_all_reduce(size, (sum(matrices) + sum(vectors)) * bits // 8)
+    else:
+        backbone += sent_all_reduce(size, sum(vectors) * bits // 8)
+        local = args.ranks_per_host if kind == "hier" else 1
+        hosts = size // local
+        for n in matrices:
+            part = n / local
+            message = message_bytes(math.ceil(part * args.density), bits)
+            sparse, dense = sent_all_gather(hosts, message), sent_all_reduce(hosts, 4 * part)
+            backbone += sent_reduce_scatter(local, 4 * n) + min(sparse, dense)
+            backbone += sent_all_gather(local, hosts * message if sparse < dense else 4 * part)
+    rows = sent_all_reduce(copies, CLASSES / width * args.dim * 4)
+    found = {"features": features, "softmax": softmax, "backbone": backbone, "rows": rows}
+    return {path: sent / 2**20 for path, sent in found.items()}
+
+
+def path_of(name):
+    """The table's path of a path of xc.traffic."""
+    group, _, what = name.partition(".")
+    if group == "shards":
+        return "softmax" if what == "all_reduce" else "features"
+    return "rows" if group == "replicas" else "backbone"
 
 
 def measure(args, settings):
-    world = open_world("cpu")
+    world = open_world("cpu", args.model_parallel_size)
     count = args.batch_per_rank
     found = {}
     for setting, (kind, bits) in settings.items():
@@ -132,11 +160,11 @@ def measure(args, settings):
         of_net = exchange.AllReduce(net, world, bits=bits) if kind == "dense" else exchange.Dgc(
             net, world, bits=bits, two_level=kind == "hier")
         images = torch.randn(count, 1, args.image_size, args.image_size)
-        labels = torch.arange(count)
         seen = []
         for _ in range(4):
+            labels = torch.arange(count)  # anew: those last gathered are kept
             world.everyone.all_reduce(torch.zeros(1))
-            world.traffic.take()
+            world.traffic.sent.clear()
             before = link_bytes()
             head.select(labels, 0)
             pipeline.run(net, head, of_net, [(images, labels)], labels, Now(0.1, count * world.size, 1, args.density),
@@ -145,13 +173,14 @@ def measure(args, settings):
             head.reduce()
             of_net.zero_grad()
             head.zero_grad()
-            sent = world.traffic.take()["sent_mb"]
+            by_path = Counter()
+            for name, sent in world.traffic.sent.items():
+                by_path[path_of(name)] += sent / 2**20
             world.everyone.all_reduce(torch.zeros(1))
-            seen.append((sent, (link_bytes() - before) / 2**20))
-        counted, link = (statistics.median(column) for column in zip(*seen[1:], strict=True))
-        of_ranks = world.everyone.all_gather_object((counted, link))
-        found[setting] = {"counted_mb": statistics.median(c for c, _ in of_ranks),
-                          "link_mb": statistics.median(link for _, link in of_ranks)}
+            seen.append((link_bytes() - before) / 2**20)
+        of_ranks = world.everyone.all_gather_object((by_path, statistics.median(seen[1:])))
+        medians = {path: statistics.median(counted[path] for counted, _ in of_ranks) for path in by_path}
+        found[setting] = medians, statistics.median(link for _, link in of_ranks)
     if world.rank == 0:
         Path(args.found).write_text(json.dumps(found))
 

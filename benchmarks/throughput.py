@@ -49,6 +49,8 @@ from xc.optim import RowSGD, backbone_sgd
 from xc.schedule import Now
 from xc.world import open_world, run
 
+STAGES = ["full", "knn", "overlap", "dgc"]
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,8 +66,10 @@ def main():
     parser.add_argument("--density", type=float, default=0.001)
     parser.add_argument("--steps", type=int, default=4, help="of a stage in a round, after one that is not counted")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", default=["full", "knn", "overlap", "dgc"])
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES)
     args = parser.parse_args()
+    if args.batch_per_rank % args.micro_batches:
+        parser.error(f"--micro-batches {args.micro_batches} does not divide --batch-per-rank {args.batch_per_rank}")
     if args.on_this_network:
         run(lambda: measure(args))
         return
@@ -124,7 +128,7 @@ def measure(args):
               "knn": lambda: stage("knn", lambda net: SumAfterwards(net, world)),
               "overlap": lambda: stage("knn", lambda net: AllReduce(net, world), parts),
               "dgc": lambda: stage("knn", lambda net: Dgc(net, world, momentum=cfg.momentum), parts)}
-    stages = {name: stages[name]() for name in args.only}
+    stages = {name: stages[name]() for name in STAGES if name in args.only}
     generator = torch.Generator().manual_seed(world.rank)
     for number in range(args.rounds):
         for name, one in stages.items():

@@ -80,6 +80,10 @@ def contact_sheet(pack):
 
 def show_timeline(parser, args):
     try:
+        if args.sheet or args.verify:
+            raise timeline.TimelineError("--sheet and --verify are for packs, not for a timeline")
+        if args.plot and not args.plot.endswith(".png"):
+            raise timeline.TimelineError(f"--plot {args.plot} is not allowed: give a name that ends in .png")
         if args.plot and os.path.lexists(args.plot):
             raise timeline.TimelineError(f"--plot {args.plot} exists; remove it or give another name")
         name, spans = timeline.one_step(timeline.read(args.pack))

@@ -86,7 +86,7 @@ def test_buffers_are_averaged():
 # --- DGC ---
 
 # (ranks, ranks of a host or 0 for one level)
-WORLDS = [(1, 0), (2, 0), (3, 0), (4, 0), (2, 1), (2, 2), (4, 2), (6, 3)]
+WORLDS = [(1, 0), (2, 0), (3, 0), (4, 0), (2, 1), (2, 2), (4, 2), (6, 3), (20, 5)]  # 20: parts differ in size
 
 
 def matrices(net):
@@ -99,7 +99,7 @@ def dgc(net, world, two_level, **settings):
 
 @pytest.mark.parametrize("size, per_host", WORLDS)
 @pytest.mark.parametrize("bits", [32, 16])
-@pytest.mark.parametrize("density", [0.01, 0.3])
+@pytest.mark.parametrize("density", [0.01, 0.25, 0.3, 0.5])
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 def test_nothing_is_lost(size, per_host, bits, density, clip):
     """Without momentum: all gradients of all ranks = all that was delivered + all residuals. The same bits on all."""

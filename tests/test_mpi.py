@@ -139,11 +139,32 @@ def test_an_exchange_resumes_bit_for_bit(ranks, exchange, tmp_path):
 
 @pytest.mark.parametrize("first, then", [("dense", "dgc"), ("dgc", "dense")])
 def test_another_exchange_cannot_go_on(first, then, tmp_path):
-    base = [sys.executable, *SYNTH, "--out", tmp_path / "run"]
+    base = [sys.executable, *SYNTH, "--out", tmp_path / "run", "--density-warmup-epochs", 0, "--momentum", 0]
     run(*base, "--steps", 2, "--exchange", first)
     process = run(*base, "--steps", 4, "--resume", "auto", "--exchange", then, expect=2)
     (line,) = error_lines(process)
     assert "go on with the --exchange" in line and len(losses(tmp_path / "run")) == 2
+
+
+def test_small_micro_batches_are_audited(tmp_path):
+    """Fewer examples of a rank in the first micro-batch than are looked at."""
+    flags = [*SYNTH, "--global-batch", 14, "--micro-batches", 2, "--head", "sampled", "--active-classes", 60,
+             "--steps", 4, "--log-steps", 3]
+    found = []
+    for name in "ab":
+        mpirun(3, *flags, "--out", tmp_path / name)
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        found.append([(line["loss_gap"], line["top100_covered"]) for line in lines if "loss_gap" in line])
+    assert found[0] == found[1] and len(found[0]) == 1
+
+
+def test_what_evaluations_send_is_not_the_steps(tmp_path):
+    sent = []
+    for name, extra in ("plain", []), ("evaluated", ["--eval-epochs", 0.03, "--save-epochs", 0.05]):
+        mpirun(2, *SYNTH[:-2], "--log-steps", 10, "--steps", 20, *extra, "--out", tmp_path / name)
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        sent.append([line["sent_mb"] for line in lines if "sent_mb" in line])
+    assert sent[0] == sent[1] and len(sent[0]) == 2 and sent[0][0] > 0
 
 
 @pytest.mark.parametrize("hosts", ["aab", "aabb"])
@@ -239,6 +260,7 @@ def test_a_mistake_about_the_head_is_one_line(arguments, text, tmp_path):
     (["--global-batch", 12, "--micro-batches", 4], "--micro-batches 4 is more than the 3 examples of a rank"),
     (["--exchange", "dgc", "--density", 0], "--density 0.0 is not allowed: a share above 0 and up to 1"),
     (["--exchange", "dgc", "--density", 1.5], "--density 1.5 is not allowed"),
+    (["--exchange", "dgc", "--epochs", 4], "--density-warmup-epochs 4.0 is"),
     (["--bakbone", "small"], "did you mean --backbone?"),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2_on_many_ranks(arguments, text, tiny_packs, tmp_path):

@@ -68,11 +68,24 @@ def test_a_step_is_added_up(timeline_json, tmp_path, capsys):
     assert "network busy 60.0 ms, 50.0 of it behind a computation" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"traceEvents": [{"ph": "X"}]}', '{"traceEvents": []}'])
+X = '{"ph": "X", "pid": %s, "cat": %s, "tid": 1, "name": %s, "ts": 1, "dur": %s}'
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", "{}", '{"traceEvents": [{"ph": "X"}]}', '{"traceEvents": []}', "[" * 100_000,
+    '{"traceEvents": [' + X % ("[]", "1", "1", "1") + "]}", '{"traceEvents": [' + X % ("1", "{}", "[]", "1") + "]}",
+    '{"traceEvents": [' + X % ("0", "1", "1", '"a"') + "]}"])
 def test_what_is_no_timeline_is_one_line(text, tmp_path, capsys):
     (tmp_path / "timeline.json").write_text(text)
     with pytest.raises(SystemExit) as end:
         data_tools.show.main([str(tmp_path / "timeline.json")])
+    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [["--plot", "x.xyz"], ["--plot", "x"], ["--sheet", "s.png"], ["--verify"]])
+def test_flags_that_do_not_fit_are_one_line(flags, timeline_json, capsys):
+    with pytest.raises(SystemExit) as end:
+        data_tools.show.main([str(timeline_json), *flags])
     assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 

@@ -64,6 +64,14 @@ def test_bytes_and_waits_are_counted_once():
     assert traffic.take() == {"sent_mb": 0.0, "waited_ms": 0.0}
 
 
+def test_what_is_not_a_steps_is_not_counted():
+    traffic = Traffic()
+    traffic.begin("a", 2**20, lambda: True, lambda: None)()
+    with traffic.uncounted():
+        traffic.begin("a", 2**20, over_after(400)[0], lambda: None, background=False)()
+    assert traffic.take()["sent_mb"] == 1.0
+
+
 def test_the_thread_sleeps_when_nothing_is_in_flight():
     traffic = Traffic()
     traffic.begin("a", 1, over_after(3)[0], lambda: None)()

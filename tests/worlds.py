@@ -51,12 +51,23 @@ class ThreadGroup(Group):
 
     def all_gather_async(self, tensor, counts=None):
         gathered = self.all_gather(tensor, counts)
-        return lambda: gathered
+        return self._unchanged(tensor, gathered)
+
+    @staticmethod
+    def _unchanged(given, result):
+        """Waits for a result; what was given must not have changed while it was in flight."""
+        copy = given.detach().clone()
+
+        def wait():
+            assert torch.equal(copy, given), "changed in flight"
+            return result
+
+        return wait
 
     def reduce_scatter_async(self, tensor, counts):
         parts = self._exchange("reduce_scatter", tensor, tuple(tensor.shape), tuple(counts))
         piece = torch.stack(parts).sum(0, dtype=_sum_dtype(tensor)).split(list(counts))[self.rank].clone()
-        return lambda: piece
+        return self._unchanged(tensor, piece)
 
     def all_to_all(self, tensor, counts):
         assert len(tensor) == sum(counts) and len(counts) == self.size

@@ -105,6 +105,8 @@ def load(folder, state, identity):
     path = folder / "backbone.safetensors"
     try:
         state.backbone.load_state_dict(load_file(path))
+        path = folder
+        state.exchange.load(folder)
         path = folder / "optimizer.safetensors"
         _set_momentum_by_name(state, load_file(path))
         for first, last in ranges:
@@ -122,7 +124,6 @@ def load(folder, state, identity):
                     rows[start - head.shard.first : stop - head.shard.first] = piece[start - first : stop - first]
         path = folder
         head.load(folder)  # checks its files itself
-        state.exchange.load(folder)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         raise ValueError(f"checkpoint file {path} cannot be used ({' '.join(str(e).split())}): resume with the "
                          "settings it was written with, or take another checkpoint") from e
@@ -189,12 +190,13 @@ def _set_momentum_by_name(state, momentum):
     parameters = {name: p for name, p in state.backbone.named_parameters() if p.requires_grad}
     kept = {id(p) for group in state.body_optimizer.param_groups if group["momentum"] for p in group["params"]}
     wanted = {name for name, p in parameters.items() if id(p) in kept}
-    if momentum and momentum.keys() != wanted:
-        raise ValueError(f"it has the momentum of {len(momentum)} tensors, this run keeps that of {len(wanted)}: go on "
-                         "with the --exchange and the --backbone that it was made with")
+    if momentum and not wanted <= momentum.keys() <= parameters.keys():
+        raise ValueError(f"it has the momentum of {len(momentum)} tensors, this run keeps that of {len(wanted)}")
     for name, buffer in momentum.items():
         if buffer.shape != parameters[name].shape:
             raise ValueError(f"momentum of {name} has shape {tuple(buffer.shape)}")
+        if name not in wanted:
+            continue
         state.body_optimizer.state[parameters[name]]["momentum_buffer"] = buffer.to(parameters[name])
 
 

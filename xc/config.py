@@ -80,10 +80,11 @@ class Config:
                                    "a host and the largest between hosts", ("dense", "dgc", "dgc-hier"))
     density: float = _flag(0.01, "dgc: share of the gradients that is sent")
     density_warmup_epochs: float = _flag(4.0, "dgc: epochs over which the density falls from a quarter")
-    dgc_clip: float = _flag(0.0, "dgc: highest norm of a layer's gradient, over the root of the number of ranks; "
-                                 "0: none")
-    gradient_bits: int = _flag(32, "of the backbone's gradients on the way", (32, 16))
-    feature_bits: int = _flag(32, "of features and their gradients on the way", (32, 16))
+    dgc_clip: float = _flag(0.0, "dgc: highest norm of a layer's gradient (small layers together, vectors not), over "
+                                 "the root of the number of ranks; 0: none")
+    gradient_bits: int = _flag(32, "of the backbone's gradients on the way; 16: dense as float16, what dgc chooses as "
+                                   "bfloat16", (32, 16))
+    feature_bits: int = _flag(32, "on the way; 16: features as float16, their gradients as bfloat16", (32, 16))
 
     model_parallel_size: int = _flag(0, "ranks that together hold one copy of the classifier; 0: all")
     device: str = _flag("auto", "auto: cuda where there is one", ("auto", "cpu", "cuda"))

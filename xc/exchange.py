@@ -84,7 +84,9 @@ class AllReduce:
         """Write what is yet to be delivered into a checkpoint's folder. Every rank calls this."""
 
     def load(self, folder):
-        """Read what `save` wrote, on any number of ranks. Not collective."""
+        """Read what `save` wrote, on any number of ranks. Not collective; ValueError if it is another exchange's."""
+        if _residuals(folder):
+            raise ValueError("it holds gradients yet to be sent: go on with the --exchange that it was made with")
 
 
 class Dgc(AllReduce):
@@ -96,14 +98,14 @@ class Dgc(AllReduce):
         v ← v + u            residual
         the k places of the largest |v| are sent and summed over the ranks; there v ← 0, u ← 0 (factor masking)
 
-    k is `now.density` of the layer, which falls during a warm-up. clip: g is scaled to a norm of at most clip / sqrt(W)
-    per layer. With 16 bits values travel as bfloat16, and v keeps what rounding took. What was given, the sum of all u,
-    is what was delivered plus the residuals.
+    k is `now.density` of the layer, which falls during a warm-up. clip: g of a layer, or of layers taken together, is
+    scaled to a norm of at most clip / sqrt(W). With 16 bits values travel as bfloat16, and v keeps what rounding took.
+    What was given, the sum of all u, is what was delivered plus the residuals.
 
     Tensors of fewer than two dimensions are summed as they are, with the optimizer's momentum. So is a layer's u where
     the places would send no less than a dense sum, which is above a density of about 1/W: u is not masked then, and
-    with density 1, or one rank, all numbers are those of the dense exchange with momentum. Layers below 256 KB are
-    taken together.
+    with density 1, or one rank, all numbers are those of the dense exchange with momentum (and without weight decay,
+    which is not summed up here, see optim.py). Layers below 256 KB are taken together.
 
     two_level: gradients are summed inside a host first, dense; each of its ranks selects in its part of every layer,
     and only these messages travel between hosts.
@@ -154,10 +156,12 @@ class Dgc(AllReduce):
 
     def load(self, folder):
         """What rank r of W' kept goes to rank r mod W: residuals are summed, none is lost."""
+        if not _residuals(folder):
+            raise ValueError("it holds no gradients yet to be sent: go on with the --exchange that it was made with")
         for bucket in self._sparse:
             for rows in bucket.kept.values():
                 rows.fill_(-0.0)  # to which any number is added without a change of a bit
-        for path in sorted(Path(folder).glob("residuals-*-*.safetensors")):
+        for path in _residuals(folder):
             if int(path.stem.split("-")[1]) % self.outer.size == self.outer.rank:
                 with safe_open(path, "pt") as file:
                     self._add_kept(file)
@@ -172,6 +176,10 @@ class Dgc(AllReduce):
                 start, stop = max(first, mine.first), min(last, mine.last)
                 if start < stop:
                     bucket.kept[name][start - mine.first : stop - mine.first] += piece[start - first : stop - first]
+
+
+def _residuals(folder):
+    return sorted(Path(folder).glob("residuals-*-*.safetensors"))
 
 
 class _Bucket:
@@ -242,9 +250,10 @@ class _SparseBucket(_Bucket):
 
     def _num_sent(self, part):
         """k of a part, or None where a dense sum sends less."""
-        k, size = math.ceil(self.density * len(part)), self._dgc.outer.size
+        longest, size = len(self._parts[0]), self._dgc.outer.size  # all parts go the same way
+        k = math.ceil(self.density * longest)
         sparse = sent_all_gather(size, message_bytes(k, self._dgc.bits))
-        return None if k >= len(part) or sparse >= sent_all_reduce(size, 4 * len(part)) else k
+        return None if k >= longest or sparse >= sent_all_reduce(size, 4 * longest) else min(k, len(part))
 
     def launch(self):
         if self._wait is None:

@@ -55,8 +55,12 @@ class Schedule:
         if warmup_steps >= steps > 1:
             raise ValueError(f"--warmup-epochs {cfg.warmup_epochs} is {warmup_steps} steps, but the run has {steps}: "
                              "take a shorter warm-up or a longer run")
+        density_steps = round(cfg.density_warmup_epochs * steps_per_epoch)
+        if cfg.exchange != "dense" and cfg.density < 0.25 and density_steps >= steps > 1:
+            raise ValueError(f"--density-warmup-epochs {cfg.density_warmup_epochs} is {density_steps} steps, but the "
+                             f"run has {steps} and would not reach --density {cfg.density}: take a shorter warm-up")
         return cls(cfg.schedule, cfg.lr, steps, warmup_steps, cfg.lr_drops, cfg.global_batch, num_records,
-                   cfg.micro_batches, cfg.density, round(cfg.density_warmup_epochs * steps_per_epoch))
+                   cfg.micro_batches, cfg.density, density_steps)
 
     def resume(self, position):
         """First step of a run that goes on from a checkpoint's position; ValueError if it belongs elsewhere."""

@@ -13,7 +13,7 @@ def top_places(values, k):
     highest maximum, so the k largest of all lie in these columns (equals aside) and are not below it either. Conquer:
     the k largest of those. With columns of sqrt(N/k) values this looks at 2 sqrt(N k) numbers after a pass over all.
     """
-    height = int((len(values) / k) ** 0.5)
+    height = int((len(values) / max(1, k)) ** 0.5)
     if height < 4:  # nothing to gain
         return values.abs().topk(k, sorted=False).indices
     width = len(values) // height

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
 
 _SPINS = 200  # polls without a pause, a fraction of a millisecond: most small collectives end within
 _NAP_SECONDS = 1e-4  # between the polls after that: a rank that waits leaves its core to others
@@ -45,6 +46,15 @@ class Traffic:
         """Metrics of so many steps, since the last call: megabytes sent and milliseconds waited, of one step."""
         sent, waited, self.sent, self.waited = self.sent, self.waited, Counter(), 0.0
         return {"sent_mb": sum(sent.values()) / 2**20 / num_steps, "waited_ms": 1e3 * waited / num_steps}
+
+    @contextmanager
+    def uncounted(self):
+        """What happens in this block is not the steps'."""
+        counted = self.sent.copy(), self.waited
+        try:
+            yield
+        finally:
+            self.sent, self.waited = counted
 
     def _move_along(self):
         while True:

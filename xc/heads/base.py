@@ -22,7 +22,8 @@ class Head:
     """Full softmax: all classes take part in every step.
 
     A step calls `refresh`, `select`, `forward` (once, or for one micro-batch after the other), `reduce`, the row
-    optimizer and `zero_grad`. Heads that leave classes out differ in how they set
+    optimizer and `zero_grad`; pipeline.py does what forward() does, `directions`, gathering and `loss`, in pieces.
+    Heads that leave classes out differ in how they set
 
     active    (A,)    sorted, unique local ids of the classes that take part; None: all of this shard
     offset    (A,)    added to their logits; 0 for every class that is the right one of an example; None: nothing
@@ -260,8 +261,8 @@ class _ShardedSoftmax(torch.autograd.Function):
     3. logits of each block again -> softmax - one-hot -> gradients of features and rows
 
     Everything is known for the gradients when the loss is, so they are taken in forward(): beyond the memory for them
-    logits are not kept but computed again. The feature gradient that leaves here is this shard's part; `gather_rows`
-    sums the shards. The chain rule through the rows' length is written out, since autograd would
+    logits are not kept but computed again. The feature gradient that leaves here is this shard's part; whoever gathered
+    the features sums the shards'. The chain rule through the rows' length is written out, since autograd would
     go over every block of logits five times more.
     """
 

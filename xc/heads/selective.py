@@ -14,7 +14,7 @@ class SelectiveHead(PartialHead):
     """Classes near a step are found by FEATURE, in an approximate index over the rows of each shard.
 
     The authors' index is a forest of random projection trees, built anew every 100 steps; this one is an inverted file
-    (faiss). Features must be there first, so classes are chosen in the step's first forward(), by the features of the
+    (faiss). Features must be there first, so classes are chosen in the step's first loss(), by the features of the
     first micro-batch.
     """
 
@@ -35,7 +35,7 @@ class SelectiveHead(PartialHead):
         return {}
 
     def select(self, labels, step):
-        """Only notes the labels: see `forward`. Collective."""
+        """Only notes the labels: see `loss`. Collective."""
         super(PartialHead, self).select(labels, step)
         self.active = self.offset = None
         self._labels = self.labels_of_step(labels) if step >= self.warmup_full_steps else None
