@@ -99,13 +99,14 @@ def main():
         if log or eval or save:
             mean_loss = loss_sum.item() / (done - logged)
             check_finite(mean_loss, logged, done)  # before a save: the last checkpoint must be one to go on from
-            exchange.average_buffers()
         if log:
             examples = schedule.examples_before(done) - schedule.examples_before(logged)
             metrics.log(done, loss=mean_loss, lr=now.lr, global_batch=now.global_batch, peak_rss_mb=peak_rss_mb(),
                         **world.traffic.take(done - logged), **timer.take(done - logged, examples))
             logged, loss_sum = done, torch.zeros_like(loss_sum)
         with world.traffic.uncounted():
+            if log or eval or save:
+                exchange.average_buffers()
             if eval:
                 metrics.log(done, **evaluate(backbone, head, test.test(cfg.global_batch), world),
                             train_seconds=timer.total, **head.audit(features, labels[: len(features)]))

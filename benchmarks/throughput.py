@@ -18,12 +18,14 @@ stages take turns, in rounds; medians of all steps. Times are of the slowest ran
     exposed_ms    in which a rank did nothing but wait for communication
     sent_mb       that leave a rank in a step, as its collectives count them; link_mb: as the link counts them, headers
                   and acknowledgements included
-    hidden_share  of the communication time that could be hidden, what overlap hid: (step of `knn` - step of `overlap`)
-                  / min(exposed_ms of `knn`, window). The window is the computation behind which communication can be:
-                  the last micro-batch's backward pass, and forward and head of all but the first and last.
+    hidden_share  of the communication time that could be hidden, what overlap hid: (exposed_ms of `knn` - exposed_ms of
+                  `overlap`) / min(exposed_ms of `knn`, window). The window is the computation of `knn` behind which
+                  communication can be: the last micro-batch's backward pass, and forward and head of all but the first.
+    saved_share   the same with the time of the step in place of exposed_ms: less by what communication itself computes
+                  (TCP, sums), which a rank of one core takes from its backward pass
 
 Keys: images_per_second.STAGE, exposed_ms.STAGE, sent_mb.STAGE, link_mb.STAGE, total_speedup, hidden_share,
-selection_share, dgc_share.
+saved_share, selection_share, dgc_share.
 """
 
 import argparse
@@ -192,8 +194,9 @@ def show(args, world, stages, global_batch):
         before, after, parts = stages["knn"], stages["overlap"], args.micro_batches
         window = before["backward_ms"] / parts
         window += (before["forward_ms"] + before["head_ms"]) * max(0, parts - 1) / parts
-        saved = 1e3 * (before["seconds"] - after["seconds"])
-        result["hidden_share"] = saved / min(before["exposed_ms"], window)
+        most = min(before["exposed_ms"], window)
+        result["hidden_share"] = (before["exposed_ms"] - after["exposed_ms"]) / most
+        result["saved_share"] = 1e3 * (before["seconds"] - after["seconds"]) / most
     if {"overlap", "dgc"} <= set(names):
         for what in "selection", "dgc":
             result[f"{what}_share"] = 1e3 * stages["dgc"][what] / stages["overlap"]["backward_ms"]

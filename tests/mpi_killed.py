@@ -1,11 +1,13 @@
 """Ran by test_mpi.py under mpirun: training in which a rank is killed while communication is in flight.
 
-arguments: moment (gather | bucket | message), then those of train.py
+arguments: moment (gather | bucket | message), then those of train.py; writes the time into the file $KILLED_AT
 """
 
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 
 from xc import exchange, world
 
@@ -21,6 +23,7 @@ def dies_after(function):
         result = function(*arguments)
         calls += 1
         if calls == AT_CALL and world.launched_rank() == KILLED_RANK:
+            Path(os.environ["KILLED_AT"]).write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
