@@ -27,7 +27,9 @@ def splits(data, **changes):
 def batches(world, data, split="train", **changes):
     cfg = dataclasses.replace(CFG, data=data, **changes)
     loader = Loader(open_splits(cfg)[split], cfg, world)
-    return list(loader.test(13) if split == "test" else loader.train((first, 13) for first in range(26, 26 + 39, 13)))
+    if split == "test":
+        return list(loader.test(13))
+    return [part for [part] in loader.train((first, 13, 1) for first in range(26, 26 + 39, 13))]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 14])
