@@ -62,7 +62,7 @@ def main():
     test = data.Loader(packs["test"], cfg, world) if "test" in packs else None
     metrics = Metrics(cfg.out, world.rank, first_step, schedule.steps)
     timer = Timer()
-    timeline = Timeline(cfg.timeline, steps, cfg.out, world, timer)
+    timeline = Timeline(cfg.timeline_steps, steps, cfg.out, world, timer)
     logged, loss_sum = first_step, torch.zeros((), device=world.device)
 
     for step in steps:

@@ -1,6 +1,6 @@
 """Prints what is inside a pack, or a folder of packs, and checks it: python -m data_tools.show PACK
 
-Of a timeline.json, which train.py --timeline writes, it prints and draws one step instead.
+Of a timeline.json, which train.py --timeline-steps writes, it prints and draws one step instead.
 
 Opening checks the index and the sizes of the shard files, the statistics decode a sample of the images; --verify
 reads every byte and checks every checksum. Exit code 2 and one line on stderr where something is wrong.

@@ -1,4 +1,4 @@
-"""One step of a timeline.json of train.py --timeline, as numbers and as a plot. Called by data_tools.show."""
+"""One step of a timeline.json of train.py --timeline-steps, as numbers and as a plot. Called by data_tools.show."""
 
 import json
 
@@ -18,7 +18,7 @@ def read(path):
         return [(int(e["pid"]), str(e["cat"]), e["tid"] % 100, str(e["name"]), e["ts"] / 1e3,
                  (e["ts"] + e["dur"]) / 1e3) for e in events if e["ph"] == "X"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise TimelineError(f"{path} is not a timeline that train.py --timeline wrote ({error!r})") from error
+        raise TimelineError(f"{path} is not a timeline that train.py --timeline-steps wrote ({error!r})") from error
 
 
 def one_step(spans):

@@ -1,6 +1,7 @@
 """Real ranks of mpirun and horovodrun: collectives, failures, training, checkpoints."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import sys
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.launch import accuracies, error_lines, horovodrun, last_json, losses, mpirun, run
-from xc.config import UserError
+from xc.config import Config, UserError
 from xc.world import MpiWorld
 
 pytestmark = pytest.mark.mpi
@@ -77,6 +78,14 @@ def test_horovodrun_prints_its_result_last(tiny_packs, tmp_path, reference):
     result = last_json(process)
     assert set(result) >= {"top1", "top5", "images_per_second", "peak_rss_mb", "steps", "seconds", "run"}
     assert result["steps"] == 6 and 0 <= result["top1"] <= result["top5"] <= 1 and result["images_per_second"] > 0
+
+
+def test_horovodrun_takes_no_flag_of_ours_for_its_own():
+    """It looks for its own options behind the command too, and stops at what could be several of them."""
+    options = set(re.findall(r"--[a-z][a-z-]+", run("horovodrun", "--help").stdout))
+    for field in dataclasses.fields(Config):
+        flag = "--" + field.name.replace("_", "-")
+        assert sum(option.startswith(flag) for option in options) <= 1, flag
 
 
 def test_same_command_same_bits(tiny_packs, tmp_path):
@@ -189,7 +198,7 @@ def test_micro_batches_do_not_depend_on_the_ranks(ranks, tiny_packs, tmp_path):
     """Nor does the batch norm of the features, which is over a micro-batch of all ranks."""
     flags = ["--data", tiny_packs, "--steps", 6, *SETTINGS, "--global-batch", 26, "--micro-batches", 2]
     run(sys.executable, "train.py", *flags, "--out", tmp_path / "alone")
-    mpirun(ranks, "train.py", *flags, "--out", tmp_path / "run", "--timeline", 2)
+    mpirun(ranks, "train.py", *flags, "--out", tmp_path / "run", "--timeline-steps", 2)
     assert_equal_losses(losses(tmp_path / "run"), losses(tmp_path / "alone"))
     spans = json.loads((tmp_path / "run" / "timeline.json").read_text())["traceEvents"]
     assert {span["pid"] for span in spans} == set(range(ranks))

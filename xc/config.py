@@ -93,7 +93,7 @@ class Config:
     prefetch: int = _flag(4, "batches per rank that are read ahead")
 
     seed: int = _flag(0, "of everything random")
-    timeline: int = _flag(0, "steps to draw into timeline.json in the run folder, after the first 10")
+    timeline_steps: int = _flag(0, "steps to draw into timeline.json in the run folder, after the first 10")
     log_steps: int = _flag(50, "steps between two lines of metrics")
     eval_epochs: float = _flag(1.0, "epochs between two evaluations; 0: only at the end")
     save_epochs: float = _flag(1.0, "epochs between two checkpoints; 0: only at the end")
@@ -135,7 +135,7 @@ class Config:
             ("density_warmup_epochs", self.density_warmup_epochs >= 0, "0 or more"),
             ("dgc_clip", self.dgc_clip >= 0, "0 (none) or more"),
             ("model_parallel_size", self.model_parallel_size >= 0, "0 (all ranks) or a divisor of their number"),
-            ("timeline", self.timeline >= 0, "0 (none) or a number of steps"),
+            ("timeline_steps", self.timeline_steps >= 0, "0 (none) or a number of steps"),
             ("bucket_mb", self.bucket_mb > 0, "above 0"),
             ("loader_threads", self.loader_threads >= 1, "at least 1"),
             ("prefetch", self.prefetch >= 1, "at least 1"),
