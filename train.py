@@ -71,7 +71,7 @@ def main():
         set_lr(state.body_optimizer, now.lr)
         set_lr(state.head_optimizer, now.lr * cfg.head_lr_scale)
 
-        with timer("refresh"):
+        with timer("refresh"), world.traffic.uncounted():
             refreshed = head.refresh(step, schedule.due(step, cfg.graph_every))
         with timer("data"):
             batch = next(batches)

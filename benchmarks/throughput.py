@@ -9,8 +9,9 @@ Stages
     knn        KNN softmax of --active of the classes
     overlap    gradients leave bucket by bucket inside the backward pass of the last of --micro-batches; features and
                their gradients travel behind the other micro-batches, where there are some
-    dgc        --density of the gradients; selection_share of the backward pass is spent in choosing them, dgc_share in
-               all that DGC does there (momentum, residual, choice, message)
+    dgc        --density of the gradients; selection_share of the backward pass of `knn`, which shares its core with
+               nothing, is spent in choosing them, dgc_share in all that DGC does there (momentum, residual, choice,
+               message)
 
 A step is all of train.py's but reading data: images are random, so is the KNN graph (its look-up costs the same). The
 stages take turns, in rounds; medians of all steps. Times are of the slowest rank.
@@ -197,9 +198,9 @@ def show(args, world, stages, global_batch):
         most = min(before["exposed_ms"], window)
         result["hidden_share"] = (before["exposed_ms"] - after["exposed_ms"]) / most
         result["saved_share"] = 1e3 * (before["seconds"] - after["seconds"]) / most
-    if {"overlap", "dgc"} <= set(names):
+    if {"knn", "dgc"} <= set(names):
         for what in "selection", "dgc":
-            result[f"{what}_share"] = 1e3 * stages["dgc"][what] / stages["overlap"]["backward_ms"]
+            result[f"{what}_share"] = 1e3 * stages["dgc"][what] / stages["knn"]["backward_ms"]
     result = {key: round(value, 4) for key, value in result.items()}
     print(json.dumps({"rate": args.rate, "ranks": world.size} | result))
 

@@ -15,7 +15,7 @@ def read(path):
     try:
         with open(path) as file:
             events = json.load(file)["traceEvents"]
-        return [(int(e["pid"]), str(e["cat"]), e["tid"] % 100, str(e["name"]), e["ts"] / 1e3,
+        return [(int(e["pid"]), str(e["cat"]), e["tid"] % 1000, str(e["name"]), e["ts"] / 1e3,
                  (e["ts"] + e["dur"]) / 1e3) for e in events if e["ph"] == "X"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TimelineError(f"{path} is not a timeline that train.py --timeline-steps wrote ({error!r})") from error

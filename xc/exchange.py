@@ -249,7 +249,7 @@ class _SparseBucket(_Bucket):
         self._dgc.launch_in_order()
 
     def _num_sent(self, part):
-        """k of a part, or None where a dense sum sends less."""
+        """k of a part, or None where a dense sum sends no more."""
         longest, size = len(self._parts[0]), self._dgc.outer.size  # all parts go the same way
         k = math.ceil(self.density * longest)
         sparse = sent_all_gather(size, message_bytes(k, self._dgc.bits))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from xc.run_folder import replace_text
 
+LANES = {"step": 0, "compute": 1000, "network": 2000}  # first thread of each; several things at once take the next
 _SKIPPED = 10  # first steps of a run, which are slower than the others
 
 
@@ -52,9 +53,7 @@ def _events(rank, spans):
     for lane, name, begin, end in sorted(spans, key=lambda span: span[2]):
         number = next(n for n in range(len(spans)) if threads.get((lane, n), 0.0) <= begin)
         threads[lane, number] = end
-        tid = ("step", "compute", "network").index(lane) * 100 + number
-        yield {"ph": "X", "pid": rank, "tid": tid, "cat": lane, "name": name, "ts": 1e6 * begin,
+        yield {"ph": "X", "pid": rank, "tid": LANES[lane] + number, "cat": lane, "name": name, "ts": 1e6 * begin,
                "dur": 1e6 * (end - begin)}
     for lane, number in threads:
-        tid = ("step", "compute", "network").index(lane) * 100 + number
-        yield {"ph": "M", "pid": rank, "tid": tid, "name": "thread_name", "args": {"name": lane}}
+        yield {"ph": "M", "pid": rank, "tid": LANES[lane] + number, "name": "thread_name", "args": {"name": lane}}

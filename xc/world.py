@@ -169,6 +169,7 @@ class MpiGroup(Group):
     def _all_gather(self, tensor, counts, background):
         host = tensor.detach().cpu().contiguous()
         counts = counts or [len(host)] * self.size
+        assert len(host) == counts[self.rank]  # MPI would fill in whatever lies in memory
         out = host.new_empty((sum(counts), *host.shape[1:]))
         width = _width(host)
         request = self._comm.Iallgatherv(_raw(host), [_raw(out), [n * width for n in counts]])
