@@ -13,12 +13,12 @@ import time
 import torch
 
 from xc import backbone as backbones
-from xc import checkpoint, config, data, heads, pipeline, run_folder
+from xc import checkpoint, config, data, heads, noise_scale, pipeline, run_folder, schedule_plot
 from xc import exchange as exchanges
 from xc.evaluate import evaluate
 from xc.metrics import Metrics, Timer, check_finite, peak_rss_mb
-from xc.optim import RowSGD, backbone_sgd, set_lr
-from xc.schedule import Schedule
+from xc.optim import RowSGD, backbone_optimizer, set_lr
+from xc.schedule import Position, Schedule
 from xc.timeline import Timeline
 from xc.world import open_world, run
 
@@ -31,99 +31,109 @@ def main():
     cfg = config.parse()
     world = open_world(cfg.device, cfg.model_parallel_size)
     with world.agreed():
-        run_folder.check(cfg)
+        if not cfg.schedule_plot:
+            run_folder.check(cfg)
         packs = data.open_splits(cfg)
         schedule = Schedule.of(cfg, len(packs["train"]), world.size)
+        if cfg.schedule_plot and world.rank == 0:
+            schedule_plot.draw(schedule, cfg.schedule_plot)
+    if cfg.schedule_plot:
+        return
 
     # --- model: the backbone on every rank, the class rows split over the shard group ---
     with world.agreed():
-        backbone = backbones.build(cfg.backbone, packs["train"].input_shape, cfg.feature_dim, cfg.seed, world)
+        backbone = backbones.build(cfg.backbone, packs["train"].input_shape, cfg.feature_dim, cfg.seed, world, cfg.amp)
         head = heads.build(cfg, packs["train"].num_classes, world)
         exchange = exchanges.build(backbone, world, cfg)
-    state = checkpoint.State(backbone, backbone_sgd(backbone, cfg, exchange.keeps_momentum), head,
-                             RowSGD(head, cfg.head_momentum, cfg.head_weight_decay), exchange)
+    state = checkpoint.State(backbone, backbone_optimizer(backbone, cfg, exchange.keeps_momentum), head,
+                             RowSGD(head, cfg.head_momentum, cfg.head_weight_decay), exchange,
+                             noise_scale.NoiseScale())
 
     # --- resume: any number of ranks from any number of ranks ---
-    first_step = 0
+    position = Position()
     identity = {"seed": cfg.seed, "logits": cfg.logits, "num_records": len(packs["train"]),
                 "classes_digest": packs["train"].classes_digest}
     with world.agreed():
         if folder := checkpoint.to_resume(cfg.resume, cfg.out):
-            first_step = schedule.resume(checkpoint.load(folder, state, identity))
+            position = schedule.resume(checkpoint.load(folder, state, identity))
     with world.agreed():
         if world.rank == 0:
             run_folder.create(cfg, world.size)
 
     # --- the loop over steps ---
-    steps = range(first_step, schedule.steps)
     batches = data.Loader(packs["train"], cfg, world).train(
-        (schedule.examples_before(step), schedule.at(step).global_batch, schedule.at(step).micro_batches)
-        for step in steps)
+        position.examples, schedule.examples, cfg.global_batch // cfg.micro_batches)
     test = data.Loader(packs["test"], cfg, world) if "test" in packs else None
-    metrics = Metrics(cfg.out, world.rank, first_step, schedule.steps)
+    metrics = Metrics(cfg.out, world.rank, position, schedule.num_steps, schedule.examples)
     timer = Timer()
-    timeline = Timeline(cfg.timeline_steps, steps, cfg.out, world, timer)
-    logged, loss_sum = first_step, torch.zeros((), device=world.device)
+    timeline = Timeline(cfg.timeline_steps, position.step, schedule.least_steps, cfg.out, world, timer)
+    first = logged = position
+    loss_sum = torch.zeros((), device=world.device)
 
-    for step in steps:
-        timeline.at(step)
-        now = schedule.at(step)
+    while position.examples < schedule.examples:
+        timeline.at(position.step)
+        now = schedule.at(position, state.noise.growth() if schedule.grows(position) else 1)
         set_lr(state.body_optimizer, now.lr)
         set_lr(state.head_optimizer, now.lr * cfg.head_lr_scale)
 
         with timer("refresh"), world.traffic.uncounted():
-            refreshed = head.refresh(step, schedule.due(step, cfg.graph_every))
+            refreshed = head.refresh(now.round, schedule.due(position, cfg.graph_every))
         with timer("data"):
-            batch = next(batches)
+            batch = batches.take(now.micro_batches)
         with timer("select"):
             labels = torch.cat([labels for _, labels in batch])
-            head.select(labels, step)
+            head.select(labels, now.round, now.rounds)
+        exchange.watched = position.step % noise_scale.EVERY == 0
         loss, features = pipeline.run(backbone, head, exchange, batch, labels, now, timer, cfg.feature_bits)
         with timer("exchange"):
-            exchange.reduce()
+            finite = exchange.reduce()
             head.reduce()
+            if exchange.watched and finite and (norms := exchange.norms(now)):
+                state.noise.look(*norms)
         with timer("update"):
-            state.body_optimizer.step()
-            state.head_optimizer.step()
+            if finite:  # or else losses were scaled too far up: on all ranks
+                state.body_optimizer.step()
+                state.head_optimizer.step()
+            exchange.loss_scale.update(finite)
             exchange.zero_grad()
             head.zero_grad()
             features = features[:_AUDITED]  # of the first micro-batch, which has the first labels
             loss_sum += loss
 
-        done = step + 1
         if refreshed:
-            metrics.log(step, **refreshed)
-        log = done % cfg.log_steps == 0 or done == schedule.steps
-        eval = test and schedule.due(done, cfg.eval_epochs)
-        save = schedule.due(done, cfg.save_epochs) or done == schedule.steps
+            metrics.log(position, **refreshed)
+        position = position.after(now)
+        over = position.examples == schedule.examples
+        log = position.step % cfg.log_steps == 0 or over
+        eval = test and schedule.due(position, cfg.eval_every)
+        save = schedule.due(position, cfg.save_every) or over
         if log or eval or save:
-            mean_loss = loss_sum.item() / (done - logged)
-            check_finite(mean_loss, logged, done)  # before a save: the last checkpoint must be one to go on from
+            mean_loss = loss_sum.item() / (position.step - logged.step)
+            check_finite(mean_loss, logged.step, position.step)  # before a save: there must be one to go on from
         if log:
-            examples = schedule.examples_before(done) - schedule.examples_before(logged)
-            metrics.log(done, loss=mean_loss, lr=now.lr, global_batch=now.global_batch, peak_rss_mb=peak_rss_mb(),
-                        **world.traffic.take(done - logged), **timer.take(done - logged, examples))
-            logged, loss_sum = done, torch.zeros_like(loss_sum)
+            num_steps, examples = position.step - logged.step, position.examples - logged.examples
+            metrics.log(position, loss=mean_loss, lr=now.lr, global_batch=now.global_batch, peak_rss_mb=peak_rss_mb(),
+                        noise_scale=state.noise.examples, loss_scale=exchange.loss_scale.scale,
+                        **world.traffic.take(num_steps), **timer.take(num_steps, examples))
+            logged, loss_sum = position, torch.zeros_like(loss_sum)
         with world.traffic.uncounted():
             if log or eval or save:
                 exchange.average_buffers()
             if eval:
-                metrics.log(done, **evaluate(backbone, head, test.test(cfg.global_batch), world),
+                metrics.log(position, **evaluate(backbone, head, test.test(cfg.global_batch), world),
                             train_seconds=timer.total, **head.audit(features, labels[: len(features)]))
             if save:
-                position = {"step": done, "examples": schedule.examples_before(done)}
                 checkpoint.save(cfg.out, world, state, position, identity, cfg.keep)
-    timeline.at(schedule.steps)
+    timeline.at(position.step)
 
     # --- the result ---
     result = evaluate(backbone, head, test.test(cfg.global_batch), world) if test else {"top1": None, "top5": None}
-    if test and steps:
-        metrics.log(schedule.steps, **result, train_seconds=timer.total,
-                    **head.audit(features, labels[: len(features)]))
+    if test and position.step > first.step:
+        metrics.log(position, **result, train_seconds=timer.total, **head.audit(features, labels[: len(features)]))
     metrics.close()
     peak = world.everyone.all_reduce(torch.tensor(peak_rss_mb(), device=world.device), "max").item()
     result |= {"images_per_second": round(timer.images_per_second, 1), "peak_rss_mb": round(peak),
-               "steps": schedule.steps, "seconds": round(time.perf_counter() - start, 1), "run": cfg.out}
+               "steps": position.step, "seconds": round(time.perf_counter() - start, 1), "run": cfg.out}
     if world.rank == 0:
         print(f"go on with it: {run_folder.resume_command(cfg, world.size)}")
         print(json.dumps(result), flush=True)

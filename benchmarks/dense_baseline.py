@@ -21,8 +21,9 @@ from xc import backbone as backbones
 from xc import config, data
 from xc.config import UserError
 from xc.heads.base import initial_rows
-from xc.optim import backbone_sgd, set_lr
+from xc.optim import backbone_optimizer, set_lr
 from xc.schedule import Schedule
+from xc.schedule_plot import steps_of
 from xc.shard import Shard
 from xc.world import World, run
 
@@ -39,7 +40,7 @@ def main():
     with torch.no_grad():  # both start from the same rows, so that their first losses can be compared
         linear.weight.copy_(initial_rows(Shard(0, num_classes), cfg.feature_dim, cfg.seed))
     criterion = nn.CrossEntropyLoss()
-    optimizers = [backbone_sgd(backbone, cfg), torch.optim.SGD(
+    optimizers = [backbone_optimizer(backbone, cfg), torch.optim.SGD(
         linear.parameters(), cfg.lr, cfg.head_momentum, weight_decay=cfg.head_weight_decay)]
 
     def logits_of(images):
@@ -49,18 +50,18 @@ def main():
         return cfg.scale * F.linear(F.normalize(features), F.normalize(linear.weight))
 
     start = time.perf_counter()
-    loader = data.Loader(packs["train"], cfg, World())
-    wanted = ((schedule.examples_before(step), cfg.global_batch, 1) for step in range(schedule.steps))
-    for step, [(images, labels)] in enumerate(loader.train(wanted)):
+    batches = data.Loader(packs["train"], cfg, World()).train(0, schedule.examples, cfg.global_batch)
+    for position, now in steps_of(schedule):
+        images, labels = (torch.cat(parts) for parts in zip(*batches.take(now.rounds), strict=True))
         for optimizer, scale in zip(optimizers, (1.0, cfg.head_lr_scale), strict=True):
-            set_lr(optimizer, schedule.at(step).lr * scale)
+            set_lr(optimizer, now.lr * scale)
             optimizer.zero_grad()
         loss = criterion(logits_of(images), labels)
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-        if step < 3 or (step + 1) % 500 == 0:
-            print(f"step {step + 1}/{schedule.steps}  loss {loss.item():.6f}", flush=True)
+        if position.step < 3 or (position.step + 1) % 500 == 0:
+            print(f"step {position.step + 1}/{schedule.num_steps}  loss {loss.item():.6f}", flush=True)
 
     backbone.eval()
     hits = torch.zeros(2)
@@ -70,7 +71,7 @@ def main():
             hits += torch.tensor([best[:, 0].sum(), best.any(1).sum()])
     top1, top5 = (hits / len(packs["test"])).tolist()
     report("dense baseline, one process", {
-        "top1": top1, "top5": top5, "steps": schedule.steps, "seconds": time.perf_counter() - start,
+        "top1": top1, "top5": top5, "steps": schedule.num_steps, "seconds": time.perf_counter() - start,
         "classes": num_classes, "logits": cfg.logits})
 
 

@@ -48,7 +48,7 @@ from xc import backbone as backbones
 from xc import config, exchange, heads, pipeline
 from xc.exchange import AllReduce, Dgc
 from xc.metrics import Timer
-from xc.optim import RowSGD, backbone_sgd
+from xc.optim import RowSGD, backbone_optimizer
 from xc.schedule import Now
 from xc.world import open_world, run
 
@@ -123,7 +123,7 @@ def measure(args):
         return SimpleNamespace(
             backbone=backbone, head=of_head[head], exchange=of_backbone,
             now=Now(cfg.lr, global_batch, num_parts, args.density),
-            optimizers=[backbone_sgd(backbone, cfg, of_backbone.keeps_momentum), RowSGD(of_head[head], 0.0, 0.0)],
+            optimizers=[backbone_optimizer(backbone, cfg, of_backbone.keeps_momentum), RowSGD(of_head[head], 0.0, 0.0)],
             steps=[])
 
     parts = args.micro_batches

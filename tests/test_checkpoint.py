@@ -13,7 +13,9 @@ from xc import checkpoint
 from xc.config import UserError
 from xc.exchange import AllReduce
 from xc.heads import HEADS
+from xc.noise_scale import NoiseScale
 from xc.optim import RowSGD
+from xc.schedule import Position
 from xc.world import World
 
 C, D = 10, 4
@@ -28,7 +30,7 @@ def state_of(world, seed, num_classes=C):
     net = copy.deepcopy(NETS[seed])
     head = HEADS["full"](num_classes, D, world, seed=seed)
     state = checkpoint.State(net, torch.optim.SGD(net.parameters(), 0.1, 0.9), head, RowSGD(head, 0.9, 0.0),
-                             AllReduce(net, world))
+                             AllReduce(net, world), NoiseScale())
     for p in net.parameters():
         p.grad = torch.ones_like(p)
     state.body_optimizer.step()
@@ -40,7 +42,7 @@ IDENTITY = {"seed": 5, "classes_digest": "abc"}
 
 
 def position(step):
-    return {"step": step, "examples": 7 * step}
+    return Position(step, 7 * step, 7)
 
 
 def save(world, run, step=3, keep=2):
@@ -105,7 +107,7 @@ def spoil(folder, what):
         case "meta is no json":
             (folder / "meta.json").write_text("{")
         case "version":
-            (folder / "meta.json").write_text(json.dumps(meta | {"version": 2}))
+            (folder / "meta.json").write_text(json.dumps(meta | {"version": 3}))
         case "gap":
             (folder / "meta.json").write_text(json.dumps(meta | {"rows": meta["rows"][1:]}))
         case "path":
@@ -129,7 +131,7 @@ def spoil(folder, what):
 
 
 @pytest.mark.parametrize("what, text", [
-    ("no meta", "not a checkpoint"), ("meta is no json", "not a checkpoint"), ("version", "version 1"),
+    ("no meta", "not a checkpoint"), ("meta is no json", "not a checkpoint"), ("version", "version 2"),
     ("gap", "cover the class rows"), ("path", "cover the class rows"), ("position", "no position"),
     ("rows are no list", "cover the class rows"),
     ("no momentum", "optimizer.safetensors"), ("other momentum", "optimizer.safetensors"),

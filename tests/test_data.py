@@ -30,8 +30,10 @@ def batches(world, packs, cfg=CFG, split="train", num_parts=1):
     loader = Loader(packs[split], cfg, world)
     if split == "test":
         return list(loader.test(13))
-    steps = loader.train((first, 13 * num_parts, num_parts) for first in range(26, 26 + 13 * 12, 13 * num_parts))
-    return [part for step in steps for part in step]
+    queue, taken = loader.train(26, 26 + 13 * 12, 13), []
+    while step := queue.take(num_parts):
+        taken += step
+    return taken
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 14])

@@ -5,6 +5,11 @@ import json
 import pytest
 
 from xc.metrics import Metrics, Timer, check_finite
+from xc.schedule import Position
+
+
+def at(step):
+    return Position(step, 10 * step, 10)
 
 
 def lines(folder):
@@ -12,14 +17,14 @@ def lines(folder):
 
 
 def test_a_later_launch_drops_what_it_does_again(tmp_path, capsys):
-    metrics = Metrics(tmp_path, 0, 0, 9)
+    metrics = Metrics(tmp_path, 0, Position(), 9, 90)
     for step in range(1, 5):
-        metrics.log(step, loss=step / 3)
+        metrics.log(at(step), loss=step / 3)
     metrics.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # killed while writing
-    metrics = Metrics(tmp_path, 0, 2, 9)
-    metrics.log(3, loss=7.0)
+    metrics = Metrics(tmp_path, 0, at(2), 9, 90)
+    metrics.log(at(3), loss=7.0)
     metrics.close()
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [
         (1, pytest.approx(1 / 3)), (2, pytest.approx(2 / 3)), (3, 7.0)]
@@ -27,8 +32,8 @@ def test_a_later_launch_drops_what_it_does_again(tmp_path, capsys):
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
-    metrics = Metrics(tmp_path, 1, 0, 9)
-    metrics.log(1, loss=1.0)
+    metrics = Metrics(tmp_path, 1, Position(), 9, 90)
+    metrics.log(at(1), loss=1.0)
     metrics.close()
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
 

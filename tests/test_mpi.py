@@ -20,8 +20,8 @@ pytestmark = pytest.mark.mpi
 # An uneven batch on any number of ranks, every source of randomness on, more than one bucket. A learning rate as at the
 # start of a warm-up: larger ones throw the loss of ten classes about, and now and then rounding decides which of two
 # equal pixels a max-pool takes.
-SETTINGS = ["--global-batch", 13, "--lr", 0.0003, "--feature-dim", 24, "--warmup-epochs", 0.1, "--log-steps", 1,
-            "--save-epochs", 0, "--eval-epochs", 0, "--bucket-mb", 0.05, "--device", "cpu"]
+SETTINGS = ["--global-batch", 13, "--lr", 0.0003, "--feature-dim", 24, "--warmup", 0.1, "--log-steps", 1,
+            "--save-every", 0, "--eval-every", 0, "--bucket-mb", 0.05, "--device", "cpu"]
 
 
 @pytest.mark.parametrize("ranks, width", [(2, 2), (3, 3), (4, 2), (4, 1)])
@@ -108,8 +108,8 @@ def test_resume_on_another_number_of_ranks(before, after, tiny_packs, tmp_path):
 
 
 SYNTH = ["train.py", "--data", "synth:classes=300,dim=16,test=50", "--feature-dim", 16, "--global-batch", 30,
-         "--lr", 0.05, "--warmup-epochs", 0.01, "--log-steps", 1, "--schedule", "constant", "--device", "cpu",
-         "--save-epochs", 0]
+         "--lr", 0.05, "--warmup", 0.01, "--log-steps", 1, "--schedule", "constant", "--device", "cpu",
+         "--save-every", 0]
 
 
 @pytest.mark.parametrize("flags", [
@@ -135,7 +135,7 @@ def test_heads_resume_bit_for_bit(flags, tmp_path):
 @pytest.mark.parametrize("exchange", ["dgc", "dgc-hier"])
 def test_an_exchange_resumes_bit_for_bit(ranks, exchange, tmp_path):
     """Residuals and momentum are part of the checkpoint."""
-    base = [*SYNTH, "--exchange", exchange, "--density", 0.05, "--density-warmup-epochs", 0.04, "--micro-batches", 2,
+    base = [*SYNTH, "--exchange", exchange, "--density", 0.05, "--density-warmup", 0.04, "--micro-batches", 2,
             "--gradient-bits", 16, "--feature-bits", 16]
     mpirun(ranks, *base, "--out", tmp_path / "whole", "--steps", 11)
     mpirun(ranks, *base, "--out", tmp_path / "cut", "--steps", 5)
@@ -148,7 +148,7 @@ def test_an_exchange_resumes_bit_for_bit(ranks, exchange, tmp_path):
 
 @pytest.mark.parametrize("first, then", [("dense", "dgc"), ("dgc", "dense")])
 def test_another_exchange_cannot_go_on(first, then, tmp_path):
-    base = [sys.executable, *SYNTH, "--out", tmp_path / "run", "--density-warmup-epochs", 0, "--momentum", 0]
+    base = [sys.executable, *SYNTH, "--out", tmp_path / "run", "--density-warmup", 0, "--momentum", 0]
     run(*base, "--steps", 2, "--exchange", first)
     process = run(*base, "--steps", 4, "--resume", "auto", "--exchange", then, expect=2)
     (line,) = error_lines(process)
@@ -169,7 +169,7 @@ def test_small_micro_batches_are_audited(tmp_path):
 
 def test_what_evaluations_send_is_not_the_steps(tmp_path):
     sent = []
-    for name, extra in ("plain", []), ("evaluated", ["--eval-epochs", 0.03, "--save-epochs", 0.05]):
+    for name, extra in ("plain", []), ("evaluated", ["--eval-every", 0.03, "--save-every", 0.05]):
         mpirun(2, *SYNTH[:-2], "--log-steps", 10, "--steps", 20, *extra, "--out", tmp_path / name)
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         sent.append([line["sent_mb"] for line in lines if "sent_mb" in line])
@@ -236,7 +236,7 @@ def test_a_graph_is_resumed_on_another_number_of_ranks(before, after, tmp_path):
 
 def test_what_the_choice_of_classes_costs_is_logged(tmp_path):
     mpirun(3, *SYNTH, "--head", "knn", "--active-classes", 0.3, "--graph-every", "5steps", "--out", tmp_path / "run",
-           "--steps", 12, "--eval-epochs", 0.02)
+           "--steps", 12, "--eval-every", 0.02)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     builds = [line for line in lines if "graph_seconds" in line]
     assert [line["step"] for line in builds] == [5, 10]
@@ -268,7 +268,7 @@ def test_a_mistake_about_the_head_is_one_line(arguments, text, tmp_path):
     (["--global-batch", 12, "--micro-batches", 4], "--micro-batches 4 is more than the 3 examples of a rank"),
     (["--exchange", "dgc", "--density", 0], "--density 0.0 is not allowed: a share above 0 and up to 1"),
     (["--exchange", "dgc", "--density", 1.5], "--density 1.5 is not allowed"),
-    (["--exchange", "dgc", "--epochs", 4], "--density-warmup-epochs 4.0 is"),
+    (["--exchange", "dgc", "--epochs", 4], "--density-warmup 4.0 is"),
     (["--bakbone", "small"], "did you mean --backbone?"),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2_on_many_ranks(arguments, text, tiny_packs, tmp_path):

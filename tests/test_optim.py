@@ -1,11 +1,18 @@
-"""The row optimizer: torch's SGD where all rows are active, lazy elsewhere, unbiased in 16 bit."""
+"""LARS as published; the row optimizer: torch's SGD where all rows are active, lazy elsewhere, unbiased in 16 bit."""
+
+import copy
+import math
 
 import pytest
 import torch
+from torch import nn
 
 from tests.worlds import run_ranks
 from xc.heads import HEADS
-from xc.optim import RowSGD
+from xc.config import Config
+from xc.exchange import Dgc
+from xc.optim import Lars, RowSGD, backbone_optimizer
+from xc.schedule import Now
 from xc.world import World
 
 D = 5
@@ -110,3 +117,87 @@ def test_bfloat16_rows_follow_float32_rows():
             optimizer.step()
         ends.append(head.weight.float())
     assert (ends[0] - ends[1]).norm() < 0.02 * ends[0].norm()
+
+
+# --- LARS ---
+
+def lars(parameters, **settings):
+    cfg = Config("d", "o", optimizer="lars", **{"lr": 2.0, "lars_trust": 0.1, "weight_decay": 0.5} | settings)
+    return backbone_optimizer(nn.ParameterList(parameters), cfg)
+
+
+def test_lars_by_hand():
+    """|w| = 5, |g| = 10, β = 0.5: λ = 0.1 * 5 / (10 + 2.5) = 0.04, v = 2 * 0.04 (g + w / 2); then with half the rate."""
+    weight, bias = nn.Parameter(torch.tensor([[3.0, 4.0]])), nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = lars([weight, bias], momentum=0.9)
+    weight.grad, bias.grad = torch.tensor([[6.0, -8.0]]), torch.tensor([6.0, -8.0])
+    optimizer.step()
+    first = torch.tensor([[0.08 * 7.5, 0.08 * -6.0]])
+    torch.testing.assert_close(weight.detach(), torch.tensor([[3.0, 4.0]]) - first)
+    torch.testing.assert_close(bias.detach(), torch.tensor([3.0 - 12.0, 4.0 + 16.0]))  # neither λ nor decay
+
+    before, rate = weight.detach().clone(), 1.0
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = rate
+    weight.grad, bias.grad = torch.tensor([[0.0, 2.0]]), torch.tensor([0.0, 0.0])
+    trust = 0.1 * before.norm() / (2.0 + 0.5 * before.norm())
+    optimizer.step()
+    second = 0.9 * first + rate * trust * (torch.tensor([[0.0, 2.0]]) + 0.5 * before)  # the first rate stays in v
+    torch.testing.assert_close(weight.detach(), before - second)
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 1.0]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+
+
+@pytest.mark.parametrize("weight, grad", [(0.0, 1.0), (1.0, 0.0)])
+def test_lars_without_a_norm_is_sgd(weight, grad):
+    parameter = nn.Parameter(torch.full((2, 3), weight))
+    optimizer = lars([parameter], weight_decay=0.25)
+    parameter.grad = torch.full((2, 3), grad)
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.full((2, 3), weight - 2.0 * (grad + 0.25 * weight)))
+
+
+def test_lars_moves_every_layer_alike():
+    """Whatever the size of a gradient: by trust * rate of the weights' length."""
+    weights = [nn.Parameter(torch.randn(5, n, generator=torch.Generator().manual_seed(n))) for n in (2, 3, 40)]
+    optimizer = lars(weights, weight_decay=0.0)
+    before = [w.detach().clone() for w in weights]
+    for w, size in zip(weights, (1e-6, 1.0, 1e6), strict=True):
+        w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(0)) * size
+    optimizer.step()
+    for w, old in zip(weights, before, strict=True):
+        assert ((w.detach() - old).norm() / old.norm()).item() == pytest.approx(0.2, rel=1e-5)
+
+
+@pytest.mark.parametrize("size, density", [(1, 1.0), (3, 0.02)])
+def test_lars_under_dgc_goes_as_far_as_without(size, density):
+    """Gradients that are mostly noise, as they are late in a run: by about the same length in all."""
+    start = nn.Linear(30, 7, bias=False)
+
+    def walk(world, cfg, exchange_of):
+        net = copy.deepcopy(start)
+        exchange = exchange_of(net, world)
+        optimizer = backbone_optimizer(net, cfg, keeps_momentum=exchange is not None)
+        for step in range(200):
+            grad = torch.randn(7, 30, generator=torch.Generator().manual_seed(step))
+            if exchange:
+                exchange.begin(Now(0.1, size, 1, density))
+            else:
+                optimizer.zero_grad()
+            (net.weight * grad).sum().div(size if exchange else 1).backward()
+            if exchange:
+                exchange.reduce()
+            optimizer.step()
+            if exchange:
+                exchange.zero_grad()
+        return (net.weight.detach() - start.weight).norm().item()
+
+    cfg = Config("d", "o", optimizer="lars", lr=1.0, lars_trust=1e-5, weight_decay=0.0, momentum=0.5)
+    dense = walk(World(), cfg, lambda net, world: None)
+    found = run_ranks(size, lambda w: walk(w, cfg, lambda net, world: Dgc(net, world, momentum=0.5)))
+    assert len(set(found)) == 1 and math.isclose(found[0], dense, rel_tol=0.02 if density == 1 else 0.4), (found, dense)
+
+
+def test_the_optimizer_of_a_config():
+    net = nn.Linear(2, 2)
+    assert type(backbone_optimizer(net, Config("d", "o"))) is torch.optim.SGD
+    assert type(backbone_optimizer(net, Config("d", "o", optimizer="lars"))) is Lars

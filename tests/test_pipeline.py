@@ -103,3 +103,39 @@ def test_features_may_travel_in_16_bits(size):
         torch.testing.assert_close(short[0], exact[0], rtol=1e-3, atol=0)
         for a, b in zip(short[1], exact[1], strict=True):
             assert (a - b).norm() <= 0.02 * b.norm()
+
+
+@pytest.mark.parametrize("size, width", [(1, 1), (2, 2), (3, 3), (4, 2)])
+@pytest.mark.parametrize("head_name", SETTINGS)
+@pytest.mark.parametrize("rounds, of_round", [(2, 1), (3, 1), (2, 2), (4, 1)])
+def test_a_step_of_several_rounds_is_the_sum_of_theirs(size, width, head_name, rounds, of_round):
+    """Each round with the classes that a step of its own would take; losses, and gradients of backbone and rows."""
+    def body(world):
+        whole = step_of(world, head_name, 5, slice(0, rounds * of_round), rounds)
+        parts = [step_of(world, head_name, 5 + i, slice(i * of_round, (i + 1) * of_round), 1) for i in range(rounds)]
+        return whole, parts
+
+    def step_of(world, head_name, first_round, micro_batches, num_rounds):
+        net = copy.deepcopy(WITH_NORM[0]).double()
+        head = HEADS[head_name](C, D, world, dtype=torch.float64, seed=5, **SETTINGS[head_name])
+        exchange = AllReduce(net, world)
+        batch = parts_of(world, rounds * of_round)[micro_batches]
+        labels = torch.cat([part for _, part in batch])
+        head.refresh(1, due=True)
+        head.select(labels, first_round, num_rounds)
+        now = Now(0.1, G * num_rounds // rounds, len(batch), rounds=num_rounds)
+        loss, _ = pipeline.run(net, head, exchange, batch, labels, now, Timer())
+        exchange.reduce()
+        head.reduce()
+        rows = torch.zeros_like(head.weight)
+        rows[slice(None) if head.active is None else head.active] = head.row_grad
+        assert head.num_active == len(head.row_grad)
+        return loss, [p.grad.clone() for p in net.parameters()], rows, head.num_active
+
+    for whole, parts in run_ranks(size, body, width):
+        torch.testing.assert_close(whole[0], sum(p[0] for p in parts) / rounds, rtol=1e-10, atol=1e-12)
+        mean = [sum(grads) / rounds for grads in zip(*(p[1] for p in parts), strict=True)]
+        torch.testing.assert_close(whole[1], mean, rtol=1e-8, atol=1e-11)
+        torch.testing.assert_close(whole[2], sum(p[2] for p in parts) / rounds, rtol=1e-8, atol=1e-11)
+        if size == 1 and head_name in ("knn", "sampled"):
+            assert whole[3] > max(p[3] for p in parts)  # the rounds have other classes

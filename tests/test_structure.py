@@ -5,8 +5,8 @@ from pathlib import Path
 
 XC = Path(__file__).parent.parent / "xc"
 FLOORS = [
-    {"margin", "schedule", "shard", "pack", "topk", "traffic"},
-    {"config"},
+    {"loss_scale", "margin", "noise_scale", "schedule", "shard", "pack", "topk", "traffic"},
+    {"config", "schedule_plot"},
     {"world", "run_folder", "synth", "knn_graph"},
     {"collective", "data", "metrics", "ring_search", "timeline"},
     {"neighbors"},

@@ -13,7 +13,7 @@ from xc.timeline import Timeline
 
 def record(world, out, num_steps, steps):
     timer = Timer()
-    timeline = Timeline(num_steps, steps, out, world, timer)
+    timeline = Timeline(num_steps, steps.start, steps.stop, out, world, timer)
     for step in steps:
         timeline.at(step)
         wait = world.traffic.begin("net", 1, lambda: True, lambda: None, background=False)

@@ -9,8 +9,8 @@ import pytest
 
 from tests.launch import error_lines, horovodrun, last_json, losses, mpirun, run
 
-QUICK = ["--global-batch", 12, "--feature-dim", 8, "--warmup-epochs", 0, "--log-steps", 1, "--eval-epochs", 0,
-         "--save-epochs", 0, "--device", "cpu"]
+QUICK = ["--global-batch", 12, "--feature-dim", 8, "--warmup", 0, "--log-steps", 1, "--eval-every", 0,
+         "--save-every", 0, "--device", "cpu"]
 
 
 def train(*arguments, **options):
@@ -134,7 +134,7 @@ def test_a_finished_run_trains_on_from_its_arguments(tiny_packs, finished, tmp_p
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_steps(tiny_packs, tmp_path):
     process = run(sys.executable, "train.py", "--data", tiny_packs, "--out", tmp_path / "run", "--steps", 40, *QUICK,
-                  "--lr", 1e30, "--logits", "inner", "--log-steps", 40, "--save-epochs", 0.2, expect=1)
+                  "--lr", 1e30, "--logits", "inner", "--log-steps", 40, "--save-every", 0.2, expect=1)
     assert "the loss became" in process.stderr and "between steps 0 and" in process.stderr
     # what had become useless by then was not saved in place of what was good
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
@@ -147,6 +147,6 @@ def test_two_ranks_learn_to_read(tmp_path):
     run(sys.executable, "-m", "data_tools.glyphs", tmp_path / "glyphs", "--no-system-fonts", "--classes", 150)
     run(sys.executable, "-m", "data_tools.pack", tmp_path / "glyphs", tmp_path / "packs")
     process = horovodrun(2, "train.py", "--data", tmp_path / "packs", "--out", tmp_path / "run", "--epochs", 15,
-                         "--global-batch", 64, "--eval-epochs", 5, "--device", "cpu")
+                         "--global-batch", 64, "--eval-every", 5, "--device", "cpu")
     result = last_json(process)
     assert result["top1"] > 0.6 and result["top5"] > 0.85, result

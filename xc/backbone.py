@@ -130,10 +130,30 @@ _RESNETS = {"resnet18": (_basic, (2, 2, 2, 2)), "resnet34": (_basic, (3, 4, 6, 3
             "resnet50": (_bottleneck, (3, 4, 6, 3))}
 
 
-def build(name, input_shape, feature_dim, seed, world):
+class Backbone(nn.Sequential):
+    """A network, in 16 bits where `dtype` is given, and the norm of its features."""
+
+    def __init__(self, net, norm, dtype=None):
+        super().__init__(net, norm)
+        self._dtype = dtype
+
+    def forward(self, inputs):
+        net, norm = self
+        if self._dtype is None:
+            return norm(net(inputs))
+        with torch.autocast(inputs.device.type, self._dtype):
+            features = net(inputs)
+        return norm(features.float())
+
+
+_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build(name, input_shape, feature_dim, seed, world, amp="off"):
     """The network of that name, with the same weights on every rank for the same seed.
 
     input_shape  (channels, size, size) or (dim,), of one example
+    amp          off, or bf16 or fp16: parameters stay float32, what is computed of them is not
     """
     images = len(input_shape) == 3
     if name == "auto":
@@ -159,7 +179,7 @@ def build(name, input_shape, feature_dim, seed, world):
     except RuntimeError as e:
         raise UserError(f"--backbone {name} cannot take --image-size {input_shape[-1]} ({str(e).splitlines()[0]}): "
                         "take larger images or another network") from e
-    return nn.Sequential(net.train(), FeatureNorm(feature_dim, world)).to(world.device)
+    return Backbone(net.train(), FeatureNorm(feature_dim, world), _DTYPES[amp]).to(world.device)
 
 
 def _from_timm(name, channels, feature_dim):

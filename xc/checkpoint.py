@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -26,9 +26,11 @@ from safetensors.torch import load_file, save_file
 
 from xc.exchange import AllReduce
 from xc.heads import Head
+from xc.noise_scale import NoiseScale
 from xc.optim import RowSGD
+from xc.schedule import Position
 
-_FORMAT, _VERSION = "xc-checkpoint", 1
+_FORMAT, _VERSION = "xc-checkpoint", 2
 _FOLDER = re.compile(r"step-(\d{8,})")
 _ROWS = re.compile(r"rows-(\d{12})-(\d{12})\.safetensors")
 
@@ -42,6 +44,7 @@ class State:
     head: Head
     head_optimizer: RowSGD
     exchange: AllReduce
+    noise: NoiseScale
 
 
 def to_resume(resume, run):
@@ -56,10 +59,10 @@ def save(run, world, state, position, identity, keep):
     """Write the state. Of the run's older checkpoints all but `keep` - 1 are deleted, and those of later steps, which
     are of a course that was given up by resuming from before them. Collective.
 
-    position  step (updates done), examples (seen so far, over all ranks)
+    position  schedule.Position
     identity  what a run must have in common with this one to go on from here: seed, digest of the class names, ...
     """
-    folder = Path(run) / "checkpoints" / f"step-{position['step']:08d}"
+    folder = Path(run) / "checkpoints" / f"step-{position.step:08d}"
     partial = folder.with_name(f".{folder.name}.partial")
     head = state.head
     with world.agreed():
@@ -78,8 +81,8 @@ def save(run, world, state, position, identity, keep):
         if world.rank == 0:
             files = sorted(path.name for path in partial.glob("*.safetensors"))
             rows = [name for name in files if _ROWS.fullmatch(name)]
-            meta = {"format": _FORMAT, "version": _VERSION, **position, **_shape(head), **identity, "rows": rows,
-                    "files": files}
+            meta = {"format": _FORMAT, "version": _VERSION, **asdict(position), **_numbers(state), **_shape(head),
+                    **identity, "rows": rows, "files": files}
             with open(partial / "meta.json", "w") as file:
                 json.dump(meta, file, indent=1)
                 file.flush()
@@ -101,7 +104,7 @@ def load(folder, state, identity):
     does not fit.
     """
     folder, head = Path(folder), state.head
-    position, ranges = _read_meta(folder, {**_shape(head), **identity}, head.num_rows)
+    position, ranges, numbers = _read_meta(folder, {**_shape(head), **identity}, state)
     path = folder / "backbone.safetensors"
     try:
         state.backbone.load_state_dict(load_file(path))
@@ -124,14 +127,18 @@ def load(folder, state, identity):
                     rows[start - head.shard.first : stop - head.shard.first] = piece[start - first : stop - first]
         path = folder
         head.load(folder)  # checks its files itself
+        for owner, values in zip(_number_owners(state), numbers, strict=True):
+            if values.get("active") == vars(owner).get("active"):  # losses are scaled now as they were then
+                vars(owner).update(values)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         raise ValueError(f"checkpoint file {path} cannot be used ({' '.join(str(e).split())}): resume with the "
                          "settings it was written with, or take another checkpoint") from e
     return position
 
 
-def _read_meta(folder, expected, num_rows):
-    """(position, ranges of the files of rows) of a checkpoint, checked; ValueError if it is not as expected."""
+def _read_meta(folder, expected, state):
+    """(position, ranges of the files of rows, numbers) of a checkpoint, checked; ValueError if it is not as expected."""
+    num_rows = state.head.num_rows
     try:
         meta = json.loads((folder / "meta.json").read_text())
     except (OSError, ValueError) as e:
@@ -153,10 +160,23 @@ def _read_meta(folder, expected, num_rows):
     missing = [name for name in meta.get("files", ()) if not (folder / str(name)).is_file()]
     if missing:
         raise ValueError(f"checkpoint {folder} lacks its file {missing[0]}: take another checkpoint")
-    position = {name: meta.get(name) for name in ("step", "examples")}
-    if not all(type(n) is int and n >= 0 for n in position.values()):
+    position = Position(*(meta.get(field.name) for field in fields(Position)))
+    if not all(type(n) is int and n >= 0 for n in asdict(position).values()):
         raise ValueError(f"checkpoint {folder} names no position: take another checkpoint")
-    return position, ranges
+    numbers = [meta.get(name) for name in _numbers(state)]
+    for found, known in zip(numbers, _numbers(state).values(), strict=True):
+        if not isinstance(found, dict) or {k: type(v) for k, v in found.items()} != {k: type(v) for k, v in known.items()}:
+            raise ValueError(f"checkpoint {folder} lacks the state of noise and loss scale: take another checkpoint")
+    return position, ranges, numbers
+
+
+def _number_owners(state):
+    return state.noise, state.exchange.loss_scale
+
+
+def _numbers(state):
+    """What is kept in meta.json of the state, by name."""
+    return dict(zip(("noise_scale", "loss_scale"), map(asdict, _number_owners(state)), strict=True))
 
 
 def _shape(head):

@@ -43,8 +43,8 @@ class Config:
     neighbors: int = _flag(0, "knn: K of the graph; 0: by --active-classes, --near-share and --global-batch")
     graph: str = _flag("auto", "knn: how the graph is built; auto: exact where that is quick",
                        ("auto", "exact", "approx"))
-    graph_every: str = _flag("1epochs", "knn, selective: between two builds of the graph or index, as 0.5epochs or "
-                                        "500steps; before the first one the classes are random")
+    graph_every: str = _flag("1epochs", "knn, selective: time between two builds of the graph or index; before "
+                                        "the first one the classes are random")
     graph_angle: float = _flag(0.0, "knn: degrees; above 0, a graph is only refreshed for rows that turned further")
     warmup_full_steps: int = _flag(0, "knn, sampled, selective: first steps, in which all classes take part")
     repetitions: int = _flag(4, "mach: R; --active-classes are R hashes with as many buckets each")
@@ -67,11 +67,23 @@ class Config:
     head_momentum: float = _flag(0.0, "momentum of the class rows, a tenth of --head-lr-scale goes with 0.9; 0: none, "
                                       "and no memory for it")
     nesterov: int = _flag(0, "1: Nesterov's form of the backbone's momentum", (0, 1))
+    optimizer: str = _flag("sgd", "of the backbone; lars: every layer's step in proportion to its weights", ("sgd", "lars"))
+    lars_trust: float = _flag(0.001, "lars: length of a layer's step at --lr 1, as a share of its weights'")
     weight_decay: float = _flag(5e-4, "of backbone tensors with two or more dimensions")
     head_weight_decay: float = _flag(0.0, "of the class rows")
-    schedule: str = _flag("cosine", "course of the learning rate after the warm-up", SCHEDULES)
-    warmup_epochs: float = _flag(0.5, "linear warm-up of the learning rate")
+    schedule: str = _flag("cosine", "course of the learning rate after the warm-up; fccs: the batch grows, and then the "
+                                    "rate falls", SCHEDULES)
+    warmup: str = _flag("0.5epochs", "linear warm-up of the learning rate, as 0.5epochs, 500steps, 64000examples or 5%% "
+                                     "of the run; so everywhere where a time is asked for, a bare number is epochs")
     lr_drops: tuple = _flag((0.5, 0.75), "--schedule step: shares of the run after which lr falls to a tenth")
+    poly_power: float = _flag(2.0, "--schedule poly: the rate falls as (1 - t) to this power")
+    max_batch: int = _flag(0, "fccs: examples per step that the batch grows to, a multiple of --global-batch; 0: stays")
+    hold: str = _flag("0", "fccs: time at the first batch, after the warm-up")
+    growth: str = _flag("0", "fccs: time over which the batch grows; 0: until the tail")
+    tail: str = _flag("25%", "fccs: time at the end, in which the rate falls to zero")
+    fccs: str = _flag("cosine", "how the batch grows: by a cosine of time, or with the noise of the gradients",
+                      ("cosine", "auto"))
+    schedule_plot: str = _flag("", "a picture's name: draw learning rate and batch into it, and do nothing else")
     augment: float = _flag(1.0, "strength of shift, scale, rotation, blur and contrast; 0 switches them off")
 
     micro_batches: int = _flag(1, "parts of a step's batch: one is computed while another's features travel; 2 pay "
@@ -79,12 +91,15 @@ class Config:
     exchange: str = _flag("dense", "of the backbone's gradients: dense; dgc, the largest alone; dgc-hier, dense inside "
                                    "a host and the largest between hosts", ("dense", "dgc", "dgc-hier"))
     density: float = _flag(0.01, "dgc: share of the gradients that is sent")
-    density_warmup_epochs: float = _flag(4.0, "dgc: epochs over which the density falls from a quarter")
+    density_warmup: str = _flag("4epochs", "dgc: time over which the density falls from a quarter")
     dgc_clip: float = _flag(0.0, "dgc: highest norm of a layer's gradient (small layers together, vectors not), over "
                                  "the root of the number of ranks; 0: none")
     gradient_bits: int = _flag(32, "of the backbone's gradients on the way; 16: dense as float16, what dgc chooses as "
                                    "bfloat16", (32, 16))
     feature_bits: int = _flag(32, "on the way; 16: features as float16, their gradients as bfloat16", (32, 16))
+
+    amp: str = _flag("off", "the backbone computes in 16 bits: bf16, or fp16, whose loss is scaled",
+                     ("off", "bf16", "fp16"))
 
     model_parallel_size: int = _flag(0, "ranks that together hold one copy of the classifier; 0: all")
     device: str = _flag("auto", "auto: cuda where there is one", ("auto", "cpu", "cuda"))
@@ -95,8 +110,8 @@ class Config:
     seed: int = _flag(0, "of everything random")
     timeline_steps: int = _flag(0, "steps to draw into timeline.json in the run folder, after the first 10")
     log_steps: int = _flag(50, "steps between two lines of metrics")
-    eval_epochs: float = _flag(1.0, "epochs between two evaluations; 0: only at the end")
-    save_epochs: float = _flag(1.0, "epochs between two checkpoints; 0: only at the end")
+    eval_every: str = _flag("1epochs", "time between two evaluations; 0: only at the end")
+    save_every: str = _flag("1epochs", "time between two checkpoints; 0: only at the end")
     keep: int = _flag(2, "checkpoints that stay in the run folder, at least 1")
 
     def __post_init__(self):
@@ -105,7 +120,7 @@ class Config:
                 raise UserError(f"{_option(f.name)} {value} is not allowed: give a finite number")
         for name, ok, allowed in [
             ("data", self.data, "give the folder of a pack, or synth:classes=..."),
-            ("out", self.out, "give the run folder"),
+            ("out", self.out or self.schedule_plot, "give the run folder"),
             ("feature_dim", 1 <= self.feature_dim <= 65536, "1 to 65536"),
             ("image_size", 8 <= self.image_size <= 4096, "8 to 4096 pixels"),
             ("scale", self.scale > 0, "above 0"),
@@ -113,7 +128,6 @@ class Config:
             ("active_classes", self.active_classes > 0, "a share above 0 and up to 1, or a number of classes"),
             ("near_share", 0 <= self.near_share <= 1, "0 to 1"),
             ("neighbors", self.neighbors >= 0, "0 (chosen for you) or more"),
-            ("graph_every", interval(self.graph_every), "a number and its unit, as 0.5epochs or 500steps"),
             ("graph_angle", 0 <= self.graph_angle < 180, "0 (always build anew) to below 180 degrees"),
             ("warmup_full_steps", self.warmup_full_steps >= 0, "0 or more"),
             ("repetitions", self.repetitions >= 1, "at least 1"),
@@ -125,14 +139,15 @@ class Config:
             ("head_lr_scale", self.head_lr_scale >= 0, "0 or more"),
             ("momentum", 0 <= self.momentum < 1, "0 to below 1"),
             ("head_momentum", 0 <= self.head_momentum < 1, "0 to below 1"),
+            ("lars_trust", self.lars_trust > 0, "above 0"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
             ("head_weight_decay", self.head_weight_decay >= 0, "0 or more"),
-            ("warmup_epochs", self.warmup_epochs >= 0, "0 or more"),
+            ("poly_power", self.poly_power > 0, "above 0"),
+            ("max_batch", self.max_batch >= 0, "0, or a multiple of --global-batch"),
             ("lr_drops", all(0 < drop < 1 for drop in self.lr_drops), "shares of the run between 0 and 1"),
             ("augment", 0 <= self.augment <= 2, "0 to 2"),
             ("micro_batches", self.micro_batches >= 1, "at least 1"),
             ("density", 0 < self.density <= 1, "a share above 0 and up to 1"),
-            ("density_warmup_epochs", self.density_warmup_epochs >= 0, "0 or more"),
             ("dgc_clip", self.dgc_clip >= 0, "0 (none) or more"),
             ("model_parallel_size", self.model_parallel_size >= 0, "0 (all ranks) or a divisor of their number"),
             ("timeline_steps", self.timeline_steps >= 0, "0 (none) or a number of steps"),
@@ -141,18 +156,36 @@ class Config:
             ("prefetch", self.prefetch >= 1, "at least 1"),
             ("seed", 0 <= self.seed < 2**32, "0 to 2**32 - 1"),
             ("log_steps", self.log_steps >= 1, "at least 1"),
-            ("eval_epochs", self.eval_epochs >= 0, "0 or more"),
-            ("save_epochs", self.save_epochs >= 0, "0 or more"),
             ("keep", self.keep >= 1, "at least 1"),
         ]:
             if not ok:
                 raise UserError(f"{_option(name)} {getattr(self, name)!r} is not allowed: {allowed}")
+        for name in _TIMES:
+            if not interval(getattr(self, name)):
+                raise UserError(f"{_option(name)} {getattr(self, name)!r} is not allowed: a number and its unit, as "
+                                "0.5epochs, 500steps, 64000examples or 5%")
+        if not interval(self.graph_every)[0]:
+            raise UserError(f"--graph-every {self.graph_every} is not allowed: a time above 0")
+        if self.schedule != "fccs":
+            for name in ("max_batch", "hold", "growth", "tail", "fccs"):
+                if getattr(self, name) != getattr(Config, name):
+                    raise UserError(f"{_option(name)} {getattr(self, name)} is a part of --schedule fccs, not of "
+                                    f"{self.schedule}: give that or leave it out")
+        if self.fccs == "auto" and self.growth != Config.growth:
+            raise UserError(f"--growth {self.growth} has no meaning with --fccs auto, where the noise decides: leave it "
+                            "out")
+        if self.fccs == "auto" and self.max_batch <= self.global_batch:
+            raise UserError(f"--fccs auto with --max-batch {self.max_batch} leaves the batch no room to grow: give one "
+                            f"above --global-batch {self.global_batch}")
         if self.logits == "inner" and self.margin != "none":
             raise UserError(f"--margin {self.margin} needs cosine logits: drop --logits inner or --margin")
         if self.nesterov and not self.momentum:
             raise UserError("--nesterov 1 is a form of momentum: give --momentum above 0")
         if self.margin == "none" and self.margin_size:
             raise UserError(f"--margin-size {self.margin_size} has no margin to size: give --margin cosface or arcface")
+
+
+_TIMES = ("graph_every", "warmup", "hold", "growth", "tail", "density_warmup", "eval_every", "save_every")
 
 
 def _option(name):

@@ -15,6 +15,7 @@ go on from it, and no example is left out or repeated within an epoch.
 import math
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 import torch
@@ -83,47 +84,31 @@ class Order:
 class Loader:
     """Batches of one rank, read or made, and augmented ahead in threads.
 
-    A batch is a pure function of (seed, first example, global batch, rank, W): the number of threads changes nothing.
+    A batch is a pure function of (seed, place in the sequence, rank, W): the number of threads changes nothing.
     """
 
     def __init__(self, split, cfg, world):
         self.split, self.cfg, self.world = split, cfg, world
 
-    def train(self, wanted):
-        """Yields a list of micro-batches (inputs, labels) on the device for every (first example, global batch,
-        micro-batches) of the iterable `wanted`. A micro-batch is the next part of the sequence over all ranks, so
-        which examples it has does not depend on their number.
+    def train(self, first, last, micro_batch):
+        """Examples first … last - 1 of the sequence in micro-batches (inputs, labels), as a `Queue`.
+
+        micro_batch  examples of each over all ranks, which does not depend on their number; divides last - first
         """
         order = self.split.order(self.cfg.seed)
-
-        def part(first, count):
-            mine = Shard.of(count, self.world.size, self.world.rank)
-            return first + mine.first, order.records(first + mine.first, len(mine)), self.cfg.augment
-
-        return self._ahead([part(first + i * count // num_parts, count // num_parts) for i in range(num_parts)]
-                           for first, count, num_parts in wanted)
+        mine = Shard.of(micro_batch, self.world.size, self.world.rank)
+        return Queue(((start + mine.first, order.records(start + mine.first, len(mine)), self.cfg.augment)
+                      for start in range(first, last, micro_batch)), self._load, self.cfg, self.world.device)
 
     def test(self, global_batch):
         """Yields every record once over all ranks, unaltered; as many batches on every rank, some may be empty."""
-        for_all = (Shard(first, min(first + global_batch, len(self.split)))
-                   for first in range(0, len(self.split), global_batch))
-        jobs = ([(0, all.first + np.arange(part.first, part.last), 0.0)]
-                for all in for_all for part in [Shard.of(len(all), self.world.size, self.world.rank)])
-        return (batch for [batch] in self._ahead(jobs))
-
-    def _ahead(self, jobs):
-        with ThreadPoolExecutor(self.cfg.loader_threads) as pool:
-            pending = deque()
-            try:
-                for job in jobs:
-                    pending.append([pool.submit(self._load, *part) for part in job])
-                    if len(pending) > self.cfg.prefetch:
-                        yield self._to_device(pending.popleft())
-                while pending:
-                    yield self._to_device(pending.popleft())
-            finally:
-                for future in (future for job in pending for future in job):
-                    future.cancel()
+        num_records = len(self.split)
+        batches = ((first, Shard.of(min(global_batch, num_records - first), self.world.size, self.world.rank))
+                   for first in range(0, num_records, global_batch))
+        queue = Queue(((0, first + np.arange(mine.first, mine.last), 0.0) for first, mine in batches), self._load,
+                      self.cfg, self.world.device)
+        while batch := queue.take(1):
+            yield batch[0]
 
     def _load(self, first_example, records, strength):
         inputs, labels = self.split.examples(records)
@@ -131,8 +116,24 @@ class Loader:
             inputs = augment(inputs, first_example, strength, self.cfg.seed)
         return inputs, labels
 
-    def _to_device(self, futures):
-        return [tuple(t.to(self.world.device) for t in future.result()) for future in futures]
+
+class Queue:
+    """Batches of one rank, loaded ahead of their use in threads, in order."""
+
+    def __init__(self, jobs, load, cfg, device):
+        """jobs: an iterable of arguments of `load`, which returns tensors."""
+        self._jobs, self._load, self._prefetch, self._device = iter(jobs), load, cfg.prefetch, device
+        self._pool, self._pending = ThreadPoolExecutor(cfg.loader_threads), deque()
+
+    def take(self, count):
+        """A list of the next `count` batches, of fewer at the end; `prefetch` times as many are then under way."""
+        for job in islice(self._jobs, max(0, count * (1 + self._prefetch) - len(self._pending))):
+            self._pending.append(self._pool.submit(self._load, *job))
+        taken = [self._pending.popleft() for _ in range(min(count, len(self._pending)))]
+        return [tuple(tensor.to(self._device) for tensor in batch.result()) for batch in taken]
+
+    def __del__(self):
+        self._pool.shutdown(wait=False, cancel_futures=True)  # a run that fails does not read on
 
 
 def augment(images, first_example, strength, seed):

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from xc.config import Config, UserError
+from xc.loss_scale import LossScale
 from xc.shard import Shard
 from xc.topk import message_bytes, pack, top_places, unpack
 from xc.traffic import sent_all_gather, sent_all_reduce
@@ -19,15 +20,19 @@ _GROUP_BYTES = 2**18  # smaller tensors share a selection and a message
 
 def build(backbone, world, cfg):
     """The exchange that a Config asks for; UserError where these ranks cannot have it. Not collective."""
+    if cfg.fccs == "auto" and cfg.micro_batches == 1 and (world.size == 1 or cfg.exchange != "dense"):
+        where = "on one rank" if world.size == 1 else f"with --exchange {cfg.exchange}"
+        raise UserError(f"--fccs auto {where} sees gradients of batches of one size alone, which do not tell the noise: "
+                        "give --micro-batches 2")
     if cfg.exchange == "dense":
-        for flag in ("density", "density_warmup_epochs", "dgc_clip") if world.rank == 0 else ():
+        for flag in ("density", "density_warmup", "dgc_clip") if world.rank == 0 else ():
             if getattr(cfg, flag) != getattr(Config, flag):
                 print(f"warning: --{flag.replace('_', '-')} has no effect with --exchange dense", file=sys.stderr)
-        return AllReduce(backbone, world, cfg.bucket_mb, cfg.gradient_bits)
+        return AllReduce(backbone, world, cfg.bucket_mb, cfg.gradient_bits, LossScale.of(cfg))
     if cfg.exchange == "dgc-hier" and world.across is None:
         raise UserError("--exchange dgc-hier needs as many ranks on every host: launch so, or take --exchange dgc")
-    dgc = Dgc(backbone, world, cfg.bucket_mb, cfg.gradient_bits, momentum=cfg.momentum, nesterov=bool(cfg.nesterov),
-              clip=cfg.dgc_clip, two_level=cfg.exchange == "dgc-hier")
+    dgc = Dgc(backbone, world, cfg.bucket_mb, cfg.gradient_bits, LossScale.of(cfg), momentum=cfg.momentum,
+              nesterov=bool(cfg.nesterov), clip=cfg.dgc_clip, two_level=cfg.exchange == "dgc-hier")
     if dgc.outer.size == 1 and world.rank == 0:
         print(f"warning: --exchange {cfg.exchange} has nothing to send sparse on one "
               f"{'rank' if world.size == 1 else 'host'}: all is dense", file=sys.stderr)
@@ -43,32 +48,81 @@ class AllReduce:
     run, which Horovod's own fusion, grouping by arrival, does not promise.
 
     Construct once; then per step: backward passes, of which the last comes after `begin`, `reduce`, optimizer step,
-    `zero_grad`.
+    `zero_grad`. In a step with `watched` set it also notes the gradients' norms, for `norms`.
     """
 
     keeps_momentum = False  # whether momentum is taken here, for parameters of two dimensions and more
 
-    def __init__(self, backbone, world, bucket_mb=4.0, bits=32):
-        """bits: of every number on the way, 16 are float16's."""
-        self.world, self.bits = world, bits
+    def __init__(self, backbone, world, bucket_mb=4.0, bits=32, loss_scale=None):
+        """bits: of every number on the way, 16 are float16's. loss_scale: what backward passes begin with."""
+        self.world, self.bits, self.loss_scale = world, bits, loss_scale or LossScale()
+        self.watched = False
+        self._first = self._local = None  # squared norms on this rank: after the first micro-batch, and of all
         self._backbone, self._buckets = backbone, []
         self._make_buckets([p for p in reversed(list(backbone.parameters())) if p.requires_grad], bucket_mb * 2**20)
 
     def _make_buckets(self, parameters, max_bytes):
         for members in _fill_buckets(parameters, max_bytes):
-            self._buckets.append(_DenseBucket(members, f"backbone.{len(self._buckets)}", self.world, self.bits))
+            self._buckets.append(_DenseBucket(members, f"backbone.{len(self._buckets)}", self))
+
+    def first_passed(self):
+        """The backward pass of the first of several micro-batches is over."""
+        if self.watched:
+            self._first = self._square() / self.loss_scale.scale**2
 
     def begin(self, now):
         """The next backward pass is the last of the step `now` of the schedule: what it completes can leave."""
+        self._local = 0.0 if self.watched and self._first is None else None
         for bucket in self._buckets:
             bucket.begin(now)
 
     def reduce(self):
-        """Wait until every .grad of the backbone is the sum over all ranks. Collective."""
+        """Wait until every .grad of the backbone is the sum over all ranks. Returns whether all are finite, which is
+        looked at where losses are scaled; where they are not, no rank may use them. Collective."""
+        self._exchange()
+        if not self.loss_scale.active:
+            return True
+        for bucket in self._buckets:
+            bucket.flat.div_(self.loss_scale.scale)
+        return self._all_finite()
+
+    def _exchange(self):
         for bucket in self._buckets:
             bucket.launch()  # unless it is under way: some parameter took no part in the loss
         for bucket in self._buckets:
             bucket.finish()
+
+    def _all_finite(self):
+        return all(bool(bucket.flat.isfinite().all()) for bucket in self._buckets)
+
+    def _square(self):
+        return sum(torch.dot(bucket.flat, bucket.flat) for bucket in self._buckets)
+
+    def note(self, bucket):
+        """Its gradients are complete on this rank, and yet to be changed."""
+        if self._local is not None:
+            self._local += torch.dot(bucket.flat, bucket.flat)
+
+    def norms(self, now):
+        """Of the gradients of a watched step, after `reduce`: |g|² of a small batch, one over its examples, and the
+        same of a large one, each a mean over the ranks. None where the step had batches of one size. Collective.
+
+        A rank's first micro-batch or all of its examples, and all examples of the step.
+        """
+        if self.world.size == now.micro_batches == 1:
+            return None
+        small = self._local / self.loss_scale.scale**2 if self._first is None else self._first
+        return self._means(now, small, self._square(), of_all_ranks=True)
+
+    def _means(self, now, small, large, of_all_ranks):
+        """Squares of gradients that are sums over examples, divided by those of the step -> of means over their own."""
+        of_part = len(Shard.of(now.global_batch // now.micro_batches, self.world.size, self.world.rank))
+        of_rank = of_part * now.micro_batches
+        per_small = 1 / (of_rank if self._first is None else of_part)
+        per_large = 1 / (now.global_batch if of_all_ranks else of_rank)
+        found = torch.tensor([float(small) * (now.global_batch * per_small) ** 2, per_small,
+                              float(large) * (now.global_batch * per_large) ** 2, per_large], dtype=torch.float64)
+        return self.world.everyone.all_reduce(found.to(self.world.device)).div_(self.world.size).tolist()
 
     def average_buffers(self):
         """Make the buffers (batch-norm statistics, which every rank takes of its own examples) the same. Collective."""
@@ -77,6 +131,7 @@ class AllReduce:
                 self.world.everyone.all_reduce(buffer).div_(self.world.size)
 
     def zero_grad(self):
+        self._first = self._local = None
         for bucket in self._buckets:
             bucket.flat.zero_()
 
@@ -113,12 +168,12 @@ class Dgc(AllReduce):
 
     keeps_momentum = True
 
-    def __init__(self, backbone, world, bucket_mb=4.0, bits=32, *, momentum=0.9, nesterov=False, clip=0.0,
-                 two_level=False):
+    def __init__(self, backbone, world, bucket_mb=4.0, bits=32, loss_scale=None, *, momentum=0.9, nesterov=False,
+                 clip=0.0, two_level=False):
         self.momentum, self.nesterov, self.clip = momentum, nesterov, clip
         self.inner, self.outer = (world.host, world.across) if two_level else (Group(), world.everyone)
         self._sparse = []
-        super().__init__(backbone, world, bucket_mb, bits)
+        super().__init__(backbone, world, bucket_mb, bits, loss_scale)
 
     def _make_buckets(self, parameters, max_bytes):
         super()._make_buckets([p for p in parameters if p.dim() <= 1], max_bytes)
@@ -142,12 +197,38 @@ class Dgc(AllReduce):
                 before.select()
             before = bucket
 
+    def begin(self, now):
+        self._now = now
+        if not self.loss_scale.active:
+            self._begin(now)
+
+    def _begin(self, now):
+        super().begin(now)
+        self._local = 0.0 if self.watched else None
+
     def reduce(self):
+        if self.loss_scale.active:  # what overflowed on any rank must reach no residual: nothing left so far
+            for bucket in self._buckets:
+                bucket.flat.div_(self.loss_scale.scale)
+            overflow = torch.tensor([not self._all_finite()], dtype=torch.int32, device=self.world.device)
+            if self.world.everyone.all_reduce(overflow, "max").item():
+                return False
+            self._begin(self._now)
+        self._exchange()
+        return True
+
+    def _exchange(self):
         for bucket in self._sparse:
             bucket.launch()
         for bucket in self._sparse:
             bucket.select()
-        super().reduce()
+        super()._exchange()
+
+    def norms(self, now):
+        """The same, but for the large batch: all examples of a rank, since what is delivered is no gradient."""
+        if now.micro_batches == 1:
+            return None
+        return self._means(now, self._first, self._local, of_all_ranks=False)
 
     def save(self, folder):
         tensors = {f"{name}.{bucket.first + bucket.part.first}": rows
@@ -208,17 +289,18 @@ class _Bucket:
 
 
 class _DenseBucket(_Bucket):
-    def __init__(self, parameters, name, world, bits):
+    def __init__(self, parameters, name, exchange):
         super().__init__(parameters)
-        self._name, self._world, self._bits = name, world, bits
+        self._name, self._exchange = name, exchange
 
     def _complete(self):
         self.launch()
 
     def launch(self):
         if self._wait is None:
-            out = self.flat.half() if self._bits == 16 else self.flat
-            self._wait = self._world.all_reduce_async(out, self._name)
+            self._exchange.note(self)
+            out = self.flat.half() if self._exchange.bits == 16 else self.flat
+            self._wait = self._exchange.world.all_reduce_async(out, self._name)
 
     def finish(self):
         total = self._wait()
@@ -257,6 +339,7 @@ class _SparseBucket(_Bucket):
 
     def launch(self):
         if self._wait is None:
+            self._dgc.note(self)
             if self._dgc.clip:
                 most = self._dgc.clip * self._dgc.world.size**-0.5
                 self.flat.mul_((most / self.flat.norm().clamp(min=1e-12)).clamp(max=1))

@@ -56,11 +56,12 @@ class Metrics:
     """Rank 0 writes; the other ranks' calls do nothing.
 
     folder      the run folder: gets metrics.jsonl (one object a line) and tensorboard/
-    first_step  updates done before this launch: lines of later ones, by a launch that then failed, are dropped
-    steps       of the whole run, for the bar
+    position    where this launch begins: lines of later steps, by a launch that then failed, are dropped
+    num_steps   of the whole run, None where that is not known before
+    examples    of the whole run, for the bar
     """
 
-    def __init__(self, folder, rank, first_step, steps):
+    def __init__(self, folder, rank, position, num_steps, examples):
         self._active = rank == 0
         if not self._active:
             return
@@ -68,28 +69,30 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
-        self._lines = _open_after(Path(folder) / "metrics.jsonl", first_step)
-        self._board = SummaryWriter(Path(folder) / "tensorboard", purge_step=first_step + 1)
+        self._lines = _open_after(Path(folder) / "metrics.jsonl", position.step)
+        self._board = SummaryWriter(Path(folder) / "tensorboard", purge_step=position.step + 1)
         self._terminal = sys.stderr.isatty()
-        self._bar = tqdm(initial=first_step, total=steps, unit="step", disable=not self._terminal)
-        self._steps = steps
+        self._bar = tqdm(initial=position.examples, total=examples, unit="img", unit_scale=True,
+                         disable=not self._terminal)
+        self._of_all = f"/{num_steps}" if num_steps else ""
 
-    def log(self, step, **values):
-        """step: updates done so far."""
+    def log(self, position, **values):
+        """position: how far the run is."""
         if not self._active:
             return
+        step, values = position.step, {name: value for name, value in values.items() if value is not None}
         self._lines.write(json.dumps({"step": step} | {k: _rounded(v) for k, v in values.items()}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name in _SHOWN)
         if self._terminal:
-            self._bar.update(step - self._bar.n)
+            self._bar.update(position.examples - self._bar.n)
             if "top1" in values:
                 self._bar.write(f"step {step}  {text}", file=sys.stderr)
             else:
                 self._bar.set_postfix_str(text)
         else:
-            print(f"step {step}/{self._steps}  {text}", flush=True)
+            print(f"step {step}{self._of_all}  {text}", flush=True)
 
     def close(self):
         if self._active:
@@ -117,7 +120,7 @@ def _rounded(value):
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
-_SHOWN = {"loss", "lr", "images_per_second", "top1", "top5"}
+_SHOWN = {"loss", "lr", "global_batch", "images_per_second", "top1", "top5"}
 
 
 def check_finite(loss, first_step, step):
@@ -125,7 +128,7 @@ def check_finite(loss, first_step, step):
     if not math.isfinite(loss):
         raise FloatingPointError(
             f"the loss became {loss} between steps {first_step} and {step}: take a smaller --lr or a longer "
-            "--warmup-epochs and go on from the last checkpoint")
+            "--warmup and go on from the last checkpoint")
 
 
 def peak_rss_mb():

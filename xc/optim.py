@@ -1,4 +1,4 @@
-"""Optimizers: torch's SGD for the backbone, our own for the class rows."""
+"""Optimizers: torch's SGD or LARS for the backbone, our own for the class rows."""
 
 import numpy as np
 import torch
@@ -6,8 +6,8 @@ import torch
 _BLOCK_BYTES = 2**22  # of gathered rows at a time
 
 
-def backbone_sgd(backbone, cfg, keeps_momentum=False):
-    """SGD with momentum; biases and norm scales are not decayed.
+def backbone_optimizer(backbone, cfg, keeps_momentum=False):
+    """SGD or LARS with momentum; biases and norm scales are not decayed.
 
     keeps_momentum: the exchange takes the momentum of tensors of two dimensions and more. There is none here then, and
     their decay, which momentum would sum up, is 1/(1 - momentum) times stronger for that.
@@ -15,10 +15,54 @@ def backbone_sgd(backbone, cfg, keeps_momentum=False):
     parameters = [p for p in backbone.parameters() if p.requires_grad]
     matrices = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": cfg.weight_decay}
     others = {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}
+    summed = 1.0
     if keeps_momentum:
-        matrices |= {"momentum": 0.0, "nesterov": False, "weight_decay": cfg.weight_decay / (1 - cfg.momentum)}
-    return torch.optim.SGD([g for g in (matrices, others) if g["params"]], lr=cfg.lr, momentum=cfg.momentum,
-                           nesterov=bool(cfg.nesterov), fused=True)
+        summed = 1 - cfg.momentum
+        matrices |= {"momentum": 0.0, "nesterov": False, "weight_decay": cfg.weight_decay / summed}
+    groups = [g for g in (matrices, others) if g["params"]]
+    options = {"lr": cfg.lr, "momentum": cfg.momentum, "nesterov": bool(cfg.nesterov), "fused": True}
+    if cfg.optimizer == "lars":
+        return Lars(groups, cfg.lars_trust, summed, **options)
+    return torch.optim.SGD(groups, **options)
+
+
+class Lars(torch.optim.SGD):
+    """Layer-wise adaptive rate scaling (You et al. 2017): every layer moves in proportion to its weights' length.
+
+        λ = trust |w| / (|g| + β |w|)     v ← m v + γ λ (g + β w)     w ← w - v
+
+    γ the learning rate, β the weight decay. λ = 1 for tensors of fewer than two dimensions, and where w or g is 0.
+
+    summed: with an exchange that takes the momentum, gradients arrive as sums over about 1/(1 - m) steps; λ divides by
+    their norm times 1 - m then (ours), so that layers move about as far as without it. That holds where gradients are
+    mostly noise; of one that stays the same, the few large sums of DGC are longer, and λ smaller.
+    """
+
+    def __init__(self, groups, trust, summed=1.0, **options):
+        super().__init__(groups, **options)
+        self.trust, self.summed = trust, summed
+
+    @torch.no_grad()
+    def step(self):
+        given = [(group["lr"], group["weight_decay"]) for group in self.param_groups]
+        for group, (rate, decay) in zip(self.param_groups, given, strict=True):
+            weights, grads = group["params"], [p.grad for p in group["params"]]
+            if weights[0].dim() > 1:
+                rate = [rate * self._trust(*norms, group) for norms in
+                        zip(torch._foreach_norm(weights), torch._foreach_norm(grads), strict=True)]
+            if decay:
+                torch._foreach_add_(grads, weights, alpha=decay)
+            torch._foreach_mul_(grads, rate)
+            group["lr"], group["weight_decay"] = 1.0, 0.0  # SGD's own factor is outside of the momentum
+        super().step()
+        for group, (rate, decay) in zip(self.param_groups, given, strict=True):
+            group["lr"], group["weight_decay"] = rate, decay
+
+    def _trust(self, weight, grad, group):
+        """λ of a layer with these norms, as a tensor: nothing waits for a GPU."""
+        summed = self.summed if group["momentum"] == 0 else 1.0
+        ratio = self.trust * weight / (summed * (grad + group["weight_decay"] * weight))
+        return torch.where((weight > 0) & (grad > 0), ratio, torch.ones_like(ratio))
 
 
 class RowSGD:

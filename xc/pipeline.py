@@ -30,6 +30,8 @@ def run(backbone, head, exchange, batch, labels, now, timer, feature_bits=32):
     assert [len(part) for _, part in batch] == num_parts * [counts[shards.rank]]
     # The group's labels lie rank by rank, and of each rank micro-batch by micro-batch.
     pieces = head.gather_labels(labels)[1].split([count for count in counts for _ in range(num_parts)])
+    scale = exchange.loss_scale.scale
+    per_selection = num_parts // head.num_selections
     features, gathered, gradients = {}, {}, {}  # by micro-batch, each until it is used up
     losses, of_first = [], None
 
@@ -45,7 +47,10 @@ def run(backbone, head, exchange, batch, labels, now, timer, feature_bits=32):
             with timer("wait"):
                 group_features = gathered.pop(j)().to(features[j].dtype).requires_grad_()  # (G, D)
             with timer("head"):
-                loss = head.loss(group_features, torch.cat(pieces[j::num_parts]), now.global_batch, j == num_parts - 1)
+                if j % per_selection == 0:
+                    head.turn_to(j // per_selection)
+                last = (j + 1) % per_selection == 0
+                loss = head.loss(group_features, torch.cat(pieces[j::num_parts]), now.global_batch, last)
                 loss.backward()
                 losses.append(loss.detach())
                 gradients[j] = shards.reduce_scatter_async(short(group_features.grad, torch.bfloat16), counts)
@@ -59,5 +64,7 @@ def run(backbone, head, exchange, batch, labels, now, timer, feature_bits=32):
             if j == num_parts - 1:
                 exchange.begin(now)  # what the next backward pass completes can leave
             with timer("backward"):
-                features.pop(j).backward(gradient)
+                features.pop(j).backward(gradient * scale if exchange.loss_scale.active else gradient)
+                if j == 0 and num_parts > 1:
+                    exchange.first_passed()
     return sum(losses), of_first

@@ -1,8 +1,15 @@
-"""What a step uses: a learning rate and a global batch, as pure functions of the step."""
+"""What a step uses: learning rate, global batch, density, as pure functions of how far the run is.
 
+Time is counted in rounds, passages of --global-batch examples: a step takes one of them, or with FCCS's growing batch
+several, whose gradients are added up. Epochs, examples and shares of the run are rounds at once, whatever the batch
+grows to; so are the examples seen. Nothing here knows the number of ranks: they share every round.
+"""
+
+import bisect
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -10,110 +17,246 @@ class Now:
     """What one step uses."""
 
     lr: float
-    global_batch: int
-    micro_batches: int = 1
+    global_batch: int  # examples of the step over all ranks and rounds
+    micro_batches: int = 1  # parts that the step is computed in, of all its rounds
     density: float = 1.0  # share of the backbone's gradients that is sent, with --exchange dgc
+    rounds: int = 1  # of the step
+    round: int = 0  # rounds before it
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is, between two steps."""
+
+    step: int = 0  # updates done
+    examples: int = 0  # seen, over all ranks
+    last_batch: int = 0  # examples of the last update
+
+    def after(self, now):
+        """Where the step that used `now` leads."""
+        return Position(self.step + 1, self.examples + now.global_batch, now.global_batch)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then `kind`.
+    """Linear warm-up, then `kind`, in rounds.
 
-    kind          constant | cosine (to zero) | step (times 0.1 at each of `drops`, shares of the run)
-    steps         optimizer steps of the whole run
-    warmup_steps  steps over which lr rises linearly
-    num_records   examples of an epoch
-    density       reached within density_warmup_steps by quarters: 1/4, 1/16, … (Lin et al. 2018)
+    kind        constant | cosine (to zero) | step (times 0.1 at each of `drops`, shares of the run) | poly (to zero as
+                (1 - t)^power) | fccs
+    rounds      of the whole run
+    batch       examples of a round
+    num_records examples of an epoch
+    density     reached within density_warmup rounds by quarters: 1/4, 1/16, … (Lin et al. 2018)
+
+    FCCS, fast continuous convergence strategy (Song et al. 2020; its formulas are not known, these are ours): the rate
+    is held after the warm-up; after `hold` rounds the batch grows over `growth` rounds to `most` rounds a step,
+
+        1 + (most - 1) (1 - cos pi t) / 2 rounds, t from 0 to 1 over the growth's examples,
+
+    which calms the updates as a falling rate would, with fewer of them (Smith et al. 2018); in the last `tail` rounds
+    the rate falls to zero by a cosine. With `auto` it is not t that the batch grows by but `factor`, which
+    noise_scale.py measures.
     """
 
     kind: str
     lr: float
-    steps: int
-    warmup_steps: int
-    drops: tuple
-    global_batch: int
+    rounds: int
+    warmup: int
+    batch: int
     num_records: int
-    micro_batches: int = 1
+    drops: tuple = ()
+    power: float = 2.0
+    hold: int = 0
+    growth: int = 0
+    tail: int = 0
+    most: int = 1
+    auto: bool = False
+    micro_batches: int = 1  # of a round
     density: float = 1.0
-    density_warmup_steps: int = 0
+    density_warmup: int = 0
 
     @classmethod
     def of(cls, cfg, num_records, num_ranks):
         """The schedule that a Config asks for on a training set of that size; ValueError if it does not fit."""
-        if cfg.global_batch < num_ranks:
-            raise ValueError(f"--global-batch {cfg.global_batch} is less than the {num_ranks} ranks: every rank needs "
-                             "an example, take a larger batch or fewer ranks")
-        if cfg.global_batch % cfg.micro_batches:
-            raise ValueError(f"--micro-batches {cfg.micro_batches} does not divide --global-batch {cfg.global_batch}: "
-                             "take a divisor")
-        if cfg.global_batch // num_ranks < cfg.micro_batches:
-            raise ValueError(f"--micro-batches {cfg.micro_batches} is more than the {cfg.global_batch // num_ranks} "
-                             f"examples of a rank (--global-batch {cfg.global_batch} on {num_ranks} ranks): take fewer")
-        steps_per_epoch = num_records / cfg.global_batch
-        steps = cfg.steps or max(1, round(cfg.epochs * steps_per_epoch))
-        warmup_steps = round(cfg.warmup_epochs * steps_per_epoch)
-        if warmup_steps >= steps > 1:
-            raise ValueError(f"--warmup-epochs {cfg.warmup_epochs} is {warmup_steps} steps, but the run has {steps}: "
-                             "take a shorter warm-up or a longer run")
-        density_steps = round(cfg.density_warmup_epochs * steps_per_epoch)
-        if cfg.exchange != "dense" and cfg.density < 0.25 and density_steps >= steps > 1:
-            raise ValueError(f"--density-warmup-epochs {cfg.density_warmup_epochs} is {density_steps} steps, but the "
-                             f"run has {steps} and would not reach --density {cfg.density}: take a shorter warm-up")
-        return cls(cfg.schedule, cfg.lr, steps, warmup_steps, cfg.lr_drops, cfg.global_batch, num_records,
-                   cfg.micro_batches, cfg.density, density_steps)
+        batch = cfg.global_batch
+        if batch < num_ranks:
+            raise ValueError(f"--global-batch {batch} is less than the {num_ranks} ranks: every rank needs an example, "
+                             "take a larger batch or fewer ranks")
+        if batch % cfg.micro_batches:
+            raise ValueError(f"--micro-batches {cfg.micro_batches} does not divide --global-batch {batch}: take a "
+                             "divisor")
+        if batch // num_ranks < cfg.micro_batches:
+            raise ValueError(f"--micro-batches {cfg.micro_batches} is more than the {batch // num_ranks} examples of a "
+                             f"rank (--global-batch {batch} on {num_ranks} ranks): take fewer")
+        fccs = cfg.schedule == "fccs"
+        largest, flag = (cfg.max_batch, "--max-batch") if fccs and cfg.max_batch else (batch, "--global-batch")
+        if largest > num_records:
+            raise ValueError(f"{flag} {largest} is more than the {num_records} training examples, which cannot fill "
+                             "it: take a smaller one")
+        if largest % batch:
+            raise ValueError(f"--max-batch {largest} is not a multiple of --global-batch {batch}: take "
+                             f"{max(1, round(largest / batch)) * batch}")
+
+        def with_rounds(total):
+            def rounds(text):
+                return _rounds(text, total, batch, num_records)
+
+            one = cls(cfg.schedule, cfg.lr, total, rounds(cfg.warmup), batch, num_records, cfg.lr_drops, cfg.poly_power,
+                      rounds(cfg.hold) if fccs else 0, 0, rounds(cfg.tail) if fccs else 0,
+                      largest // batch if fccs else 1, fccs and cfg.fccs == "auto", cfg.micro_batches, cfg.density,
+                      rounds(cfg.density_warmup))
+            return one._growing(cfg.growth, rounds(cfg.growth)) if fccs else one
+
+        steps_per_epoch = num_records / batch
+        if cfg.steps and fccs:
+            if cfg.fccs == "auto":
+                raise ValueError(f"--steps {cfg.steps} cannot be kept to with --fccs auto, whose updates depend on the "
+                                 "noise: give --epochs")
+            most = cfg.steps * (largest // batch)
+            found = bisect.bisect_left(range(most), cfg.steps, 1, key=lambda total: with_rounds(total).num_steps)
+            schedule = with_rounds(found)
+        else:
+            schedule = with_rounds(cfg.steps or max(1, round(cfg.epochs * steps_per_epoch)))
+        schedule._check(cfg)
+        return schedule
+
+    def _growing(self, text, rounds):
+        """The same with a growth of that length: in updates where the text says so, 0 as long as there is room."""
+        room = max(0, self.rounds - self.warmup - self.hold - self.tail)
+        count, unit = interval(text)
+        if not count:
+            rounds = room
+        elif unit == "steps" and not self.auto:
+            first = self.warmup + self.hold
+            rounds = bisect.bisect_left(range(room + 1), count, key=lambda n: bisect.bisect_left(
+                self._with_growth(n).starts, first + n) - first)
+        return self._with_growth(rounds)
+
+    def _with_growth(self, rounds):
+        return replace(self, growth=rounds)
+
+    def _check(self, cfg):
+        if self.rounds <= 1:
+            return
+        steps = "steps" if self.kind != "fccs" else "rounds of --global-batch"
+        if self.warmup >= self.rounds:
+            raise ValueError(f"--warmup {cfg.warmup} is {self.warmup} {steps}, but the run has {self.rounds}: take a "
+                             "shorter warm-up or a longer run")
+        parts = {"warmup": self.warmup, "hold": self.hold, "growth": self.growth, "tail": self.tail}
+        if sum(parts.values()) > self.rounds:
+            text = " + ".join(f"--{name} {getattr(cfg, name)} ({n})" for name, n in parts.items())
+            raise ValueError(f"{text} are {sum(parts.values())} {steps}, but the run has {self.rounds}: shorten one, "
+                             "or take a longer run")
+        if cfg.exchange != "dense" and cfg.density < 0.25 and self.density_warmup >= self.rounds:
+            raise ValueError(f"--density-warmup {cfg.density_warmup} is {self.density_warmup} {steps}, but the run has "
+                             f"{self.rounds} and would not reach --density {cfg.density}: take a shorter warm-up")
+
+    @property
+    def examples(self):
+        """Of the whole run."""
+        return self.rounds * self.batch
+
+    @cached_property
+    def starts(self):
+        """Rounds before each step; not with `auto`."""
+        if self.most == 1:
+            return range(self.rounds)
+        starts, done = [], 0
+        while done < self.rounds:
+            starts.append(done)
+            done += self.rounds_at(done)
+        return starts
+
+    @property
+    def num_steps(self):
+        """Updates of the whole run; None with `auto`, where it is not known before."""
+        return None if self.auto else len(self.starts)
+
+    @property
+    def least_steps(self):
+        return -(-self.rounds // self.most) if self.auto else self.num_steps
+
+    def grows(self, position):
+        """Whether `auto` may make the batch grow."""
+        return self.auto and position.examples >= (self.warmup + self.hold) * self.batch
 
     def resume(self, position):
-        """First step of a run that goes on from a checkpoint's position; ValueError if it belongs elsewhere."""
-        if position["step"] > self.steps:
-            raise ValueError(f"the checkpoint is {position['step']} steps into its run, this one ends after "
-                             f"{self.steps}: give more --epochs or --steps")
-        if position["examples"] != self.examples_before(position["step"]):
+        """The Position of a checkpoint to go on from; ValueError if it belongs elsewhere."""
+        if position.examples > self.examples:
+            raise ValueError(f"the checkpoint is {position.step} steps ({position.examples} examples) into its run, "
+                             f"this one ends after {self.num_steps or '?'} ({self.examples}): give more --epochs or "
+                             "--steps")
+        if self.auto:
+            expected = position.examples // self.batch
+        else:
+            expected = [*self.starts[position.step : position.step + 1], self.rounds][0]
+        if expected * self.batch != position.examples:
             raise ValueError(
-                f"the checkpoint had seen {position['examples']} examples after {position['step']} steps, this "
-                f"schedule {self.examples_before(position['step'])}: resume with the same --global-batch")
-        return position["step"]
+                f"the checkpoint had seen {position.examples} examples after {position.step} steps, this schedule "
+                f"{expected * self.batch}: resume with the same --global-batch and the same course of the batch")
+        return position
 
-    def at(self, step):
-        return Now(self.lr * self._factor(step), self.global_batch, self.micro_batches, self._density(step))
+    def at(self, position, factor=1.0):
+        """What the step after a Position uses. factor: of the growth, with `auto`."""
+        done = position.examples // self.batch
+        rounds = self.rounds_at(done, factor)
+        return Now(self.lr * self._rate(done), rounds * self.batch, rounds * self.micro_batches, self._density(done),
+                   rounds, done)
 
-    def examples_before(self, step):
-        """Examples that all steps before `step` have consumed, over all ranks."""
-        return step * self.global_batch
+    def rounds_at(self, done, factor=1.0):
+        """Rounds of the step that comes after so many rounds; the last step is cut where the run ends."""
+        rounds, grown = 1, done - self.warmup - self.hold
+        if self.auto and grown >= 0:
+            rounds = min(self.most, round(factor))
+        elif self.most > 1 and grown >= 0:
+            share = min(1.0, grown / max(1, self.growth))
+            rounds = round(1 + (self.most - 1) * (1 - math.cos(math.pi * share)) / 2)
+        return min(max(1, rounds), self.rounds - done)
 
-    def due(self, step, every):
-        """Whether something is due after `step` updates that is done every so many epochs (0: never) or, as a text,
-        after every `interval`; never before the first update and after the last one."""
-        count, unit = interval(every) if isinstance(every, str) else (every, "epochs")
-        if not count or not 0 < step < self.steps:
+    def due(self, position, every):
+        """Whether something is due at a Position that is done after every `interval`; never before the first update
+        and after the last one."""
+        count, unit = interval(every)
+        if not count or not position.step or position.examples >= self.examples:
             return False
         if unit == "steps":
-            return step // count > (step - 1) // count
-        every = count * self.num_records
-        return self.examples_before(step) // every > self.examples_before(step - 1) // every
+            return position.step // count > (position.step - 1) // count
+        every = {"epochs": self.num_records, "examples": 1, "percent": self.examples / 100}[unit] * count
+        return position.examples // every > (position.examples - position.last_batch) // every
 
-    def _density(self, step):
-        if step >= self.density_warmup_steps:
+    def _density(self, done):
+        if done >= self.density_warmup:
             return self.density
         stages = math.ceil(math.log(self.density) / math.log(0.25))  # of equal length; the last is the density itself
-        return max(self.density, 0.25 ** (1 + step * stages // self.density_warmup_steps))
+        return max(self.density, 0.25 ** (1 + done * stages // self.density_warmup))
 
-    def _factor(self, step):
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+    def _rate(self, done):
+        if done < self.warmup:
+            return (done + 1) / self.warmup
+        share = min(1.0, (done - self.warmup) / max(1, self.rounds - self.warmup))
         if self.kind == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+            return 0.5 * (1 + math.cos(math.pi * share))
+        if self.kind == "poly":
+            return (1 - share) ** self.power
         if self.kind == "step":
-            return 0.1 ** sum(step >= drop * self.steps for drop in self.drops)
+            return 0.1 ** sum(done >= drop * self.rounds for drop in self.drops)
+        if self.kind == "fccs" and done > self.rounds - self.tail:
+            return 0.5 * (1 + math.cos(math.pi * (1 - (self.rounds - done) / self.tail)))
         return 1.0
 
 
-SCHEDULES = ("constant", "cosine", "step")
+SCHEDULES = ("constant", "cosine", "step", "poly", "fccs")
+_UNITS = {"": "epochs", "%": "percent"}
 
 
 def interval(text):
-    """(number, unit) of a text such as 0.5epochs or 500steps; None if it is not one."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(epochs?|steps?)", text)
-    if not match or not float(match[1]):
-        return None
-    return float(match[1]), match[2].rstrip("s") + "s"
+    """(number, unit: epochs, steps, examples or percent) of a text such as 0.5epochs, 500steps, 1e6examples, 5 % (of
+    the run) or 0.5, which are epochs; None if it is not one."""
+    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\d+)?) ?(?:(epoch|step|example)s?|(%?))", text)
+    return (float(match[1]), f"{match[2]}s" if match[2] else _UNITS[match[3]]) if match else None
+
+
+def _rounds(text, total, batch, num_records):
+    """An interval in rounds; steps are those of one round."""
+    count, unit = interval(text)
+    return round(count * {"epochs": num_records / batch, "steps": 1, "examples": 1 / batch, "percent": total / 100}[unit])

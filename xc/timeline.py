@@ -17,10 +17,10 @@ class Timeline:
     A span of traffic lasts from its begin on this rank to the moment at which this rank sees that it is over.
     """
 
-    def __init__(self, num_steps, steps, run, world, timer):
-        """steps: the range of the run's steps."""
-        self._first = max(steps.start, min(steps.start + _SKIPPED, steps.stop - num_steps))
-        self._last = min(steps.stop, self._first + num_steps) if num_steps else self._first
+    def __init__(self, num_steps, first_step, steps, run, world, timer):
+        """steps: of the run, at least; what is recorded then is written by the last `at`."""
+        self._first = max(first_step, min(first_step + _SKIPPED, steps - num_steps))
+        self._last = min(steps, self._first + num_steps) if num_steps else self._first
         self._path, self._world, self._timer = Path(run) / "timeline.json", world, timer
         self._spans = []
 

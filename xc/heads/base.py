@@ -22,7 +22,8 @@ class Head:
     """Full softmax: all classes take part in every step.
 
     A step calls `refresh`, `select`, `forward` (once, or for one micro-batch after the other), `reduce`, the row
-    optimizer and `zero_grad`; pipeline.py does what forward() does, `directions`, gathering and `loss`, in pieces.
+    optimizer and `zero_grad`; pipeline.py does what forward() does, `directions`, gathering and `loss`, in pieces. A
+    step of several rounds (schedule.py) may have several selections, each for the micro-batches after a `turn_to`.
     Heads that leave classes out differ in how they set
 
     active    (A,)    sorted, unique local ids of the classes that take part; None: all of this shard
@@ -54,6 +55,7 @@ class Head:
         self.weight = initial_rows(self.shard, feature_dim, seed, dtype).to(world.device)
         self.compute_dtype = torch.promote_types(dtype, torch.float32)
         self.step, self.active, self.offset, self.row_grad = 0, None, None, None
+        self.num_selections = 1
         self.rows_of_step = None  # the active rows as the logits use them, from the first forward() of a step on
         self._workspace, self._own_labels, self._reduced = {}, None, None
 
@@ -76,14 +78,19 @@ class Head:
         """
         return {}
 
-    def select(self, labels, step):
+    def select(self, labels, step, num_rounds=1):
         """Choose the classes that take part in a step. Needs no features, so it can run before the backbone.
 
-        labels  (B,)  of all examples of this rank in this step, global class ids
+        labels      (B,)  of all examples of this rank in this step, round by round, global class ids
+        step        rounds before this step, which is also its number while every step has one round
+        num_rounds  of this step, alike in length
 
-        Collective.
+        Sets `num_selections`, into which the step's micro-batches fall. Collective.
         """
-        self.step, self.rows_of_step = step, None
+        self.step, self.rows_of_step, self.num_selections = step, None, 1
+
+    def turn_to(self, selection):
+        """The micro-batches that follow are of that selection, 0 first."""
 
     def forward(self, features, labels, global_batch, last=True):
         """Cross-entropy of this rank's examples and of all others', summed over them and divided by `global_batch`.
@@ -91,7 +98,7 @@ class Head:
         features      (B, D)  this rank's, B may differ between ranks
         labels        (B,)    global class ids
         global_batch  examples of the whole step over all ranks and micro-batches
-        last          no other micro-batch follows in this step
+        last          no other micro-batch of this selection follows
         returns       ()      the same on every rank; its gradients are sums over all ranks, complete after `reduce`
 
         Collective. The gradient of the class rows is taken here, not in backward(), and added to `row_grad`.

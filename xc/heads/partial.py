@@ -28,6 +28,9 @@ class PartialHead(Head):
     Places and hashes know nothing of shards, so the order in which classes are taken does not depend on the number of
     ranks; how many of it a shard takes (1), and the stretches (4), do.
 
+    A step of several rounds chooses for each of them anew: the budget is for the examples of a round, so that an
+    example's cost does not grow with the batch. The gradients of the rounds are added up over all their classes.
+
     Plain padding: a class that is left out counts as probability zero, so the loss is never above the full one.
     Corrected padding (ours): a random class stands for the n classes of its stretch, log n is added to its logit. Then
     the expected partition function is that of the full softmax; near classes count once, as themselves. It is the
@@ -48,20 +51,54 @@ class PartialHead(Head):
         return {"active_classes": budget(cfg, num_classes), "padding": cfg.padding,
                 "warmup_full_steps": cfg.warmup_full_steps}
 
-    def select(self, labels, step):
-        super().select(labels, step)
+    def select(self, labels, step, num_rounds=1):
+        super().select(labels, step, num_rounds)
+        self.active = self.offset = None
+        self._chosen, self._all_active, self._total = [], None, None
         if step < self.warmup_full_steps:
-            self.active = self.offset = None
-        else:
-            labels = self.labels_of_step(labels)
-            self.activate(labels, *self.candidates(labels))
+            return
+        for self.step, of_round in enumerate(self.labels_of_rounds(labels, num_rounds), step):
+            self.activate(of_round, *self.candidates(of_round))
+            self._chosen.append((self.active, self.offset))
+        self.step, self.num_selections = step, num_rounds
+        if num_rounds > 1:
+            self._all_active = torch.unique(torch.cat([active for active, _ in self._chosen]))
 
-    def labels_of_step(self, labels):
-        """Labels (G,) of the whole step, over all copies: all must choose alike. Collective."""
-        if self.world.replicas.size == 1:
-            return self.gather_labels(labels)[1]
+    def turn_to(self, selection):
+        if self.num_selections > 1:
+            self._add_up()
+            self.active, self.offset = self._chosen[selection]
+            self.rows_of_step = None
+
+    def _add_up(self):
+        """Add the row gradients of the selection that is over to those of the whole step."""
+        if self._total is None:
+            self._total = self.memory("total", len(self._all_active), self.feature_dim).zero_()
+        if self.row_grad is not None:
+            self._total.index_add_(0, torch.searchsorted(self._all_active, self.active), self.row_grad)
+        self.row_grad = None
+
+    def reduce_async(self):
+        if self.num_selections > 1:
+            self._add_up()
+            self.active, self.offset, self.row_grad = self._all_active, None, self._total
+        super().reduce_async()
+
+    def zero_grad(self):
+        super().zero_grad()
+        if self.num_selections > 1:  # as `audit` looks at them: of the first examples
+            self.active, self.offset = self._chosen[0]
+
+    def labels_of_rounds(self, labels, num_rounds):
+        """[labels (G,) of a round, …] over all copies: all must choose alike. Collective."""
         everyone = self.world.everyone
-        return everyone.all_gather(labels, self._counts(labels, everyone))
+        if self.world.replicas.size == 1:
+            counts, labels = self.gather_labels(labels)
+        else:
+            counts = self._counts(labels, everyone)
+            labels = everyone.all_gather(labels, counts)
+        pieces = labels.split([count // num_rounds for count in counts for _ in range(num_rounds)])
+        return [torch.cat(pieces[i::num_rounds]) for i in range(num_rounds)]
 
     def candidates(self, labels):
         """Classes of this shard that are near the right ones: local ids (E,) and places (E,), the best place is 0.

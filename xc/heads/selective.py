@@ -15,7 +15,7 @@ class SelectiveHead(PartialHead):
 
     The authors' index is a forest of random projection trees, built anew every 100 steps; this one is an inverted file
     (faiss). Features must be there first, so classes are chosen in the step's first loss(), by the features of the
-    first micro-batch.
+    first micro-batch; in a step of several rounds, as many times more of them.
     """
 
     flags = (*PartialHead.flags, "near_share", "graph_every")
@@ -23,7 +23,7 @@ class SelectiveHead(PartialHead):
     def __init__(self, *args, active_classes, **kwargs):
         super().__init__(*args, active_classes=active_classes, **kwargs)
         self.active_classes = active_classes
-        self._index, self._labels = None, None
+        self._index, self._labels, self._quota_of_round = None, None, self.quota
 
     @classmethod
     def settings(cls, cfg, num_classes):
@@ -34,11 +34,13 @@ class SelectiveHead(PartialHead):
             self._index = self._build(self._unit(self.weight))
         return {}
 
-    def select(self, labels, step):
+    def select(self, labels, step, num_rounds=1):
         """Only notes the labels: see `loss`. Collective."""
-        super(PartialHead, self).select(labels, step)
-        self.active = self.offset = None
-        self._labels = self.labels_of_step(labels) if step >= self.warmup_full_steps else None
+        super(PartialHead, self).select(labels, step, num_rounds)
+        self.active = self.offset = self._labels = None
+        if step >= self.warmup_full_steps:
+            self.quota = min(len(self.weight), self._quota_of_round * num_rounds)
+            [self._labels] = self.labels_of_rounds(labels, 1)
 
     def loss(self, features, labels, global_batch, last=True):
         if self._labels is not None:
