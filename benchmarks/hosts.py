@@ -85,8 +85,9 @@ class Hosts:
     def _name(self, i):
         return f"{self._prefix}{i}"
 
-    def mpirun(self, ranks_per_host, command):
-        """Run a command on all hosts, its standard output through to ours; CalledProcessError if it fails."""
+    def mpirun(self, ranks_per_host, command, stdout=None):
+        """Run a command on all hosts, its standard output into a file or through to ours; CalledProcessError if it
+        fails."""
         hosts = ",".join(f"{_SUBNET}.{i}:{ranks_per_host}" for i in range(1, self._count + 1))
         environment = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1",
                        "OMPI_MCA_mpi_yield_when_idle": "1", "OMPI_MCA_hwloc_base_binding_policy": "none",
@@ -99,7 +100,7 @@ class Hosts:
                   "--mca", "oob_tcp_if_include", f"{_SUBNET}.0/24",
                   *(word for name in environment for word in ("-x", name)),
                   "-np", str(self._count * ranks_per_host), "-H", hosts]
-        subprocess.run([*first, *launch, *map(str, command)], check=True,
+        subprocess.run([*first, *launch, *map(str, command)], check=True, stdout=stdout,
                        env=os.environ | environment | {"TMPDIR": str(self.folder)})
 
 

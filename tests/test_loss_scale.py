@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from tests.test_exchange import NET, give, now
+from tests.test_exchange import NET, give
 from tests.worlds import run_ranks
 from xc import backbone as backbones
 from xc.config import Config
@@ -42,7 +42,7 @@ def test_nothing_else_is_scaled(amp):
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("exchange_of", [AllReduce, Dgc])
 def test_all_ranks_skip_what_overflows_on_one(size, exchange_of):
-    """The last rank's second step overflows: nobody uses it, no residual has it, and the third is as if it never was."""
+    """The last rank's second step overflows: nobody uses it, no residual has it; the third is as if it never was."""
     def body(world, spoiled):
         net = copy.deepcopy(NET)
         exchange = exchange_of(net, world, loss_scale=LossScale(True, 1024.0))

@@ -146,6 +146,55 @@ def test_an_exchange_resumes_bit_for_bit(ranks, exchange, tmp_path):
     assert [f.read_bytes() for f in last[0]] == [f.read_bytes() for f in last[1]]
 
 
+FCCS = ["--epochs", 0.6, "--warmup", "5steps", "--schedule", "fccs", "--max-batch", 120, "--hold", "10%", "--tail", "20%",
+        "--save-every", "15%", "--keep", 9]
+
+
+@pytest.mark.parametrize("ranks, flags", [
+    (3, ["--optimizer", "lars", "--lr", 2, "--head-lr-scale", 1, "--amp", "bf16"]),
+    (2, ["--fccs", "auto", "--micro-batches", 2, "--exchange", "dgc", "--density", 0.05, "--density-warmup", "10steps",
+         "--optimizer", "lars", "--head", "knn", "--active-classes", 90, "--graph-every", "20%"]),
+    (2, ["--fccs", "auto", "--amp", "fp16", "--head", "sampled", "--active-classes", 60]),
+])
+def test_a_growing_batch_resumes_bit_for_bit(ranks, flags, tmp_path):
+    """From the middle of the growth, with what the noise and the scale of losses were then."""
+    base = [*SYNTH, *FCCS, *flags]
+    mpirun(ranks, *base, "--out", tmp_path / "whole")
+    folders = sorted((tmp_path / "whole" / "checkpoints").glob("step-*"))
+    assert len(folders) == 7
+    mpirun(ranks, *base, "--out", tmp_path / "cut", "--resume", folders[3])
+    whole, cut = losses(tmp_path / "whole"), losses(tmp_path / "cut")
+    first = json.loads((folders[3] / "meta.json").read_text())["step"]
+    assert cut == {step: loss for step, loss in whole.items() if step > first} and len(cut) > 3
+    again = tmp_path / "cut" / "checkpoints" / folders[-1].name
+    for file in folders[-1].iterdir():
+        assert file.read_bytes() == (again / file.name).read_bytes(), file.name
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    batches = [line["global_batch"] for line in lines if "loss" in line]
+    assert sum(batches) == 1800 and max(batches) > 30 and all(batch % 30 == 0 for batch in batches)
+    assert any(line.get("noise_scale", 0) > 0 for line in lines)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_growing_batch_is_the_same_on_any_number_of_ranks(ranks, tiny_packs, tmp_path):
+    base = ["--data", tiny_packs, *SETTINGS, "--epochs", 2, "--schedule", "fccs", "--max-batch", 52, "--optimizer", "lars",
+            "--lr", 0.3, "--head-lr-scale", 0.001]
+    run(sys.executable, "train.py", *base, "--out", tmp_path / "alone")
+    mpirun(ranks, "train.py", *base, "--out", tmp_path / "many")
+    assert len(losses(tmp_path / "alone")) < 18  # updates of 13 examples
+    assert_equal_losses(losses(tmp_path / "many"), losses(tmp_path / "alone"))
+
+
+def test_a_schedule_is_drawn_and_nothing_else(tiny_packs, tmp_path):
+    process = mpirun(2, "train.py", "--data", tiny_packs, "--schedule", "fccs", "--global-batch", 12, "--max-batch", 48,
+                     "--schedule-plot", tmp_path / "s.png")
+    assert (tmp_path / "s.png").stat().st_size > 1000 and process.stdout.count("updates") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["s.png"]
+    (line,) = error_lines(mpirun(2, "train.py", "--data", tiny_packs, "--global-batch", 12, "--schedule-plot",
+                                 tmp_path / "no" / "s.png", expect=2))
+    assert "No such file" in line
+
+
 @pytest.mark.parametrize("first, then", [("dense", "dgc"), ("dgc", "dense")])
 def test_another_exchange_cannot_go_on(first, then, tmp_path):
     base = [sys.executable, *SYNTH, "--out", tmp_path / "run", "--density-warmup", 0, "--momentum", 0]
@@ -268,7 +317,11 @@ def test_a_mistake_about_the_head_is_one_line(arguments, text, tmp_path):
     (["--global-batch", 12, "--micro-batches", 4], "--micro-batches 4 is more than the 3 examples of a rank"),
     (["--exchange", "dgc", "--density", 0], "--density 0.0 is not allowed: a share above 0 and up to 1"),
     (["--exchange", "dgc", "--density", 1.5], "--density 1.5 is not allowed"),
-    (["--exchange", "dgc", "--epochs", 4], "--density-warmup 4.0 is"),
+    (["--exchange", "dgc", "--global-batch", 12, "--epochs", 4], "--density-warmup 4epochs is"),
+    (["--global-batch", 12, "--schedule", "fccs", "--hold", "200steps"], "shorten one, or take a longer run"),
+    (["--global-batch", 12, "--schedule", "fccs", "--max-batch", 132], "more than the 120 training examples"),
+    (["--global-batch", 12, "--schedule", "fccs", "--max-batch", 24, "--fccs", "auto", "--exchange", "dgc"],
+     "--fccs auto with --exchange dgc has gradients of batches of one size"),
     (["--bakbone", "small"], "did you mean --backbone?"),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2_on_many_ranks(arguments, text, tiny_packs, tmp_path):

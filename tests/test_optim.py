@@ -1,16 +1,15 @@
 """LARS as published; the row optimizer: torch's SGD where all rows are active, lazy elsewhere, unbiased in 16 bit."""
 
 import copy
-import math
 
 import pytest
 import torch
 from torch import nn
 
 from tests.worlds import run_ranks
-from xc.heads import HEADS
 from xc.config import Config
 from xc.exchange import Dgc
+from xc.heads import HEADS
 from xc.optim import Lars, RowSGD, backbone_optimizer
 from xc.schedule import Now
 from xc.world import World
@@ -127,7 +126,7 @@ def lars(parameters, **settings):
 
 
 def test_lars_by_hand():
-    """|w| = 5, |g| = 10, β = 0.5: λ = 0.1 * 5 / (10 + 2.5) = 0.04, v = 2 * 0.04 (g + w / 2); then with half the rate."""
+    """|w| = 5, |g| = 10, β = 0.5: λ = 0.1 * 5 / (10 + 2.5) = 0.04, v = 2 * 0.04 (g + w / 2); then at half the rate."""
     weight, bias = nn.Parameter(torch.tensor([[3.0, 4.0]])), nn.Parameter(torch.tensor([3.0, 4.0]))
     optimizer = lars([weight, bias], momentum=0.9)
     weight.grad, bias.grad = torch.tensor([[6.0, -8.0]]), torch.tensor([6.0, -8.0])
@@ -169,7 +168,7 @@ def test_lars_moves_every_layer_alike():
 
 
 @pytest.mark.parametrize("size, density", [(1, 1.0), (3, 0.02)])
-def test_lars_under_dgc_goes_as_far_as_without(size, density):
+def test_lars_under_dgc_goes_about_as_far_as_without(size, density):
     """Gradients that are mostly noise, as they are late in a run: by about the same length in all."""
     start = nn.Linear(30, 7, bias=False)
 
@@ -194,7 +193,8 @@ def test_lars_under_dgc_goes_as_far_as_without(size, density):
     cfg = Config("d", "o", optimizer="lars", lr=1.0, lars_trust=1e-5, weight_decay=0.0, momentum=0.5)
     dense = walk(World(), cfg, lambda net, world: None)
     found = run_ranks(size, lambda w: walk(w, cfg, lambda net, world: Dgc(net, world, momentum=0.5)))
-    assert len(set(found)) == 1 and math.isclose(found[0], dense, rel_tol=0.02 if density == 1 else 0.4), (found, dense)
+    assert len(set(found)) == 1
+    assert (0.98 if density == 1 else 0.5) <= found[0] / dense <= 1.02  # what is sent is masked: it has less momentum
 
 
 def test_the_optimizer_of_a_config():

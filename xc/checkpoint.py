@@ -137,7 +137,7 @@ def load(folder, state, identity):
 
 
 def _read_meta(folder, expected, state):
-    """(position, ranges of the files of rows, numbers) of a checkpoint, checked; ValueError if it is not as expected."""
+    """(position, ranges of the files of rows, numbers) of a checkpoint; ValueError if it is not as expected."""
     num_rows = state.head.num_rows
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -165,9 +165,13 @@ def _read_meta(folder, expected, state):
         raise ValueError(f"checkpoint {folder} names no position: take another checkpoint")
     numbers = [meta.get(name) for name in _numbers(state)]
     for found, known in zip(numbers, _numbers(state).values(), strict=True):
-        if not isinstance(found, dict) or {k: type(v) for k, v in found.items()} != {k: type(v) for k, v in known.items()}:
+        if not isinstance(found, dict) or _types(found) != _types(known):
             raise ValueError(f"checkpoint {folder} lacks the state of noise and loss scale: take another checkpoint")
     return position, ranges, numbers
+
+
+def _types(values):
+    return {name: type(value) for name, value in values.items()}
 
 
 def _number_owners(state):

@@ -67,14 +67,15 @@ class Config:
     head_momentum: float = _flag(0.0, "momentum of the class rows, a tenth of --head-lr-scale goes with 0.9; 0: none, "
                                       "and no memory for it")
     nesterov: int = _flag(0, "1: Nesterov's form of the backbone's momentum", (0, 1))
-    optimizer: str = _flag("sgd", "of the backbone; lars: every layer's step in proportion to its weights", ("sgd", "lars"))
+    optimizer: str = _flag("sgd", "of the backbone; lars: every layer's step in proportion to its weights",
+                           ("sgd", "lars"))
     lars_trust: float = _flag(0.001, "lars: length of a layer's step at --lr 1, as a share of its weights'")
     weight_decay: float = _flag(5e-4, "of backbone tensors with two or more dimensions")
     head_weight_decay: float = _flag(0.0, "of the class rows")
-    schedule: str = _flag("cosine", "course of the learning rate after the warm-up; fccs: the batch grows, and then the "
-                                    "rate falls", SCHEDULES)
-    warmup: str = _flag("0.5epochs", "linear warm-up of the learning rate, as 0.5epochs, 500steps, 64000examples or 5%% "
-                                     "of the run; so everywhere where a time is asked for, a bare number is epochs")
+    schedule: str = _flag("cosine", "course of the learning rate after the warm-up; fccs: the batch grows, and at the "
+                                    "end the rate falls", SCHEDULES)
+    warmup: str = _flag("0.5epochs", "linear warm-up of the learning rate: a time, as 0.5epochs, 500steps, "
+                                     "64000examples or 5%% of the run; a bare number is epochs")
     lr_drops: tuple = _flag((0.5, 0.75), "--schedule step: shares of the run after which lr falls to a tenth")
     poly_power: float = _flag(2.0, "--schedule poly: the rate falls as (1 - t) to this power")
     max_batch: int = _flag(0, "fccs: examples per step that the batch grows to, a multiple of --global-batch; 0: stays")
@@ -172,8 +173,8 @@ class Config:
                     raise UserError(f"{_option(name)} {getattr(self, name)} is a part of --schedule fccs, not of "
                                     f"{self.schedule}: give that or leave it out")
         if self.fccs == "auto" and self.growth != Config.growth:
-            raise UserError(f"--growth {self.growth} has no meaning with --fccs auto, where the noise decides: leave it "
-                            "out")
+            raise UserError(f"--growth {self.growth} has no meaning with --fccs auto, where the noise decides: leave "
+                            "it out")
         if self.fccs == "auto" and self.max_batch <= self.global_batch:
             raise UserError(f"--fccs auto with --max-batch {self.max_batch} leaves the batch no room to grow: give one "
                             f"above --global-batch {self.global_batch}")

@@ -22,8 +22,8 @@ def build(backbone, world, cfg):
     """The exchange that a Config asks for; UserError where these ranks cannot have it. Not collective."""
     if cfg.fccs == "auto" and cfg.micro_batches == 1 and (world.size == 1 or cfg.exchange != "dense"):
         where = "on one rank" if world.size == 1 else f"with --exchange {cfg.exchange}"
-        raise UserError(f"--fccs auto {where} sees gradients of batches of one size alone, which do not tell the noise: "
-                        "give --micro-batches 2")
+        raise UserError(f"--fccs auto {where} has gradients of batches of one size alone, whose norms do not tell the "
+                        "noise: give --micro-batches 2")
     if cfg.exchange == "dense":
         for flag in ("density", "density_warmup", "dgc_clip") if world.rank == 0 else ():
             if getattr(cfg, flag) != getattr(Config, flag):

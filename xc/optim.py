@@ -15,14 +15,12 @@ def backbone_optimizer(backbone, cfg, keeps_momentum=False):
     parameters = [p for p in backbone.parameters() if p.requires_grad]
     matrices = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": cfg.weight_decay}
     others = {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}
-    summed = 1.0
     if keeps_momentum:
-        summed = 1 - cfg.momentum
-        matrices |= {"momentum": 0.0, "nesterov": False, "weight_decay": cfg.weight_decay / summed}
+        matrices |= {"momentum": 0.0, "nesterov": False, "weight_decay": cfg.weight_decay / (1 - cfg.momentum)}
     groups = [g for g in (matrices, others) if g["params"]]
     options = {"lr": cfg.lr, "momentum": cfg.momentum, "nesterov": bool(cfg.nesterov), "fused": True}
     if cfg.optimizer == "lars":
-        return Lars(groups, cfg.lars_trust, summed, **options)
+        return Lars(groups, cfg.lars_trust, cfg.momentum if keeps_momentum else 0.0, **options)
     return torch.optim.SGD(groups, **options)
 
 
@@ -33,14 +31,14 @@ class Lars(torch.optim.SGD):
 
     γ the learning rate, β the weight decay. λ = 1 for tensors of fewer than two dimensions, and where w or g is 0.
 
-    summed: with an exchange that takes the momentum, gradients arrive as sums over about 1/(1 - m) steps; λ divides by
-    their norm times 1 - m then (ours), so that layers move about as far as without it. That holds where gradients are
-    mostly noise; of one that stays the same, the few large sums of DGC are longer, and λ smaller.
+    taken: the momentum m of an exchange that takes it, 0 without. Gradients arrive summed up then: λ takes their norm
+    times sqrt(1 - m²), which is a gradient's own where gradients are mostly noise, and β times 1 - m (ours). Layers
+    move about as far as without such an exchange, and less far where gradients stay the same for long.
     """
 
-    def __init__(self, groups, trust, summed=1.0, **options):
+    def __init__(self, groups, trust, taken=0.0, **options):
         super().__init__(groups, **options)
-        self.trust, self.summed = trust, summed
+        self.trust, self.taken = trust, taken
 
     @torch.no_grad()
     def step(self):
@@ -60,8 +58,8 @@ class Lars(torch.optim.SGD):
 
     def _trust(self, weight, grad, group):
         """λ of a layer with these norms, as a tensor: nothing waits for a GPU."""
-        summed = self.summed if group["momentum"] == 0 else 1.0
-        ratio = self.trust * weight / (summed * (grad + group["weight_decay"] * weight))
+        grad, decay = grad * (1 - self.taken**2) ** 0.5, group["weight_decay"] * (1 - self.taken)
+        ratio = self.trust * weight / (grad + decay * weight)
         return torch.where((weight > 0) & (grad > 0), ratio, torch.ones_like(ratio))
 
 

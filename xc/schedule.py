@@ -259,4 +259,5 @@ def interval(text):
 def _rounds(text, total, batch, num_records):
     """An interval in rounds; steps are those of one round."""
     count, unit = interval(text)
-    return round(count * {"epochs": num_records / batch, "steps": 1, "examples": 1 / batch, "percent": total / 100}[unit])
+    per_unit = {"epochs": num_records / batch, "steps": 1, "examples": 1 / batch, "percent": total / 100}
+    return round(count * per_unit[unit])

@@ -57,7 +57,8 @@ class PartialHead(Head):
         self._chosen, self._all_active, self._total = [], None, None
         if step < self.warmup_full_steps:
             return
-        for self.step, of_round in enumerate(self.labels_of_rounds(labels, num_rounds), step):
+        for i, of_round in enumerate(self.labels_of_rounds(labels, num_rounds)):
+            self.step = step + i
             self.activate(of_round, *self.candidates(of_round))
             self._chosen.append((self.active, self.offset))
         self.step, self.num_selections = step, num_rounds

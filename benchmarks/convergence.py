@@ -1,0 +1,178 @@
+"""How many updates FCCS saves: until it is as accurate as tuned SGD with a fixed batch. Every run is one train.py.
+
+    python benchmarks/convergence.py --data glyphs --runs runs/convergence-glyphs --plot glyphs.png
+
+    --data    glyphs (data/glyphs.pack, which `make train` makes), omniglot (data/omniglot.pack, see README) or synth,
+              100,000 made-up classes
+    --heads   as in softmax_table.py: full knn:0.1
+    --arms    of ARMS, beside the baseline; --extra, of those that one seed is enough for
+    --seeds   of the baseline and of the arms; the first one is tuned with
+    --jobs    runs at a time
+    --rate    last of all, wall time: baseline and fccs, two ranks on two hosts joined by a link of that rate (root)
+
+The baseline is SGD with momentum at a fixed batch, with the better of decay by steps and cosine and of a few learning
+rates, by the final top-1 of one seed with the first head. The goal is its mean final top-1 less 0.2 points. An arm's
+updates are those until an evaluation first reached the goal; `updates_saved`, their share less of the updates of a
+baseline run, is 0 where that never was: medians over the seeds. Every arm sees as many examples as the baseline. Runs
+that are in the --runs folder are not done again.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.hosts import Hosts
+from benchmarks.softmax_table import ROOT, finished, lines_of, log_of, read, train
+from xc import config, data
+
+# Of every set: flags of all runs; the baseline's batch, and the rates (backbone, class rows) that it is tried with.
+SETS = {
+    "glyphs": {"data": "data/glyphs.pack", "flags": "epochs=20,eval_every=0.5epochs", "batch": 128,
+               "rates": ((0.05, 4), (0.025, 4), (0.01, 4))},
+    "omniglot": {"data": "data/omniglot.pack", "flags": "epochs=25,eval_every=0.5epochs", "batch": 128,
+                 "rates": ((0.05, 4), (0.025, 4), (0.01, 4))},
+    "synth": {"data": "synth:classes=100000,examples=8,test=5000", "batch": 256, "rates": ((0.1, 12), (0.05, 6)),
+              "flags": "epochs=1,eval_every=2%,feature_dim=64,graph_every=12.5%"},
+}
+# Flags of an arm by the baseline's batch and rates, and what it multiplies both of these by.
+FCCS = {"schedule": "fccs", "hold": "25%", "tail": "25%"}
+ARMS = {
+    "large": (4, 4, lambda batch: {}),
+    "lars": (4, 4, lambda batch: {"optimizer": "lars"}),
+    "fccs": (2, 2, lambda batch: FCCS | {"max_batch": 8 * batch}),
+    "auto": (2, 2, lambda batch: FCCS | {"max_batch": 8 * batch, "fccs": "auto", "micro_batches": 2}),
+}
+GRID = ("cosine", "step")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, choices=SETS)
+    parser.add_argument("--runs", required=True, type=Path)
+    parser.add_argument("--heads", nargs="+", default=["full", "knn:0.1"])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["fccs"])
+    parser.add_argument("--extra", nargs="+", choices=ARMS, default=["large", "lars", "auto"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--plot")
+    parser.add_argument("--rate")
+    args = parser.parse_args()
+    of_set = SETS[args.data]
+    if not of_set["data"].startswith("synth:") and not (ROOT / of_set["data"]).exists():
+        raise SystemExit(f"error: {of_set['data']} is not there: see README, Results, for how to make it")
+    runs = Runs(args, of_set)
+
+    schedule, rate = runs.tuned(args.heads[0])
+    results = {}
+    for head in args.heads:
+        arms = {"baseline": args.seeds} | {a: args.seeds for a in args.arms} | {a: args.seeds[:1] for a in args.extra}
+        found = runs.all([(head, arm, schedule, rate, seed) for arm, seeds in arms.items() for seed in seeds])
+        results[head] = {arm: [found[head, arm, schedule, rate, seed] for seed in seeds] for arm, seeds in arms.items()}
+    table = {head: {arm: summary(of_arms["baseline"], of_arm) for arm, of_arm in of_arms.items()}
+             for head, of_arms in results.items()}
+
+    print(f"{args.data}: baseline {schedule}, rates {rate}, batch {of_set['batch']}, {of_set['flags']}")
+    columns = ("top1", "spread", "seeds", "updates", "updates_saved", "to_goal")
+    print(f"{'head':10} {'arm':10}" + "".join(f"{name:>14}" for name in columns))
+    for head, arms in table.items():
+        for arm, row in arms.items():
+            print(f"{head:10} {arm:10}" + "".join(f"{row[column]!s:>14}" for column in columns))
+    if args.plot:
+        draw(results, args)
+    wall = runs.wall_time(args.heads[0], schedule, rate) if args.rate else {}
+    print(json.dumps({"data": args.data, "baseline": f"{schedule} {rate}",
+                      "updates_saved": {head: arms[args.arms[0]]["updates_saved"] for head, arms in table.items()},
+                      "top1": {head: arms[args.arms[0]]["top1"] for head, arms in table.items()},
+                      "table": table} | wall))
+
+
+class Runs:
+    def __init__(self, args, of_set):
+        self.args, self.set = args, of_set
+        cfg = config.parse(["--data", of_set["data"], "--out", "unused"])
+        self.num_classes = data.open_splits(cfg)["train"].num_classes
+
+    def tuned(self, head):
+        """(schedule, rates) of the baseline that ends best."""
+        grid = [(head, "baseline", schedule, rates, self.args.seeds[0])
+                for schedule in GRID for rates in self.set["rates"]]
+        found = self.all(grid)
+        for (_, _, schedule, rates, _), run in found.items():
+            print(f"baseline {schedule:7} {rates!s:12} top-1 {run['top1']:.4f}", file=sys.stderr)
+        best = max(found, key=lambda key: found[key]["top1"])
+        return best[2:4]
+
+    def all(self, keys):
+        """{key: run} of keys (head, arm, schedule, rates, seed), as `read` gives them; done where they are not yet."""
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            return dict(zip(keys, pool.map(self.one, keys), strict=True))
+
+    def one(self, key):
+        head, arm, schedule, rates, seed = key
+        name = arm if arm != "baseline" else f"{schedule}-{rates[0]}-{rates[1]}"
+        folder = self.args.runs / f"{head.replace(':', '-')}-{name}-seed{seed}"
+        if not finished(folder):
+            table = argparse.Namespace(data=self.set["data"], flags=[], ranks=1)
+            name, _, budget = head.partition(":")
+            train(table, f"{name}:{budget}:{self.flags(arm, schedule, rates)}", seed, folder, self.num_classes,
+                  2 * self.set["batch"])
+        return read(folder) | {"updates": [(line["step"], line["top1"]) for line in lines_of(folder) if "top1" in line]}
+
+    def flags(self, arm, schedule, rates):
+        times_batch, times_rate, more = ARMS.get(arm, (1, 1, lambda batch: {"schedule": schedule}))
+        of_backbone, of_rows = (times_rate * rate for rate in rates)
+        batch = times_batch * self.set["batch"]
+        flags = {"global_batch": batch, "lr": of_backbone, "head_lr_scale": of_rows / of_backbone, "log_steps": 20,
+                 "save_every": 0} | more(self.set["batch"])
+        return ",".join([self.set["flags"], *(f"{flag}={value}" for flag, value in flags.items())])
+
+    def wall_time(self, head, schedule, rates):
+        """Seconds of training of a baseline run and of one of fccs, on two hosts."""
+        seconds = {}
+        with Hosts(2, self.args.rate) as hosts:
+            for arm in "baseline", "fccs":
+                folder = (self.args.runs / f"{self.args.rate}-{arm}").resolve()
+                if not finished(folder):
+                    flags = self.flags(arm, schedule, rates).replace("eval_every=0.5epochs", "eval_every=0").split(",")
+                    words = [w for f in flags for w in (f"--{f.split('=')[0].replace('_', '-')}", f.split("=")[1])]
+                    with open(log_of(folder), "w") as log:
+                        hosts.mpirun(1, [sys.executable, ROOT / "train.py", "--data", (ROOT / self.set["data"]),
+                                         "--out", folder, *words], stdout=log)
+                seconds[f"{self.args.rate}.{arm}.train_seconds"] = read(folder)["seconds"]
+        return seconds
+
+
+def summary(baseline, arm):
+    """A row of the table: of runs of the baseline and of an arm, one for each seed."""
+    goal = statistics.mean(run["top1"] for run in baseline) - 0.002
+    updates = statistics.median(run["updates"][-1][0] for run in baseline)
+    reached = [next((step for step, top1 in run["updates"] if top1 >= goal), None) for run in arm]
+    saved = statistics.median(1 - step / updates if step else 0.0 for step in reached)
+    top1 = [run["top1"] for run in arm]
+    return {"top1": round(statistics.mean(top1), 4), "spread": round(max(top1) - min(top1), 4), "seeds": len(arm),
+            "goal": round(goal, 4), "updates": statistics.median(run["updates"][-1][0] for run in arm),
+            "to_goal": reached, "updates_saved": round(saved, 3)}
+
+
+def draw(results, args):
+    """Top-1 of the first seed over updates, a panel for each head."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(results), 4.5), layout="constrained")
+    for axes, (head, arms) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+        for arm, runs in arms.items():
+            axes.plot(*zip(*runs[0]["updates"], strict=True), label=arm)
+        goal = summary(arms["baseline"], arms["baseline"])["goal"]
+        axes.axhline(goal, color="grey", linestyle=":", label="goal")
+        axes.set(title=f"{args.data}, {head}", xlabel="updates", ylabel="top-1", ylim=(goal - 0.25, goal + 0.05))
+        axes.legend()
+    figure.savefig(args.plot)
+
+
+if __name__ == "__main__":
+    main()
