@@ -83,12 +83,12 @@ def main():
         with timer("select"):
             labels = torch.cat([labels for _, labels in batch])
             head.select(labels, now.round, now.rounds)
-        exchange.watched = position.step % noise_scale.EVERY == 0
+        exchange.watched = position.step if position.step % noise_scale.EVERY == 0 else None
         loss, features = pipeline.run(backbone, head, exchange, batch, labels, now, timer, cfg.feature_bits)
         with timer("exchange"):
             finite = exchange.reduce()
             head.reduce()
-            if exchange.watched and finite and (norms := exchange.norms(now)):
+            if finite and (norms := exchange.norms(now)):
                 state.noise.look(*norms)
         with timer("update"):
             if finite:  # or else losses were scaled too far up: on all ranks

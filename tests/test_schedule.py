@@ -124,7 +124,7 @@ def test_the_number_of_ranks_changes_nothing():
 
 
 def test_auto_grows_with_the_noise_and_never_beyond():
-    one = fccs(fccs="auto", hold="10%")
+    one = fccs(fccs="auto", hold="10%", micro_batches=2)
     assert one.num_steps is None and one.least_steps == 50
     early, late = Position(3, 300, 100), Position(200, 20_000, 100)
     assert not one.grows(early) and one.grows(late)
@@ -157,7 +157,7 @@ def test_due_once_an_interval():
     ({"schedule": "fccs", "hold": "50%", "tail": "60%"},
      r"--hold 50% \(39\) .* --tail 60% \(47\) are 90 rounds .* has 78"),
     ({"schedule": "fccs", "max_batch": 256, "growth": "100steps"}, "are .* but the run has 78"),
-    ({"schedule": "fccs", "max_batch": 256, "fccs": "auto", "steps": 50}, "cannot be kept to with --fccs auto"),
+    ({"schedule": "fccs", "max_batch": 256, "fccs": "auto", "micro_batches": 2, "steps": 50}, "cannot be kept to"),
     ({"exchange": "dgc", "density_warmup": "10"}, "would not reach --density 0.01"),
 ])
 def test_what_does_not_fit_the_data(flags, text):
@@ -171,6 +171,7 @@ def test_what_does_not_fit_the_data(flags, text):
     (["--max-batch", "256"], "--max-batch 256 is a part of --schedule fccs"),
     (["--schedule", "fccs", "--fccs", "auto"], "leaves the batch no room to grow"),
     (["--schedule", "fccs", "--fccs", "auto", "--max-batch", "512", "--growth", "5%"], "--growth 5% has no meaning"),
+    (["--schedule", "fccs", "--fccs", "auto", "--max-batch", "512"], "batches of two sizes"),
     (["--graph-every", "0"], "a time above 0"),
 ])
 def test_flags_that_cannot_be_meant(arguments, text):
@@ -205,7 +206,7 @@ def test_density_falls_by_quarters_during_its_warmup():
     assert densities(odd)[:8] == [0.25] * 4 + [0.1] * 4
 
 
-@pytest.mark.parametrize("flags", [{}, {"fccs": "auto"}])
+@pytest.mark.parametrize("flags", [{}, {"fccs": "auto", "micro_batches": 2}])
 def test_a_picture_of_it(flags, tmp_path, capsys):
     draw(fccs(**flags), tmp_path / "s.png")
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")

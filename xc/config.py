@@ -178,6 +178,9 @@ class Config:
         if self.fccs == "auto" and self.max_batch <= self.global_batch:
             raise UserError(f"--fccs auto with --max-batch {self.max_batch} leaves the batch no room to grow: give one "
                             f"above --global-batch {self.global_batch}")
+        if self.fccs == "auto" and self.micro_batches == 1:
+            raise UserError("--fccs auto needs gradients of batches of two sizes, whose norms tell the noise: give "
+                            "--micro-batches 2 or more")
         if self.logits == "inner" and self.margin != "none":
             raise UserError(f"--margin {self.margin} needs cosine logits: drop --logits inner or --margin")
         if self.nesterov and not self.momentum:

@@ -15,15 +15,12 @@ from xc.topk import message_bytes, pack, top_places, unpack
 from xc.traffic import sent_all_gather, sent_all_reduce
 from xc.world import Group
 
+_SKETCH = 2**15  # numbers of a gradient's sketch
 _GROUP_BYTES = 2**18  # smaller tensors share a selection and a message
 
 
 def build(backbone, world, cfg):
     """The exchange that a Config asks for; UserError where these ranks cannot have it. Not collective."""
-    if cfg.fccs == "auto" and cfg.micro_batches == 1 and (world.size == 1 or cfg.exchange != "dense"):
-        where = "on one rank" if world.size == 1 else f"with --exchange {cfg.exchange}"
-        raise UserError(f"--fccs auto {where} has gradients of batches of one size alone, whose norms do not tell the "
-                        "noise: give --micro-batches 2")
     if cfg.exchange == "dense":
         for flag in ("density", "density_warmup", "dgc_clip") if world.rank == 0 else ():
             if getattr(cfg, flag) != getattr(Config, flag):
@@ -48,7 +45,13 @@ class AllReduce:
     run, which Horovod's own fusion, grouping by arrival, does not promise.
 
     Construct once; then per step: backward passes, of which the last comes after `begin`, `reduce`, optimizer step,
-    `zero_grad`. In a step with `watched` set it also notes the gradients' norms, for `norms`.
+    `zero_grad`. In a step of several micro-batches before which `watched` was set to a number, `norms` tells those of
+    the first one's gradient and of the whole.
+
+    They are norms of sums over all ranks, of which no rank may ever hold the whole, so each rank adds up its gradient,
+    cut into rows of 2^15 numbers, with random signs to one row, and these are summed over the ranks: as often more as
+    less, and about 1 % off (a sketch, Alon et al. 1996). Norms of a rank's own gradient would not do: with a norm of
+    the features over the global batch, much of it cancels between ranks.
     """
 
     keeps_momentum = False  # whether momentum is taken here, for parameters of two dimensions and more
@@ -56,8 +59,7 @@ class AllReduce:
     def __init__(self, backbone, world, bucket_mb=4.0, bits=32, loss_scale=None):
         """bits: of every number on the way, 16 are float16's. loss_scale: what backward passes begin with."""
         self.world, self.bits, self.loss_scale = world, bits, loss_scale or LossScale()
-        self.watched = False
-        self._first = self._local = None  # squared norms on this rank: after the first micro-batch, and of all
+        self.watched, self._sketches = None, {}
         self._backbone, self._buckets = backbone, []
         self._make_buckets([p for p in reversed(list(backbone.parameters())) if p.requires_grad], bucket_mb * 2**20)
 
@@ -67,12 +69,12 @@ class AllReduce:
 
     def first_passed(self):
         """The backward pass of the first of several micro-batches is over."""
-        if self.watched:
-            self._first = self._square() / self.loss_scale.scale**2
+        if self.watched is not None:
+            for bucket in self._buckets:
+                self._sketch("first", bucket, self.loss_scale.scale)
 
     def begin(self, now):
         """The next backward pass is the last of the step `now` of the schedule: what it completes can leave."""
-        self._local = 0.0 if self.watched and self._first is None else None
         for bucket in self._buckets:
             bucket.begin(now)
 
@@ -95,34 +97,31 @@ class AllReduce:
     def _all_finite(self):
         return all(bool(bucket.flat.isfinite().all()) for bucket in self._buckets)
 
-    def _square(self):
-        return sum(torch.dot(bucket.flat, bucket.flat) for bucket in self._buckets)
-
     def note(self, bucket):
         """Its gradients are complete on this rank, and yet to be changed."""
-        if self._local is not None:
-            self._local += torch.dot(bucket.flat, bucket.flat)
+        if "first" in self._sketches:
+            self._sketch("all", bucket, self.loss_scale.scale)
+
+    def _sketch(self, name, bucket, scale):
+        generator = torch.Generator().manual_seed(2 * self.watched)  # the same signs on all ranks
+        if name not in self._sketches:
+            self._sketches[name] = bucket.flat.new_zeros(_SKETCH)
+        total, num_rows = self._sketches[name], len(bucket.flat) // _SKETCH
+        signs = torch.randint(2, (num_rows + 1,), generator=generator).mul_(2).sub_(1).to(bucket.flat) / scale
+        rows, rest = bucket.flat.split([num_rows * _SKETCH, len(bucket.flat) - num_rows * _SKETCH])
+        total.addmv_(rows.view(num_rows, _SKETCH).T, signs[1:])
+        total[: len(rest)].add_(rest * signs[0])
 
     def norms(self, now):
-        """Of the gradients of a watched step, after `reduce`: |g|² of a small batch, one over its examples, and the
-        same of a large one, each a mean over the ranks. None where the step had batches of one size. Collective.
-
-        A rank's first micro-batch or all of its examples, and all examples of the step.
+        """Squared norms of a watched step's gradients and one over the numbers of their examples: of the mean over the
+        first micro-batch's, 1 / its examples, of the mean over all, 1 / all; the same on all ranks. None where there
+        was one micro-batch only. Collective.
         """
-        if self.world.size == now.micro_batches == 1:
+        if "all" not in self._sketches:
             return None
-        small = self._local / self.loss_scale.scale**2 if self._first is None else self._first
-        return self._means(now, small, self._square(), of_all_ranks=True)
-
-    def _means(self, now, small, large, of_all_ranks):
-        """Squares of gradients that are sums over examples, divided by those of the step -> of means over their own."""
-        of_part = len(Shard.of(now.global_batch // now.micro_batches, self.world.size, self.world.rank))
-        of_rank = of_part * now.micro_batches
-        per_small = 1 / (of_rank if self._first is None else of_part)
-        per_large = 1 / (now.global_batch if of_all_ranks else of_rank)
-        found = torch.tensor([float(small) * (now.global_batch * per_small) ** 2, per_small,
-                              float(large) * (now.global_batch * per_large) ** 2, per_large], dtype=torch.float64)
-        return self.world.everyone.all_reduce(found.to(self.world.device)).div_(self.world.size).tolist()
+        sums = torch.stack([self._sketches["first"], self._sketches["all"]])
+        first, whole = self.world.everyone.all_reduce(sums).double().square().sum(1).tolist()
+        return first * now.micro_batches**2, now.micro_batches / now.global_batch, whole, 1 / now.global_batch
 
     def average_buffers(self):
         """Make the buffers (batch-norm statistics, which every rank takes of its own examples) the same. Collective."""
@@ -131,7 +130,7 @@ class AllReduce:
                 self.world.everyone.all_reduce(buffer).div_(self.world.size)
 
     def zero_grad(self):
-        self._first = self._local = None
+        self._sketches = {}
         for bucket in self._buckets:
             bucket.flat.zero_()
 
@@ -200,11 +199,7 @@ class Dgc(AllReduce):
     def begin(self, now):
         self._now = now
         if not self.loss_scale.active:
-            self._begin(now)
-
-    def _begin(self, now):
-        super().begin(now)
-        self._local = 0.0 if self.watched else None
+            super().begin(now)
 
     def reduce(self):
         if self.loss_scale.active:  # what overflowed on any rank must reach no residual: nothing left so far
@@ -213,7 +208,7 @@ class Dgc(AllReduce):
             overflow = torch.tensor([not self._all_finite()], dtype=torch.int32, device=self.world.device)
             if self.world.everyone.all_reduce(overflow, "max").item():
                 return False
-            self._begin(self._now)
+            super().begin(self._now)
         self._exchange()
         return True
 
@@ -224,11 +219,9 @@ class Dgc(AllReduce):
             bucket.select()
         super()._exchange()
 
-    def norms(self, now):
-        """The same, but for the large batch: all examples of a rank, since what is delivered is no gradient."""
-        if now.micro_batches == 1:
-            return None
-        return self._means(now, self._first, self._local, of_all_ranks=False)
+    def note(self, bucket):
+        if "first" in self._sketches:
+            self._sketch("all", bucket, 1.0)  # scaled back before anything left
 
     def save(self, folder):
         tensors = {f"{name}.{bucket.first + bucket.part.first}": rows
