@@ -113,7 +113,8 @@ def main():
         if log:
             num_steps, examples = position.step - logged.step, position.examples - logged.examples
             metrics.log(position, loss=mean_loss, lr=now.lr, global_batch=now.global_batch, peak_rss_mb=peak_rss_mb(),
-                        noise_scale=state.noise.examples, loss_scale=exchange.loss_scale.scale,
+                        noise_scale=state.noise.examples,
+                        loss_scale=exchange.loss_scale.scale if exchange.loss_scale.active else None,
                         **world.traffic.take(num_steps), **timer.take(num_steps, examples))
             logged, loss_sum = position, torch.zeros_like(loss_sum)
         with world.traffic.uncounted():

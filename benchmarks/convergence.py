@@ -6,7 +6,8 @@
               100,000 made-up classes
     --heads   as in softmax_table.py: full knn:0.1
     --arms    of ARMS, beside the baseline; --extra, of those that one seed is enough for
-    --seeds   of the baseline and of the arms; the first one is tuned with
+    --seeds   of the baseline and of the arms with the first head; the first one is tuned with
+    --others  seeds with the other heads
     --jobs    runs at a time
     --rate    last of all, wall time: baseline and fccs, two ranks on two hosts joined by a link of that rate (root)
 
@@ -32,20 +33,21 @@ from xc import config, data
 
 # Of every set: flags of all runs; the baseline's batch, and the rates (backbone, class rows) that it is tried with.
 SETS = {
-    "glyphs": {"data": "data/glyphs.pack", "flags": "epochs=20,eval_every=0.5epochs", "batch": 128,
-               "rates": ((0.05, 4), (0.025, 4), (0.01, 4))},
-    "omniglot": {"data": "data/omniglot.pack", "flags": "epochs=25,eval_every=0.5epochs", "batch": 128,
-                 "rates": ((0.05, 4), (0.025, 4), (0.01, 4))},
+    "glyphs": {"data": "data/glyphs.pack", "flags": "epochs=20,eval_every=1epochs", "batch": 128,
+               "rates": ((0.05, 4), (0.01, 4))},
+    "omniglot": {"data": "data/omniglot.pack", "flags": "epochs=20,eval_every=1epochs", "batch": 128,
+                 "rates": ((0.05, 4), (0.02, 4))},
     "synth": {"data": "synth:classes=100000,examples=8,test=5000", "batch": 256, "rates": ((0.1, 12), (0.05, 6)),
               "flags": "epochs=1,eval_every=2%,feature_dim=64,graph_every=12.5%"},
 }
-# Flags of an arm by the baseline's batch and rates, and what it multiplies both of these by.
-FCCS = {"schedule": "fccs", "hold": "25%", "tail": "25%"}
+# What an arm multiplies batch and rates by, and other flags; {8} is eight times the baseline's batch. With LARS the
+# backbone's rate is one of its own.
+_LARS, _FCCS = "optimizer=lars,lr=10", "schedule=fccs,max_batch={8},hold=25%,tail=25%"
 ARMS = {
-    "large": (4, 4, lambda batch: {}),
-    "lars": (4, 4, lambda batch: {"optimizer": "lars"}),
-    "fccs": (2, 2, lambda batch: FCCS | {"max_batch": 8 * batch}),
-    "auto": (2, 2, lambda batch: FCCS | {"max_batch": 8 * batch, "fccs": "auto", "micro_batches": 2}),
+    "large": (4, "schedule=cosine"),
+    "lars": (2, f"schedule=cosine,{_LARS}"),
+    "fccs": (2, f"{_FCCS},{_LARS}"),
+    "auto": (2, f"{_FCCS},{_LARS},fccs=auto,micro_batches=2"),
 }
 GRID = ("cosine", "step")
 
@@ -58,6 +60,7 @@ def main():
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["fccs"])
     parser.add_argument("--extra", nargs="+", choices=ARMS, default=["large", "lars", "auto"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--others", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--plot")
     parser.add_argument("--rate")
@@ -70,7 +73,8 @@ def main():
     schedule, rate = runs.tuned(args.heads[0])
     results = {}
     for head in args.heads:
-        arms = {"baseline": args.seeds} | {a: args.seeds for a in args.arms} | {a: args.seeds[:1] for a in args.extra}
+        seeds, extra = (args.seeds, args.extra) if head == args.heads[0] else (args.others, [])
+        arms = {"baseline": seeds} | {arm: seeds for arm in args.arms} | {arm: seeds[:1] for arm in extra}
         found = runs.all([(head, arm, schedule, rate, seed) for arm, seeds in arms.items() for seed in seeds])
         results[head] = {arm: [found[head, arm, schedule, rate, seed] for seed in seeds] for arm, seeds in arms.items()}
     table = {head: {arm: summary(of_arms["baseline"], of_arm) for arm, of_arm in of_arms.items()}
@@ -124,11 +128,10 @@ class Runs:
         return read(folder) | {"updates": [(line["step"], line["top1"]) for line in lines_of(folder) if "top1" in line]}
 
     def flags(self, arm, schedule, rates):
-        times_batch, times_rate, more = ARMS.get(arm, (1, 1, lambda batch: {"schedule": schedule}))
-        of_backbone, of_rows = (times_rate * rate for rate in rates)
-        batch = times_batch * self.set["batch"]
-        flags = {"global_batch": batch, "lr": of_backbone, "head_lr_scale": of_rows / of_backbone, "log_steps": 20,
-                 "save_every": 0} | more(self.set["batch"])
+        times, more = ARMS.get(arm, (1, f"schedule={schedule}"))
+        flags = {"global_batch": times * self.set["batch"], "lr": times * rates[0], "save_every": 0, "log_steps": 20}
+        flags |= dict(flag.split("=") for flag in more.replace("{8}", str(8 * self.set["batch"])).split(","))
+        flags["head_lr_scale"] = times * rates[1] / float(flags["lr"])
         return ",".join([self.set["flags"], *(f"{flag}={value}" for flag, value in flags.items())])
 
     def wall_time(self, head, schedule, rates):

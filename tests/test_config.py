@@ -11,11 +11,13 @@ BASE = ["--data", "d", "--out", "o"]
 
 def test_defaults_and_types():
     assert parse(BASE) == Config(data="d", out="o")
-    assert parse([*BASE, "--lr-drops", "0.3", "0.6", "--steps", "7"]) == Config("d", "o", lr_drops=(0.3, 0.6), steps=7)
+    assert parse([*BASE, "--schedule", "step", "--lr-drops", "0.3", "0.6", "--steps", "7"]) == Config(
+        "d", "o", schedule="step", lr_drops=(0.3, 0.6), steps=7)
 
 
 def test_argument_files_and_round_trip(tmp_path):
-    cfg = Config(data="d", out="a b", lr=0.125, lr_drops=(0.25, 0.5), margin="arcface", margin_size=0.5)
+    cfg = Config(data="d", out="a b", lr=0.125, schedule="step", lr_drops=(0.25, 0.5), margin="arcface",
+                 margin_size=0.5)
     (tmp_path / "run.args").write_text(as_arguments(cfg) + "# a comment\n\n")
     assert parse([f"@{tmp_path / 'run.args'}"]) == cfg
     assert parse([f"@{tmp_path / 'run.args'}", "--lr", "1"]) == dataclasses.replace(cfg, lr=1.0)

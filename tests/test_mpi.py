@@ -179,7 +179,7 @@ def test_a_growing_batch_resumes_bit_for_bit(ranks, flags, tmp_path):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_growing_batch_is_the_same_on_any_number_of_ranks(ranks, tiny_packs, tmp_path):
     base = ["--data", tiny_packs, *SETTINGS, "--epochs", 2, "--schedule", "fccs", "--max-batch", 52,
-            "--optimizer", "lars", "--lr", 0.3, "--head-lr-scale", 0.001]
+            "--optimizer", "lars", "--lr", 0.05, "--head-lr-scale", 0.006]
     run(sys.executable, "train.py", *base, "--out", tmp_path / "alone")
     mpirun(ranks, "train.py", *base, "--out", tmp_path / "many")
     assert len(losses(tmp_path / "alone")) < 18  # updates of 13 examples

@@ -169,6 +169,8 @@ def test_what_does_not_fit_the_data(flags, text):
 @pytest.mark.parametrize("arguments, text", [
     (["--warmup", "soon"], "--warmup 'soon' is not allowed: a number and its unit"),
     (["--max-batch", "256"], "--max-batch 256 is a part of --schedule fccs"),
+    (["--lars-trust", "0.01"], "--lars-trust 0.01 is a part of --optimizer lars, not of sgd"),
+    (["--poly-power", "1"], "--poly-power 1.0 is a part of --schedule poly, not of cosine"),
     (["--schedule", "fccs", "--fccs", "auto"], "leaves the batch no room to grow"),
     (["--schedule", "fccs", "--fccs", "auto", "--max-batch", "512", "--growth", "5%"], "--growth 5% has no meaning"),
     (["--schedule", "fccs", "--fccs", "auto", "--max-batch", "512"], "batches of two sizes"),

@@ -167,11 +167,11 @@ class Config:
                                 "0.5epochs, 500steps, 64000examples or 5%")
         if not interval(self.graph_every)[0]:
             raise UserError(f"--graph-every {self.graph_every} is not allowed: a time above 0")
-        if self.schedule != "fccs":
-            for name in ("max_batch", "hold", "growth", "tail", "fccs"):
-                if getattr(self, name) != getattr(Config, name):
-                    raise UserError(f"{_option(name)} {getattr(self, name)} is a part of --schedule fccs, not of "
-                                    f"{self.schedule}: give that or leave it out")
+        for (name, value), parts in _PARTS.items():
+            for part in parts if getattr(self, name) != value else ():
+                if getattr(self, part) != getattr(Config, part):
+                    raise UserError(f"{_option(part)} {getattr(self, part)} is a part of {_option(name)} {value}, not "
+                                    f"of {getattr(self, name)}: give that or leave it out")
         if self.fccs == "auto" and self.growth != Config.growth:
             raise UserError(f"--growth {self.growth} has no meaning with --fccs auto, where the noise decides: leave "
                             "it out")
@@ -189,6 +189,9 @@ class Config:
             raise UserError(f"--margin-size {self.margin_size} has no margin to size: give --margin cosface or arcface")
 
 
+# Flags that mean something with one value of another flag.
+_PARTS = {("schedule", "fccs"): ("max_batch", "hold", "growth", "tail", "fccs"), ("schedule", "step"): ("lr_drops",),
+          ("schedule", "poly"): ("poly_power",), ("optimizer", "lars"): ("lars_trust",)}
 _TIMES = ("graph_every", "warmup", "hold", "growth", "tail", "density_warmup", "eval_every", "save_every")
 
 
