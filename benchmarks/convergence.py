@@ -9,7 +9,8 @@
     --seeds   of the baseline and of the arms with the first head; the first one is tuned with
     --others  seeds with the other heads
     --jobs    runs at a time
-    --rate    last of all, wall time: baseline and fccs, two ranks on two hosts joined by a link of that rate (root)
+    --rate    last of all, wall time: baseline and fccs, two ranks on two hosts joined by a link of that rate (root);
+              run in the repository's root
 
 The baseline is SGD with momentum at a fixed batch, with the better of decay by steps and cosine and of a few learning
 rates, by the final top-1 of one seed with the first head. The goal is its mean final top-1 less 0.2 points. An arm's
@@ -33,9 +34,9 @@ from xc import config, data
 
 # Of every set: flags of all runs; the baseline's batch, and the rates (backbone, class rows) that it is tried with.
 SETS = {
-    "glyphs": {"data": "data/glyphs.pack", "flags": "epochs=20,eval_every=1epochs", "batch": 128,
+    "glyphs": {"data": "data/glyphs.pack", "flags": "epochs=12,eval_every=1epochs", "batch": 128,
                "rates": ((0.05, 4), (0.01, 4))},
-    "omniglot": {"data": "data/omniglot.pack", "flags": "epochs=20,eval_every=1epochs", "batch": 128,
+    "omniglot": {"data": "data/omniglot.pack", "flags": "epochs=15,eval_every=1epochs", "batch": 128,
                  "rates": ((0.05, 4), (0.02, 4))},
     "synth": {"data": "synth:classes=100000,examples=8,test=5000", "batch": 256, "rates": ((0.1, 12), (0.05, 6)),
               "flags": "epochs=1,eval_every=2%,feature_dim=64,graph_every=12.5%"},
@@ -88,7 +89,7 @@ def main():
             print(f"{head:10} {arm:10}" + "".join(f"{row[column]!s:>14}" for column in columns))
     if args.plot:
         draw(results, args)
-    wall = runs.wall_time(args.heads[0], schedule, rate) if args.rate else {}
+    wall = runs.wall_time(schedule, rate) if args.rate else {}
     print(json.dumps({"data": args.data, "baseline": f"{schedule} {rate}",
                       "updates_saved": {head: arms[args.arms[0]]["updates_saved"] for head, arms in table.items()},
                       "top1": {head: arms[args.arms[0]]["top1"] for head, arms in table.items()},
@@ -123,29 +124,30 @@ class Runs:
         if not finished(folder):
             table = argparse.Namespace(data=self.set["data"], flags=[], ranks=1)
             name, _, budget = head.partition(":")
-            train(table, f"{name}:{budget}:{self.flags(arm, schedule, rates)}", seed, folder, self.num_classes,
-                  2 * self.set["batch"])
+            flags = ",".join(f"{flag}={value}" for flag, value in self.flags(arm, schedule, rates).items())
+            train(table, f"{name}:{budget}:{flags}", seed, folder, self.num_classes, 2 * self.set["batch"])
         return read(folder) | {"updates": [(line["step"], line["top1"]) for line in lines_of(folder) if "top1" in line]}
 
     def flags(self, arm, schedule, rates):
+        """{flag: value} of a run."""
         times, more = ARMS.get(arm, (1, f"schedule={schedule}"))
         flags = {"global_batch": times * self.set["batch"], "lr": times * rates[0], "save_every": 0, "log_steps": 20}
-        flags |= dict(flag.split("=") for flag in more.replace("{8}", str(8 * self.set["batch"])).split(","))
-        flags["head_lr_scale"] = times * rates[1] / float(flags["lr"])
-        return ",".join([self.set["flags"], *(f"{flag}={value}" for flag, value in flags.items())])
+        for text in self.set["flags"], more.replace("{8}", str(8 * self.set["batch"])):
+            flags |= dict(flag.split("=") for flag in text.split(","))
+        return flags | {"head_lr_scale": times * rates[1] / float(flags["lr"])}
 
-    def wall_time(self, head, schedule, rates):
-        """Seconds of training of a baseline run and of one of fccs, on two hosts."""
+    def wall_time(self, schedule, rates):
+        """Seconds of training of a run of the baseline and of one of fccs, full softmax, on two hosts."""
         seconds = {}
         with Hosts(2, self.args.rate) as hosts:
             for arm in "baseline", "fccs":
                 folder = (self.args.runs / f"{self.args.rate}-{arm}").resolve()
                 if not finished(folder):
-                    flags = self.flags(arm, schedule, rates).replace("eval_every=0.5epochs", "eval_every=0").split(",")
-                    words = [w for f in flags for w in (f"--{f.split('=')[0].replace('_', '-')}", f.split("=")[1])]
+                    flags = {"data": self.set["data"], "out": folder} | self.flags(arm, schedule, rates)
+                    flags["eval_every"] = 0
+                    words = [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", value)]
                     with open(log_of(folder), "w") as log:
-                        hosts.mpirun(1, [sys.executable, ROOT / "train.py", "--data", (ROOT / self.set["data"]),
-                                         "--out", folder, *words], stdout=log)
+                        hosts.mpirun(1, [sys.executable, "train.py", *words], stdout=log)
                 seconds[f"{self.args.rate}.{arm}.train_seconds"] = read(folder)["seconds"]
         return seconds
 

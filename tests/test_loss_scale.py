@@ -77,9 +77,11 @@ def test_scaled_gradients_are_those_unscaled(exchange_of):
 
 
 @pytest.mark.parametrize("amp, error", [("bf16", 0.05), ("fp16", 0.01)])
-def test_the_backbone_in_16_bits(amp, error):
-    images = torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    nets = [backbones.build("small", (1, 16, 16), 8, 1, World(), a) for a in ("off", amp)]
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU here"))])
+def test_the_backbone_in_16_bits(device, amp, error):
+    images = torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    nets = [backbones.build("small", (1, 16, 16), 8, 1, World(device), a) for a in ("off", amp)]
     exact, short = (net(images) for net in nets)
     assert short.dtype == torch.float32 and not torch.equal(exact, short)
     assert (exact - short).norm() <= error * exact.norm()
