@@ -8,6 +8,7 @@ The run, top to bottom. The last line on standard output is one JSON object.
 """
 
 import json
+import sys
 import time
 
 import torch
@@ -52,7 +53,7 @@ def main():
     # --- resume: any number of ranks from any number of ranks ---
     position = Position()
     identity = {"seed": cfg.seed, "logits": cfg.logits, "num_records": len(packs["train"]),
-                "classes_digest": packs["train"].classes_digest}
+                "classes_digest": packs["train"].classes_digest, "course": schedule.course}
     with world.agreed():
         if folder := checkpoint.to_resume(cfg.resume, cfg.out):
             position = schedule.resume(checkpoint.load(folder, state, identity))
@@ -72,7 +73,7 @@ def main():
 
     while position.examples < schedule.examples:
         timeline.at(position.step)
-        now = schedule.at(position, state.noise.growth() if schedule.grows(position) else 1)
+        now = schedule.at(position, state.noise.grown)
         set_lr(state.body_optimizer, now.lr)
         set_lr(state.head_optimizer, now.lr * cfg.head_lr_scale)
 
@@ -83,13 +84,14 @@ def main():
         with timer("select"):
             labels = torch.cat([labels for _, labels in batch])
             head.select(labels, now.round, now.rounds)
-        exchange.watched = position.step if position.step % noise_scale.EVERY == 0 else None
+        watched = position.step % noise_scale.EVERY == 0 and schedule.is_warm(position)
+        exchange.watched = position.step if watched else None
         loss, features = pipeline.run(backbone, head, exchange, batch, labels, now, timer, cfg.feature_bits)
         with timer("exchange"):
             finite = exchange.reduce()
             head.reduce()
             if finite and (norms := exchange.norms(now)):
-                state.noise.look(*norms)
+                state.noise.look(*norms, grows=schedule.grows(position))
         with timer("update"):
             if finite:  # or else losses were scaled too far up: on all ranks
                 state.body_optimizer.step()
@@ -126,6 +128,8 @@ def main():
             if save:
                 checkpoint.save(cfg.out, world, state, position, identity, cfg.keep)
     timeline.at(position.step)
+    if schedule.auto and state.noise.grown == 1 and world.rank == 0:
+        print("warning: --fccs auto never let the batch grow: the noise did not, or it was not known", file=sys.stderr)
 
     # --- the result ---
     result = evaluate(backbone, head, test.test(cfg.global_batch), world) if test else {"top1": None, "top5": None}

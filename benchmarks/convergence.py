@@ -41,9 +41,9 @@ SETS = {
     "synth": {"data": "synth:classes=100000,examples=8,test=5000", "batch": 256, "rates": ((0.1, 12), (0.05, 6)),
               "flags": "epochs=1,eval_every=2%,feature_dim=64,graph_every=12.5%"},
 }
-# What an arm multiplies batch and rates by, and other flags; {8} is eight times the baseline's batch. With LARS the
+# What an arm multiplies batch and rates by, and other flags; {4} is four times the baseline's batch. With LARS the
 # backbone's rate is one of its own.
-_LARS, _FCCS = "optimizer=lars,lr=10", "schedule=fccs,max_batch={8},hold=25%,tail=25%"
+_LARS, _FCCS = "optimizer=lars,lr=5", "schedule=fccs,max_batch={4},hold=20%,tail=50%"
 ARMS = {
     "large": (4, "schedule=cosine"),
     "lars": (2, f"schedule=cosine,{_LARS}"),
@@ -132,23 +132,26 @@ class Runs:
         """{flag: value} of a run."""
         times, more = ARMS.get(arm, (1, f"schedule={schedule}"))
         flags = {"global_batch": times * self.set["batch"], "lr": times * rates[0], "save_every": 0, "log_steps": 20}
-        for text in self.set["flags"], more.replace("{8}", str(8 * self.set["batch"])):
+        for text in self.set["flags"], more.replace("{4}", str(4 * self.set["batch"])):
             flags |= dict(flag.split("=") for flag in text.split(","))
         return flags | {"head_lr_scale": times * rates[1] / float(flags["lr"])}
 
     def wall_time(self, schedule, rates):
-        """Seconds of training of a run of the baseline and of one of fccs, full softmax, on two hosts."""
-        seconds = {}
+        """Seconds of training of the baseline and of fccs, full softmax, on two hosts: of a run, and until the
+        baseline's final top-1 less 0.2 points was reached."""
+        seconds, goal = {}, None
         with Hosts(2, self.args.rate) as hosts:
             for arm in "baseline", "fccs":
                 folder = (self.args.runs / f"{self.args.rate}-{arm}").resolve()
                 if not finished(folder):
                     flags = {"data": self.set["data"], "out": folder} | self.flags(arm, schedule, rates)
-                    flags["eval_every"] = 0
                     words = [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", value)]
                     with open(log_of(folder), "w") as log:
                         hosts.mpirun(1, [sys.executable, "train.py", *words], stdout=log)
-                seconds[f"{self.args.rate}.{arm}.train_seconds"] = read(folder)["seconds"]
+                run = read(folder)
+                goal = goal or run["top1"] - 0.002
+                seconds[f"{self.args.rate}.{arm}.seconds"] = run["seconds"]
+                seconds[f"{self.args.rate}.{arm}.to_goal"] = next((s for s, top1 in run["curve"] if top1 >= goal), None)
         return seconds
 
 

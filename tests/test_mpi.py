@@ -154,7 +154,7 @@ FCCS = ["--epochs", 0.6, "--warmup", "5steps", "--schedule", "fccs", "--max-batc
     (3, ["--optimizer", "lars", "--lr", 2, "--head-lr-scale", 1, "--amp", "bf16"]),
     (2, ["--fccs", "auto", "--micro-batches", 2, "--exchange", "dgc", "--density-warmup", "10steps",
          "--optimizer", "lars", "--head", "knn", "--active-classes", 90, "--graph-every", "20%"]),
-    (2, ["--fccs", "auto", "--micro-batches", 2, "--amp", "fp16", "--hold", 0, "--warmup", "2steps"]),
+    (2, ["--fccs", "auto", "--micro-batches", 2, "--amp", "fp16", "--hold", 0, "--epochs", 2, "--global-batch", 60]),
 ])
 def test_a_growing_batch_resumes_bit_for_bit(ranks, flags, tmp_path):
     """From the middle of the growth, with what the noise and the scale of losses were then."""
@@ -171,9 +171,12 @@ def test_a_growing_batch_resumes_bit_for_bit(ranks, flags, tmp_path):
         assert file.read_bytes() == (again / file.name).read_bytes(), file.name
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     batches = [line["global_batch"] for line in lines if "loss" in line]
-    assert sum(batches) == 1800 and all(batch % 30 == 0 for batch in batches)
-    assert max(batches) > 30 or "dgc" in flags  # where the noise does not happen to rise
-    assert any(line.get("noise_scale", 0) > 0 for line in lines)
+    assert sum(batches) == json.loads((again / "meta.json").read_text())["examples"] >= 1800
+    assert all(batch % 30 == 0 for batch in batches)
+    if "auto" not in flags:
+        assert max(batches) == 120
+    if "fp16" in flags:
+        assert any("noise_scale" in line for line in lines)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -106,7 +106,7 @@ def test_features_may_travel_in_16_bits(size):
 
 
 @pytest.mark.parametrize("size, width", [(1, 1), (2, 2), (3, 3), (4, 2)])
-@pytest.mark.parametrize("head_name", SETTINGS)
+@pytest.mark.parametrize("head_name", [*SETTINGS, "selective"])
 @pytest.mark.parametrize("rounds, of_round", [(2, 1), (3, 1), (2, 2), (4, 1)])
 def test_a_step_of_several_rounds_is_the_sum_of_theirs(size, width, head_name, rounds, of_round):
     """Each round with the classes that a step of its own would take; losses, and gradients of backbone and rows."""
@@ -117,7 +117,8 @@ def test_a_step_of_several_rounds_is_the_sum_of_theirs(size, width, head_name, r
 
     def step_of(world, head_name, first_round, micro_batches, num_rounds):
         net = copy.deepcopy(WITH_NORM[0]).double()
-        head = HEADS[head_name](C, D, world, dtype=torch.float64, seed=5, **SETTINGS[head_name])
+        settings = SETTINGS.get(head_name, {"active_classes": 19, "near_share": 0.5})
+        head = HEADS[head_name](C, D, world, dtype=torch.float64, seed=5, **settings)
         exchange = AllReduce(net, world)
         batch = parts_of(world, rounds * of_round)[micro_batches]
         labels = torch.cat([part for _, part in batch])
@@ -137,5 +138,5 @@ def test_a_step_of_several_rounds_is_the_sum_of_theirs(size, width, head_name, r
         mean = [sum(grads) / rounds for grads in zip(*(p[1] for p in parts), strict=True)]
         torch.testing.assert_close(whole[1], mean, rtol=1e-8, atol=1e-11)
         torch.testing.assert_close(whole[2], sum(p[2] for p in parts) / rounds, rtol=1e-8, atol=1e-11)
-        if size == 1 and head_name in ("knn", "sampled"):
+        if size == 1 and head_name in ("knn", "sampled", "selective"):
             assert whole[3] > max(p[3] for p in parts)  # the rounds have other classes

@@ -75,7 +75,8 @@ class Config:
     schedule: str = _flag("cosine", "course of the learning rate after the warm-up; fccs: the batch grows, and at the "
                                     "end the rate falls", SCHEDULES)
     warmup: str = _flag("0.5epochs", "linear warm-up of the learning rate: a time, as 0.5epochs, 500steps, "
-                                     "64000examples or 5%% of the run; a bare number is epochs")
+                                     "64000examples or 5%% of the run; a bare number is epochs, and steps "
+                                     "of a course have --global-batch examples")
     lr_drops: tuple = _flag((0.5, 0.75), "--schedule step: shares of the run after which lr falls to a tenth")
     poly_power: float = _flag(2.0, "--schedule poly: the rate falls as (1 - t) to this power")
     max_batch: int = _flag(0, "fccs: examples per step that the batch grows to, a multiple of --global-batch; 0: stays")
@@ -172,6 +173,9 @@ class Config:
                 if getattr(self, part) != getattr(Config, part):
                     raise UserError(f"{_option(part)} {getattr(self, part)} is a part of {_option(name)} {value}, not "
                                     f"of {getattr(self, name)}: give that or leave it out")
+        if self.growth != Config.growth and self.max_batch <= self.global_batch:
+            raise UserError(f"--growth {self.growth} needs a --max-batch above --global-batch {self.global_batch} to "
+                            "grow to")
         if self.fccs == "auto" and self.growth != Config.growth:
             raise UserError(f"--growth {self.growth} has no meaning with --fccs auto, where the noise decides: leave "
                             "it out")

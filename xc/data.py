@@ -126,8 +126,8 @@ class Queue:
         self._pool, self._pending = ThreadPoolExecutor(cfg.loader_threads), deque()
 
     def take(self, count):
-        """A list of the next `count` batches, of fewer at the end; `prefetch` times as many are then under way."""
-        for job in islice(self._jobs, max(0, count * (1 + self._prefetch) - len(self._pending))):
+        """A list of the next `count` batches, of fewer at the end; as many, at least `prefetch`, are then under way."""
+        for job in islice(self._jobs, max(0, count + max(count, self._prefetch) - len(self._pending))):
             self._pending.append(self._pool.submit(self._load, *job))
         taken = [self._pending.popleft() for _ in range(min(count, len(self._pending)))]
         return [tuple(tensor.to(self._device) for tensor in batch.result()) for batch in taken]

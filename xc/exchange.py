@@ -4,6 +4,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -49,9 +50,9 @@ class AllReduce:
     the first one's gradient and of the whole.
 
     They are norms of sums over all ranks, of which no rank may ever hold the whole, so each rank adds up its gradient,
-    cut into rows of 2^15 numbers, with random signs to one row, and these are summed over the ranks: as often more as
-    less, and about 1 % off (a sketch, Alon et al. 1996). Norms of a rank's own gradient would not do: with a norm of
-    the features over the global batch, much of it cancels between ranks.
+    cut into rows of 2^15 numbers, with random signs to one row, and these are summed over the ranks. Its norm is right
+    on average, and about 1 % off (a sketch; Alon, Matias and Szegedy 1996). Norms of a rank's own gradient would not
+    do: with a norm of the features over the global batch, much of it cancels between ranks.
     """
 
     keeps_momentum = False  # whether momentum is taken here, for parameters of two dimensions and more
@@ -103,14 +104,13 @@ class AllReduce:
             self._sketch("all", bucket, self.loss_scale.scale)
 
     def _sketch(self, name, bucket, scale):
-        generator = torch.Generator().manual_seed(2 * self.watched)  # the same signs on all ranks
         if name not in self._sketches:
             self._sketches[name] = bucket.flat.new_zeros(_SKETCH)
-        total, num_rows = self._sketches[name], len(bucket.flat) // _SKETCH
-        signs = torch.randint(2, (num_rows + 1,), generator=generator).mul_(2).sub_(1).to(bucket.flat) / scale
-        rows, rest = bucket.flat.split([num_rows * _SKETCH, len(bucket.flat) - num_rows * _SKETCH])
-        total.addmv_(rows.view(num_rows, _SKETCH).T, signs[1:])
-        total[: len(rest)].add_(rest * signs[0])
+        total, rows = self._sketches[name], bucket.flat.split(_SKETCH)
+        random = np.random.default_rng([self.watched, self._buckets.index(bucket)])  # the same on all ranks
+        signs = torch.from_numpy(random.integers(2, size=2 * _SKETCH) * 2 - 1).to(bucket.flat)
+        for row, first in zip(rows, random.integers(_SKETCH, size=len(rows)).tolist(), strict=True):
+            total[: len(row)].addcmul_(row, signs[first : first + len(row)], value=1 / scale)
 
     def norms(self, now):
         """Squared norms of a watched step's gradients and one over the numbers of their examples: of the mean over the

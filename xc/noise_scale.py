@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 EVERY = 4  # steps between two looks, whose price is two passes over the gradients
-_KEEP = 0.95  # weight of what was known before a look
+_KEEP = 0.98  # weight of what was known before a look
+_SURE = 2.0  # standard errors that the signal must be above 0 for its noise scale to count as known
+_FASTEST = 1.1  # growth of the batch from one look to the next
 
 
 @dataclass
@@ -12,36 +14,44 @@ class NoiseScale:
     2018, appendix A): a batch of b examples has E|g|² = |gradient|² + tr / b, so two batches of different size tell
     both terms. Each is smoothed for itself, since their quotient has no good mean.
 
-    signal     |gradient|², smoothed
-    noise      tr, smoothed
+    signal     |gradient|², smoothed over about 50 looks
+    noise      tr, smoothed alike
+    last       |gradient|² of the last look
+    scatter    its variance: half the squared difference of two looks, smoothed, so that a falling signal is none
     looks      taken so far
     reference  the noise scale when the batch began to grow; 0 before
-    grown      the highest multiple of it since
+    grown      what the batch was multiplied by since
     """
 
     signal: float = 0.0
     noise: float = 0.0
+    last: float = 0.0
+    scatter: float = 0.0
     looks: int = 0
     reference: float = 0.0
     grown: float = 1.0
 
-    def look(self, small, per_small, big, per_big):
-        """|g|² of a small and of a large batch, or means over several, and one over the batches' sizes, alike."""
+    def look(self, small, per_small, big, per_big, grows=False):
+        """|g|² of a small and of a large batch, and one over the batches' sizes. grows: the batch may, from now on."""
         noise = (small - big) / (per_small - per_big)
+        signal = big - noise * per_big
         keep = min(_KEEP, self.looks / (self.looks + 1))  # the first looks count alike
-        self.noise = keep * self.noise + (1 - keep) * noise
-        self.signal = keep * self.signal + (1 - keep) * (big - noise * per_big)
+        self.noise += (1 - keep) * (noise - self.noise)
+        self.signal += (1 - keep) * (signal - self.signal)
+        if self.looks:
+            keep = min(_KEEP, (self.looks - 1) / self.looks)
+            self.scatter += (1 - keep) * ((signal - self.last) ** 2 / 2 - self.scatter)
+        self.last = signal
         self.looks += 1
+        if grows and self.examples:
+            self.reference = self.reference or self.examples
+            self.grown = min(max(self.grown, self.examples / self.reference), _FASTEST * self.grown)
 
     @property
     def examples(self):
-        """The noise scale, a batch; None while it is not known. The signal's estimate can be negative."""
-        return self.noise / self.signal if self.signal > 0 and self.noise > 0 else None
-
-    def growth(self):
-        """What FCCS multiplies the batch by, once it may grow: as much as the noise scale has grown since then, so that
-        a step stays as noisy as it was while its gradient shrinks. Never falls."""
-        if self.examples:
-            self.reference = self.reference or self.examples
-            self.grown = max(self.grown, self.examples / self.reference)
-        return self.grown
+        """The noise scale, a batch; None while it is not known: the signal's estimates scatter, below 0 too."""
+        if self.looks < 4 or self.noise <= 0:
+            return None
+        looks = min(self.looks, (1 + _KEEP) / (1 - _KEEP))  # as many single ones scatter like the smoothed one
+        error = (self.scatter / looks) ** 0.5
+        return self.noise / self.signal if self.signal > _SURE * error else None

@@ -39,7 +39,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then `kind`, in rounds.
+    """Linear warm-up, then `kind`, in rounds. Where a Config gives a length in steps, they are of one round.
 
     kind        constant | cosine (to zero) | step (times 0.1 at each of `drops`, shares of the run) | poly (to zero as
                 (1 - t)^power) | fccs
@@ -102,52 +102,40 @@ class Schedule:
                 return _rounds(text, total, batch, num_records)
 
             one = cls(cfg.schedule, cfg.lr, total, rounds(cfg.warmup), batch, num_records, cfg.lr_drops, cfg.poly_power,
-                      rounds(cfg.hold) if fccs else 0, 0, rounds(cfg.tail) if fccs else 0,
-                      largest // batch if fccs else 1, fccs and cfg.fccs == "auto", cfg.micro_batches, cfg.density,
-                      rounds(cfg.density_warmup))
-            return one._growing(cfg.growth, rounds(cfg.growth)) if fccs else one
+                      micro_batches=cfg.micro_batches, density=cfg.density, density_warmup=rounds(cfg.density_warmup))
+            if not fccs:
+                return one
+            hold, growth, tail = (rounds(text) for text in (cfg.hold, cfg.growth, cfg.tail))
+            growth = growth or max(0, total - one.warmup - hold - tail)
+            return replace(one, hold=hold, growth=growth, tail=tail, most=largest // batch, auto=cfg.fccs == "auto")
 
-        steps_per_epoch = num_records / batch
-        if cfg.steps and fccs:
-            if cfg.fccs == "auto":
-                raise ValueError(f"--steps {cfg.steps} cannot be kept to with --fccs auto, whose updates depend on the "
-                                 "noise: give --epochs")
-            most = cfg.steps * (largest // batch)
-            found = bisect.bisect_left(range(most), cfg.steps, 1, key=lambda total: with_rounds(total).num_steps)
-            schedule = with_rounds(found)
+        if cfg.steps and fccs and largest > batch:
+            schedule = _of_steps(cfg, with_rounds, largest // batch)
         else:
-            schedule = with_rounds(cfg.steps or max(1, round(cfg.epochs * steps_per_epoch)))
+            total = cfg.steps or round(cfg.epochs * num_records / batch)
+            if total > _MOST_ROUNDS:
+                given = f"--steps {cfg.steps}" if cfg.steps else f"--epochs {cfg.epochs:g}"
+                raise ValueError(f"{given} are {total:.0e} times --global-batch {batch}: take at most "
+                                 f"{_MOST_ROUNDS:.0e}")
+            schedule = with_rounds(max(1, total))
         schedule._check(cfg)
         return schedule
 
-    def _growing(self, text, rounds):
-        """The same with a growth of that length: in updates where the text says so, 0 as long as there is room."""
-        room = max(0, self.rounds - self.warmup - self.hold - self.tail)
-        count, unit = interval(text)
-        if not count:
-            rounds = room
-        elif unit == "steps" and not self.auto:
-            first = self.warmup + self.hold
-            rounds = bisect.bisect_left(range(room + 1), count, key=lambda n: bisect.bisect_left(
-                self._with_growth(n).starts, first + n) - first)
-        return self._with_growth(rounds)
-
-    def _with_growth(self, rounds):
-        return replace(self, growth=rounds)
-
     def _check(self, cfg):
-        if self.rounds <= 1:
-            return
-        steps = "steps" if self.kind != "fccs" else "rounds of --global-batch"
-        if self.warmup >= self.rounds:
+        steps = "rounds of --global-batch" if self.kind == "fccs" else "steps"
+        if self.warmup >= self.rounds > 1:
             raise ValueError(f"--warmup {cfg.warmup} is {self.warmup} {steps}, but the run has {self.rounds}: take a "
                              "shorter warm-up or a longer run")
-        parts = {"warmup": self.warmup, "hold": self.hold, "growth": self.growth, "tail": self.tail}
-        if sum(parts.values()) > self.rounds:
-            text = " + ".join(f"--{name} {getattr(cfg, name)} ({n})" for name, n in parts.items())
-            raise ValueError(f"{text} are {sum(parts.values())} {steps}, but the run has {self.rounds}: shorten one, "
-                             "or take a longer run")
-        if cfg.exchange != "dense" and cfg.density < 0.25 and self.density_warmup >= self.rounds:
+        if self.kind == "fccs":
+            parts = {name: getattr(self, name) for name in ("warmup", "hold", "growth", "tail") if getattr(self, name)}
+            if sum(parts.values()) > max(self.rounds, self.warmup):
+                text = " + ".join(f"--{name} {getattr(cfg, name)} ({n})" for name, n in parts.items())
+                raise ValueError(f"{text} are {sum(parts.values())} {steps}, but the run has {self.rounds}: shorten "
+                                 "one, or take a longer run")
+            if self.most > 1 and not self.growth and self.rounds > 1:
+                raise ValueError(f"--hold {cfg.hold} and --tail {cfg.tail} leave the batch no time to grow to "
+                                 f"--max-batch {cfg.max_batch}: shorten one, or leave --max-batch out")
+        if cfg.exchange != "dense" and cfg.density < 0.25 and self.density_warmup >= self.rounds > 1:
             raise ValueError(f"--density-warmup {cfg.density_warmup} is {self.density_warmup} {steps}, but the run has "
                              f"{self.rounds} and would not reach --density {cfg.density}: take a shorter warm-up")
 
@@ -173,12 +161,20 @@ class Schedule:
         return None if self.auto else len(self.starts)
 
     @property
+    def course(self):
+        """What checkpoints of courses that do not follow from the number of examples have in common."""
+        return f"auto, by {self.batch}" if self.auto else "fixed"
+
+    @property
     def least_steps(self):
         return -(-self.rounds // self.most) if self.auto else self.num_steps
 
     def grows(self, position):
         """Whether `auto` may make the batch grow."""
         return self.auto and position.examples >= (self.warmup + self.hold) * self.batch
+
+    def is_warm(self, position):
+        return position.examples >= self.warmup * self.batch
 
     def resume(self, position):
         """The Position of a checkpoint to go on from; ValueError if it belongs elsewhere."""
@@ -245,19 +241,35 @@ class Schedule:
         return 1.0
 
 
+def _of_steps(cfg, with_rounds, most):
+    """The schedule of exactly --steps updates, of several rounds each; how many rounds that takes has to be tried."""
+    if cfg.fccs == "auto":
+        raise ValueError(f"--steps {cfg.steps} cannot be kept to with --fccs auto, whose updates depend on the noise: "
+                         "give --epochs")
+    if cfg.steps * most > _MOST_ROUNDS:
+        raise ValueError(f"--steps {cfg.steps} are up to {cfg.steps * most:.0e} times --global-batch "
+                         f"{cfg.global_batch}: take at most {_MOST_ROUNDS:.0e}")
+    near = bisect.bisect_left(range(cfg.steps * most), cfg.steps, 1, key=lambda total: with_rounds(total).num_steps)
+    for total in sorted(range(max(1, near - 2 * most), near + 2 * most), key=lambda total: abs(total - near)):
+        if (schedule := with_rounds(total)).num_steps == cfg.steps:
+            return schedule
+    raise ValueError(f"no course with these parts has exactly --steps {cfg.steps}: give --epochs")
+
+
 SCHEDULES = ("constant", "cosine", "step", "poly", "fccs")
+_MOST_ROUNDS = 10**8
 _UNITS = {"": "epochs", "%": "percent"}
 
 
 def interval(text):
     """(number, unit: epochs, steps, examples or percent) of a text such as 0.5epochs, 500steps, 1e6examples, 5 % (of
-    the run) or 0.5, which are epochs; None if it is not one."""
-    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\d+)?) ?(?:(epoch|step|example)s?|(%?))", text)
+    the run) or 0.5, which are epochs; None if it is not one. Numbers of up to 15 digits."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{0,15})?(?:e\d)?) ?(?:(epoch|step|example)s?|(%?))", text)
     return (float(match[1]), f"{match[2]}s" if match[2] else _UNITS[match[3]]) if match else None
 
 
 def _rounds(text, total, batch, num_records):
-    """An interval in rounds; steps are those of one round."""
+    """An interval in rounds."""
     count, unit = interval(text)
     per_unit = {"epochs": num_records / batch, "steps": 1, "examples": 1 / batch, "percent": total / 100}
     return round(count * per_unit[unit])

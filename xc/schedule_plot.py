@@ -1,10 +1,14 @@
 """A picture of a schedule: learning rate and batch over the run, before anything is trained."""
 
+from pathlib import Path
+
 from xc.schedule import Position
 
 
 def draw(schedule, path):
     """Writes the picture and prints what it shows in a line. OSError, ValueError where it cannot be written."""
+    if Path(path).suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--schedule-plot {path} is not the name of a picture: let it end in .png, .svg or .pdf")
     from matplotlib.figure import Figure  # takes a second; a figure of its own needs no display
 
     steps = list(steps_of(schedule))

@@ -54,29 +54,44 @@ class PartialHead(Head):
     def select(self, labels, step, num_rounds=1):
         super().select(labels, step, num_rounds)
         self.active = self.offset = None
-        self._chosen, self._all_active, self._total = [], None, None
-        if step < self.warmup_full_steps:
-            return
-        for i, of_round in enumerate(self.labels_of_rounds(labels, num_rounds)):
-            self.step = step + i
-            self.activate(of_round, *self.candidates(of_round))
-            self._chosen.append((self.active, self.offset))
-        self.step, self.num_selections = step, num_rounds
-        if num_rounds > 1:
-            self._all_active = torch.unique(torch.cat([active for active, _ in self._chosen]))
+        self._chosen, self._all_active, self._total = [], labels.new_zeros(0), None
+        if step >= self.warmup_full_steps:
+            self.num_selections = num_rounds
+            self.select_rounds(self.labels_of_rounds(labels, num_rounds))
+
+    def select_rounds(self, labels):
+        """Choose for every round. labels: [(G,), …]"""
+        for i, of_round in enumerate(labels):
+            self.choose(i, of_round, *self.candidates(of_round))
+        self._all_active = torch.unique(torch.cat([active for active, _ in self._chosen]))
+
+    def choose(self, selection, labels, candidates, places):
+        """`activate` for that round of the step."""
+        first = self.step
+        self.step += selection
+        self.activate(labels, candidates, places)
+        self.step = first
+        self._chosen.append((self.active, self.offset))
 
     def turn_to(self, selection):
         if self.num_selections > 1:
             self._add_up()
-            self.active, self.offset = self._chosen[selection]
             self.rows_of_step = None
+            if selection < len(self._chosen):
+                self.active, self.offset = self._chosen[selection]
 
     def _add_up(self):
         """Add the row gradients of the selection that is over to those of the whole step."""
+        if self.row_grad is None:
+            return
+        union = torch.unique(torch.cat([self._all_active, self.active]))
         if self._total is None:
-            self._total = self.memory("total", len(self._all_active), self.feature_dim).zero_()
-        if self.row_grad is not None:
-            self._total.index_add_(0, torch.searchsorted(self._all_active, self.active), self.row_grad)
+            self._all_active, self._total = union, self.memory("total", len(union), self.feature_dim).zero_()
+        elif len(union) > len(self._all_active):  # classes that are chosen by feature are not known before
+            known, self._all_active = self._all_active, union
+            total = self._total.new_zeros(len(union), self.feature_dim)
+            self._total = total.index_copy_(0, torch.searchsorted(union, known), self._total)
+        self._total.index_add_(0, torch.searchsorted(self._all_active, self.active), self.row_grad)
         self.row_grad = None
 
     def reduce_async(self):

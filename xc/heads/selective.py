@@ -15,7 +15,7 @@ class SelectiveHead(PartialHead):
 
     The authors' index is a forest of random projection trees, built anew every 100 steps; this one is an inverted file
     (faiss). Features must be there first, so classes are chosen in the step's first loss(), by the features of the
-    first micro-batch; in a step of several rounds, as many times more of them.
+    first micro-batch; of every round, where a step has several.
     """
 
     flags = (*PartialHead.flags, "near_share", "graph_every")
@@ -23,7 +23,7 @@ class SelectiveHead(PartialHead):
     def __init__(self, *args, active_classes, **kwargs):
         super().__init__(*args, active_classes=active_classes, **kwargs)
         self.active_classes = active_classes
-        self._index, self._labels, self._quota_of_round = None, None, self.quota
+        self._index, self._labels, self._selection = None, [], 0
 
     @classmethod
     def settings(cls, cfg, num_classes):
@@ -35,19 +35,23 @@ class SelectiveHead(PartialHead):
         return {}
 
     def select(self, labels, step, num_rounds=1):
-        """Only notes the labels: see `loss`. Collective."""
-        super(PartialHead, self).select(labels, step, num_rounds)
-        self.active = self.offset = self._labels = None
-        if step >= self.warmup_full_steps:
-            self.quota = min(len(self.weight), self._quota_of_round * num_rounds)
-            [self._labels] = self.labels_of_rounds(labels, 1)
+        self._labels, self._selection = [], 0
+        super().select(labels, step, num_rounds)
+
+    def select_rounds(self, labels):
+        """Only notes the labels: see `loss`."""
+        self._labels = labels
+
+    def turn_to(self, selection):
+        super().turn_to(selection)
+        self._selection = selection
 
     def loss(self, features, labels, global_batch, last=True):
-        if self._labels is not None:
+        if len(self._chosen) <= self._selection < len(self._labels):
             replicas = self.world.replicas
             of_copies = replicas.all_gather(features.detach(), self._counts(labels, replicas))
-            self.activate(self._labels, *self._near(of_copies))
-            self._labels = None
+            of_round = self._labels[self._selection]
+            self.choose(self._selection, of_round, *self._near(of_copies, of_round))
         return super().loss(features, labels, global_batch, last)
 
     def save(self, folder):
@@ -89,11 +93,11 @@ class SelectiveHead(PartialHead):
         index.add(rows)
         return index
 
-    def _near(self, features):
+    def _near(self, features, labels):
         """Local ids (E,) and places (E,) of the rows nearest to the features (G, D)."""
         count = min(len(self.weight), self.active_classes // (len(features) * self.world.shards.size) + 1)
         if self._index is None:
-            return self.candidates(self._labels)
+            return self.candidates(labels)
         _, ids = self._index.search(np.ascontiguousarray(features.float().cpu()), count)  # (G, count), -1 where short
         places = np.broadcast_to(np.arange(count), ids.shape)
         found = ids >= 0
