@@ -38,8 +38,8 @@ SETS = {
                "rates": ((0.05, 4), (0.01, 4))},
     "omniglot": {"data": "data/omniglot.pack", "flags": "epochs=15,eval_every=1epochs", "batch": 128,
                  "rates": ((0.05, 4), (0.02, 4))},
-    "synth": {"data": "synth:classes=100000,examples=8,test=5000", "batch": 256, "rates": ((0.1, 12), (0.05, 6)),
-              "flags": "epochs=1,eval_every=2%,feature_dim=64,graph_every=12.5%"},
+    "synth": {"data": "synth:classes=100000,examples=8,test=5000", "batch": 256, "rates": ((0.1, 12), (0.2, 24)),
+              "flags": "epochs=1,warmup=10%,eval_every=5%,feature_dim=64,graph_every=12.5%"},
 }
 # What an arm multiplies batch and rates by, and other flags; {4} is four times the baseline's batch. With LARS the
 # backbone's rate is one of its own.
@@ -59,7 +59,7 @@ def main():
     parser.add_argument("--runs", required=True, type=Path)
     parser.add_argument("--heads", nargs="+", default=["full", "knn:0.1"])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["fccs"])
-    parser.add_argument("--extra", nargs="+", choices=ARMS, default=["large", "lars", "auto"])
+    parser.add_argument("--extra", nargs="*", choices=ARMS, default=["large", "lars", "auto"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--others", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, default=1)

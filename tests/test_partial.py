@@ -115,7 +115,7 @@ def test_corrected_partition_function_averages_to_the_full_one(name, world_size)
     def body(world):
         head = a_head(name, num_classes, world, 25)
         step(head, world, num_classes)
-        candidates = head.candidates(labels) if name != "selective" else head._near(F.normalize(features))
+        candidates = head.candidates(labels) if name != "selective" else head._near(F.normalize(features), labels)
         sums = []
         for head.step in range(draws):
             head.activate(labels, *candidates)

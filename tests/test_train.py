@@ -91,7 +91,7 @@ def test_damage_that_one_rank_meets_ends_all(tiny_packs, tmp_path):
     (["--resume", "auto", "--feature-dim", 9], "feature_dim 8, this run 9"),
     (["--resume", "auto", "--seed", 1], "seed 0, this run 1"),
     (["--resume", "auto", "--logits", "inner"], "logits cosine, this run inner"),
-    (["--resume", "auto", "--steps", 1], "ends after 1: give more"),
+    (["--resume", "auto", "--steps", 1], "ends after 1 (12): give more"),
     (["--resume", "auto", "--global-batch", 24], "same --global-batch"),
     (["--resume", "auto", "--backbone", "resnet18"], "backbone.safetensors"),
     (["--resume", "nowhere"], "already holds a run"),
