@@ -91,7 +91,7 @@ def main():
             finite = exchange.reduce()
             head.reduce()
             if finite and (norms := exchange.norms(now)):
-                state.noise.look(*norms, grows=schedule.grows(position))
+                state.noise.look(*norms, grows_from=cfg.global_batch if schedule.grows(position) else 0)
         with timer("update"):
             if finite:  # or else losses were scaled too far up: on all ranks
                 state.body_optimizer.step()

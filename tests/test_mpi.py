@@ -176,7 +176,7 @@ def test_a_growing_batch_resumes_bit_for_bit(ranks, flags, tmp_path):
     if "auto" not in flags:
         assert max(batches) == 120
     if "fp16" in flags:
-        assert any("noise_scale" in line for line in lines)
+        assert max(batches) > 60 and any("noise_scale" in line for line in lines)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

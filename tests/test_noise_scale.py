@@ -138,14 +138,15 @@ def test_a_scale_is_known_only_where_the_signal_stands_out(seed):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_growth_follows_the_noise_scale_without_leaps(seed):
-    """The gradient shrinks to a fifth of its square over 600 looks: so the batch grows about fivefold, and not before
-    it may; where it stays as it is, the batch hardly grows."""
+    """A noise scale of 15, five times that when the gradient has shrunk to a fifth of its square, over 600 looks: a
+    batch of 15 grows about fivefold, and not before it may; where the gradient stays as it is, hardly at all."""
     for last, low, high in (0.2, 3.0, 8.0), (1.0, 1.0, 1.7):
         generator = torch.Generator().manual_seed(seed)
         mean, noise, grown = a_mean(generator, 20.0), NoiseScale(), []
         for i in range(1000):
             factor = last ** (min(max(0, i - 200), 600) / 600)
-            noise.look(*looks_at(generator, mean * factor**0.5, (300 / 50) ** 0.5, 8, 64), grows=i >= 200)
+            found = looks_at(generator, mean * factor**0.5, (300 / 50) ** 0.5, 8, 64)
+            noise.look(*found, grows_from=15 if i >= 200 else 0)
             grown.append(noise.grown)
         assert set(grown[:200]) == {1.0} and grown == sorted(grown)
         assert all(b / a <= 1.1 + 1e-9 for a, b in itertools.pairwise(grown))

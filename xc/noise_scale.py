@@ -19,8 +19,8 @@ class NoiseScale:
     last       |gradient|² of the last look
     scatter    its variance: half the squared difference of two looks, smoothed, so that a falling signal is none
     looks      taken so far
-    reference  the noise scale when the batch began to grow; 0 before
-    grown      what the batch was multiplied by since
+    grown      what FCCS multiplies the batch by: up to the noise scale, at which a step is worth half of one that knew
+               the gradient itself; never down
     """
 
     signal: float = 0.0
@@ -28,11 +28,13 @@ class NoiseScale:
     last: float = 0.0
     scatter: float = 0.0
     looks: int = 0
-    reference: float = 0.0
     grown: float = 1.0
 
-    def look(self, small, per_small, big, per_big, grows=False):
-        """|g|² of a small and of a large batch, and one over the batches' sizes. grows: the batch may, from now on."""
+    def look(self, small, per_small, big, per_big, grows_from=0):
+        """|g|² of a small and of a large batch, and one over the batches' sizes.
+
+        grows_from: the batch that `grown` multiplies; 0 while it may not grow
+        """
         noise = (small - big) / (per_small - per_big)
         signal = big - noise * per_big
         keep = min(_KEEP, self.looks / (self.looks + 1))  # the first looks count alike
@@ -43,9 +45,8 @@ class NoiseScale:
             self.scatter += (1 - keep) * ((signal - self.last) ** 2 / 2 - self.scatter)
         self.last = signal
         self.looks += 1
-        if grows and self.examples:
-            self.reference = self.reference or self.examples
-            self.grown = min(max(self.grown, self.examples / self.reference), _FASTEST * self.grown)
+        if grows_from and self.examples:
+            self.grown = min(max(self.grown, self.examples / grows_from), _FASTEST * self.grown)
 
     @property
     def examples(self):

@@ -55,7 +55,7 @@ class Schedule:
 
     which calms the updates as a falling rate would, with fewer of them (Smith et al. 2018); in the last `tail` rounds
     the rate falls to zero by a cosine. With `auto` it is not t that the batch grows by but `factor`, which
-    noise_scale.py measures.
+    noise_scale.py measures, up to the noise scale.
     """
 
     kind: str
