@@ -38,8 +38,9 @@ SETS = {
                "rates": ((0.05, 4), (0.01, 4))},
     "omniglot": {"data": "data/omniglot.pack", "flags": "epochs=15,eval_every=1epochs", "batch": 128,
                  "rates": ((0.05, 4), (0.02, 4))},
-    "synth": {"data": "synth:classes=100000,examples=8,test=5000", "batch": 256, "rates": ((0.1, 12), (0.2, 24)),
-              "flags": "epochs=1,warmup=10%,eval_every=5%,feature_dim=64,graph_every=12.5%"},
+    "synth": {"data": "synth:classes=100000,examples=8,test=5000", "batch": 256, "schedules": ("cosine",),
+              "flags": "epochs=1,warmup=10%,eval_every=5%,feature_dim=64,graph_every=12.5%",
+              "rates": ((0.05, 6), (0.1, 12), (0.2, 24))},
 }
 # What an arm multiplies batch and rates by, and other flags; {4} is four times the baseline's batch. With LARS the
 # backbone's rate is one of its own.
@@ -105,7 +106,7 @@ class Runs:
     def tuned(self, head):
         """(schedule, rates) of the baseline that ends best."""
         grid = [(head, "baseline", schedule, rates, self.args.seeds[0])
-                for schedule in GRID for rates in self.set["rates"]]
+                for schedule in self.set.get("schedules", GRID) for rates in self.set["rates"]]
         found = self.all(grid)
         for (_, _, schedule, rates, _), run in found.items():
             print(f"baseline {schedule:7} {rates!s:12} top-1 {run['top1']:.4f}", file=sys.stderr)
