@@ -42,14 +42,16 @@ SETS = {
               "flags": "epochs=1,warmup=10%,eval_every=5%,feature_dim=64,graph_every=12.5%",
               "rates": ((0.05, 6), (0.1, 12), (0.2, 24))},
 }
-# What an arm multiplies batch and rates by, and other flags; {4} is four times the baseline's batch. With LARS the
-# backbone's rate is one of its own.
+# What an arm multiplies the batch by, and the rates, and other flags; {4} is four times the baseline's batch. With LARS
+# the backbone's rate is one of its own. `small` is for heads whose budget is for the examples of a round: it begins
+# with the baseline's batch, or that budget would be divided among twice as many.
 _LARS, _FCCS = "optimizer=lars,lr=5", "schedule=fccs,max_batch={4},hold=20%,tail=50%"
 ARMS = {
-    "large": (4, "schedule=cosine"),
-    "lars": (2, f"schedule=cosine,{_LARS}"),
-    "fccs": (2, f"{_FCCS},{_LARS}"),
-    "auto": (2, f"{_FCCS},{_LARS},fccs=auto,micro_batches=2"),
+    "large": (4, 4, "schedule=cosine"),
+    "lars": (2, 2, f"schedule=cosine,{_LARS}"),
+    "fccs": (2, 2, f"{_FCCS},{_LARS}"),
+    "small": (1, 2, f"schedule=fccs,max_batch={{4}},growth=30%,tail=50%,{_LARS}"),
+    "auto": (2, 2, f"{_FCCS},{_LARS},fccs=auto,micro_batches=2"),
 }
 GRID = ("cosine", "step")
 
@@ -131,8 +133,9 @@ class Runs:
 
     def flags(self, arm, schedule, rates):
         """{flag: value} of a run."""
-        times, more = ARMS.get(arm, (1, f"schedule={schedule}"))
-        flags = {"global_batch": times * self.set["batch"], "lr": times * rates[0], "save_every": 0, "log_steps": 20}
+        times_batch, times, more = ARMS.get(arm, (1, 1, f"schedule={schedule}"))
+        flags = {"global_batch": times_batch * self.set["batch"], "lr": times * rates[0], "save_every": 0,
+                 "log_steps": 20}
         for text in self.set["flags"], more.replace("{4}", str(4 * self.set["batch"])):
             flags |= dict(flag.split("=") for flag in text.split(","))
         return flags | {"head_lr_scale": times * rates[1] / float(flags["lr"])}
