@@ -29,7 +29,8 @@ def batches(world, data, split="train", **changes):
     loader = Loader(open_splits(cfg)[split], cfg, world)
     if split == "test":
         return list(loader.test(13))
-    return [part for [part] in loader.train((first, 13, 1) for first in range(26, 26 + 39, 13))]
+    queue = loader.train(26, 26 + 39, 13)
+    return [part for [part] in iter(lambda: queue.take(1), [])]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 14])
@@ -177,7 +178,7 @@ def test_a_run_learns_them(data, tmp_path):
 
 
 def test_the_wrong_network_is_one_line(tmp_path):
-    process = run(sys.executable, "train.py", "--data", "synth:classes=5", "--out", tmp_path / "run", "--backbone",
+    process = run(sys.executable, "train.py", "--data", "synth:classes=50", "--out", tmp_path / "run", "--backbone",
                   "small", expect=2)
     (line,) = error_lines(process)
     assert "--backbone small takes images, but the data are vectors" in line and not (tmp_path / "run").exists()
