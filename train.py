@@ -7,6 +7,11 @@
 The run, top to bottom. The last line on standard output is one JSON object.
 """
 
+from xc import stop
+
+stop.listen()  # first of all: what follows takes seconds
+
+# ruff: noqa: E402
 import json
 import sys
 import time
@@ -21,7 +26,7 @@ from xc.metrics import Metrics, Timer, check_finite, peak_rss_mb
 from xc.optim import RowSGD, backbone_optimizer, set_lr
 from xc.schedule import Position, Schedule
 from xc.timeline import Timeline
-from xc.world import open_world, run
+from xc.world import Leave, open_world, run
 
 _AUDITED = 4  # examples per rank that head.audit looks at, against all classes
 
@@ -54,8 +59,9 @@ def main():
     position = Position()
     identity = {"seed": cfg.seed, "logits": cfg.logits, "num_records": len(packs["train"]),
                 "classes_digest": packs["train"].classes_digest, "course": schedule.course}
+    folder = checkpoint.to_resume(cfg.resume, cfg.out, world)
     with world.agreed():
-        if folder := checkpoint.to_resume(cfg.resume, cfg.out):
+        if folder:
             position = schedule.resume(checkpoint.load(folder, state, identity))
     with world.agreed():
         if world.rank == 0:
@@ -64,10 +70,12 @@ def main():
     # --- the loop over steps ---
     batches = data.Loader(packs["train"], cfg, world).train(
         position.examples, schedule.examples, cfg.global_batch // cfg.micro_batches)
+    saver = checkpoint.Saver(cfg.out, world, identity, cfg.keep)
     test = data.Loader(packs["test"], cfg, world) if "test" in packs else None
     metrics = Metrics(cfg.out, world.rank, position, schedule.num_steps, schedule.examples)
     timer = Timer()
     timeline = Timeline(cfg.timeline_steps, position.step, schedule.least_steps, cfg.out, world, timer)
+    stopping = stop.Stop(world)
     first = logged = position
     loss_sum = torch.zeros((), device=world.device)
 
@@ -106,9 +114,11 @@ def main():
             metrics.log(position, **refreshed)
         position = position.after(now)
         over = position.examples == schedule.examples
+        with world.traffic.uncounted():
+            stopped = stopping.asked() and not over
         log = position.step % cfg.log_steps == 0 or over
         eval = test and schedule.due(position, cfg.eval_every)
-        save = schedule.due(position, cfg.save_every) or over
+        save = schedule.due(position, cfg.save_every) or over or stopped
         if log or eval or save:
             mean_loss = loss_sum.item() / (position.step - logged.step)
             check_finite(mean_loss, logged.step, position.step)  # before a save: there must be one to go on from
@@ -123,15 +133,21 @@ def main():
             if log or eval or save:
                 exchange.average_buffers()
             if eval:
-                metrics.log(position, **evaluate(backbone, head, test.test(cfg.global_batch), world),
-                            train_seconds=timer.total, **head.audit(features, labels[: len(features)]))
+                found = evaluate(backbone, head, test.test(cfg.global_batch), world)
+                metrics.log(position, **found, train_seconds=timer.total,
+                            **head.audit(features, labels[: len(features)]))
             if save:
-                checkpoint.save(cfg.out, world, state, position, identity, cfg.keep)
+                saver.save(state, position, found["top1"] if eval else None)
+        if stopped:
+            saver.finish(last=True)
+            raise Leave(stop.EXIT_CODE, f"told to stop after {position.step} steps, all of which are saved; go on with "
+                                        f"it: {run_folder.resume_command(cfg, world.size)}")
     timeline.at(position.step)
     if schedule.auto and state.noise.grown == 1 and world.rank == 0:
         print("warning: --fccs auto never let the batch grow: the noise did not, or it was not known", file=sys.stderr)
 
     # --- the result ---
+    saver.finish(last=True)
     result = evaluate(backbone, head, test.test(cfg.global_batch), world) if test else {"top1": None, "top5": None}
     if test and position.step > first.step:
         metrics.log(position, **result, train_seconds=timer.total, **head.audit(features, labels[: len(features)]))

@@ -11,29 +11,41 @@ ROOT = Path(__file__).parent.parent
 _BIN = Path(sys.executable).parent
 
 
-def run(*command, seconds=100, expect=0, env=None):
-    """Run a command in the checkout; returns the CompletedProcess.
+class Launched:
+    """A command that runs in the checkout."""
 
-    A command that outlasts its time is killed with all its children, and fails like one with another exit code than
-    expected (None: any), with its output.
-    """
-    own = {"PATH": f"{_BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1",
-           "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_mpi_yield_when_idle": "1",
-           "OMPI_MCA_hwloc_base_binding_policy": "none", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [str(part) for part in command], cwd=ROOT, env=os.environ | own | (env or {}), text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    try:
-        out, err = process.communicate(timeout=seconds)
-        late = False
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        late = True
-    text = f"{' '.join(map(str, command))}\n--- stdout\n{out[-4000:]}\n--- stderr\n{err[-4000:]}"
-    assert not late, f"no end after {seconds} s: {text}"
-    assert expect is None or process.returncode == expect, f"exit code {process.returncode}, not {expect}: {text}"
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+    def __init__(self, command, env=None):
+        own = {"PATH": f"{_BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1",
+               "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_mpi_yield_when_idle": "1",
+               "OMPI_MCA_hwloc_base_binding_policy": "none", "PYTHONUNBUFFERED": "1"}
+        self._command = [str(part) for part in command]
+        self.process = subprocess.Popen(
+            self._command, cwd=ROOT, env=os.environ | own | (env or {}), text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+    def result(self, seconds=100, expect=0):
+        """Wait for its end; returns the CompletedProcess.
+
+        A command that outlasts its time is killed with all its children, and fails like one with another exit code than
+        expected (None: any), with its output.
+        """
+        try:
+            out, err = self.process.communicate(timeout=seconds)
+            late = False
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            out, err = self.process.communicate()
+            late = True
+        code = self.process.returncode
+        text = f"{' '.join(self._command)}\n--- stdout\n{out[-4000:]}\n--- stderr\n{err[-4000:]}"
+        assert not late, f"no end after {seconds} s: {text}"
+        assert expect is None or code == expect, f"exit code {code}, not {expect}: {text}"
+        return subprocess.CompletedProcess(self._command, code, out, err)
+
+
+def run(*command, seconds=100, expect=0, env=None):
+    """Run a command in the checkout to its end: see `Launched`."""
+    return Launched(command, env).result(seconds, expect)
 
 
 def mpirun(ranks, *arguments, **options):

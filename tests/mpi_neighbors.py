@@ -6,6 +6,8 @@ arguments: collectives (mpi | horovod), folder
 import sys
 from pathlib import Path
 
+from safetensors.torch import save_file
+
 from tests.test_neighbors import clustered
 from xc.neighbors import build, refresh
 from xc.shard import Shard
@@ -23,7 +25,7 @@ def main():
         assert stats["graph_requeried"] == 0
         folder = Path(sys.argv[2]) / method
         folder.mkdir(exist_ok=True)
-        graph.write(folder / graph.file_name)
+        save_file({name: t.contiguous() for name, t in graph.tables().items()}, folder / graph.file_name)
 
 
 if __name__ == "__main__":

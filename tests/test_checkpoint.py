@@ -2,6 +2,7 @@
 
 import copy
 import json
+import threading
 
 import pytest
 import torch
@@ -45,8 +46,10 @@ def position(step):
     return Position(step, 7 * step, 7)
 
 
-def save(world, run, step=3, keep=2):
-    checkpoint.save(run, world, state_of(world, seed=1), position(step), IDENTITY, keep)
+def save(world, run, step=3, keep=2, top1=None):
+    saver = checkpoint.Saver(run, world, IDENTITY, keep)
+    saver.save(state_of(world, seed=1), position(step), top1)
+    saver.finish(last=True)
 
 
 def everything(state):
@@ -58,7 +61,7 @@ def everything(state):
 @pytest.mark.parametrize("writers, width", GRIDS)
 def test_any_world_reads_any_worlds(writers, width, tmp_path):
     run_ranks(writers, lambda w: save(w, tmp_path), width)
-    folder = checkpoint.to_resume("auto", tmp_path)
+    folder = checkpoint.to_resume("auto", tmp_path, World())
     for readers, reader_width in GRIDS:
         def read(world):
             state, original = state_of(world, seed=2), state_of(world, seed=1)
@@ -77,13 +80,13 @@ def test_newest_are_kept_and_found(tmp_path):
         return [folder.name for folder in sorted((tmp_path / "checkpoints").iterdir(), key=lambda f: int(f.name[5:]))]
 
     assert saved_after(5, 9, 99999999, 100000000) == ["step-99999999", "step-100000000"]
-    assert checkpoint.to_resume("auto", tmp_path).name == "step-100000000"
+    assert checkpoint.to_resume("auto", tmp_path, World()).name == "step-100000000"
     # one that goes on from an earlier step gives up the later ones
     assert saved_after(11) == ["step-00000011"]
     assert saved_after(12, 12, 13) == ["step-00000012", "step-00000013"]
-    assert checkpoint.to_resume("auto", tmp_path).name == "step-00000013"
-    assert checkpoint.to_resume("auto", tmp_path / "elsewhere") is None
-    assert checkpoint.to_resume("", tmp_path) is None
+    assert checkpoint.to_resume("auto", tmp_path, World()).name == "step-00000013"
+    assert checkpoint.to_resume("auto", tmp_path / "elsewhere", World()) is None
+    assert checkpoint.to_resume("", tmp_path, World()) is None
 
 
 def test_a_save_that_fails_leaves_the_last_one_and_is_not_taken_for_whole(tmp_path, monkeypatch):
@@ -95,7 +98,87 @@ def test_a_save_that_fails_leaves_the_last_one_and_is_not_taken_for_whole(tmp_pa
     monkeypatch.setattr(checkpoint, "save_file", no_space)
     with pytest.raises(UserError, match="No space left"):
         run_ranks(2, lambda w: save(w, tmp_path, 2))
-    assert checkpoint.to_resume("auto", tmp_path).name == "step-00000001"
+    assert checkpoint.to_resume("auto", tmp_path, World()).name == "step-00000001"
+
+
+def test_training_goes_on_after_a_save_that_failed(tmp_path, monkeypatch, capsys):
+    """On one rank of three, twice; the third time in a row all ranks stop. One that succeeds in between is counted."""
+    fails, write = {2, 3, 5, 6, 7}, checkpoint._write
+
+    def body(world):
+        saver = checkpoint.Saver(tmp_path, world, IDENTITY, keep=9)
+
+        def failing(path, tables):
+            if world.rank == 1 and int(path.parent.name[6:14]) in fails:
+                path.write_bytes(b"half")
+                raise OSError(28, "No space left on device")
+            return write(path, tables)
+
+        checkpoints[world.rank] = failing
+        for step in range(1, 8):
+            saver.save(state_of(world, seed=1), position(step))
+        saver.finish()
+
+    checkpoints = {}
+    monkeypatch.setattr(checkpoint, "_write", lambda path, tables: checkpoints[
+        1 if path.name.startswith("rows-000000000004") else 0](path, tables))
+    with pytest.raises(UserError, match="3 checkpoint.* in a row .*No space left"):
+        run_ranks(3, body)
+    assert capsys.readouterr().err.count("warning: a checkpoint could not be written") == 4
+    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000004"]
+
+
+def test_the_state_may_change_while_it_is_written(tmp_path, monkeypatch):
+    begun, write = threading.Event(), checkpoint._write
+
+    def slow(path, tables):
+        begun.wait(20)
+        return write(path, tables)
+
+    monkeypatch.setattr(checkpoint, "_write", slow)
+
+    def body(world):
+        saver, state = checkpoint.Saver(tmp_path, world, IDENTITY, 2), state_of(world, seed=1)
+        saver.save(state, position(3))
+        for tensor in everything(state).values():
+            tensor.fill_(9)
+        world.everyone.all_gather_object(None)
+        begun.set()
+        saver.finish()
+
+    run_ranks(3, body)
+    state = state_of(World(), seed=2)
+    checkpoint.load(checkpoint.to_resume("auto", tmp_path, World()), state, IDENTITY)
+    assert all(torch.equal(a, b) for a, b in zip(everything(state).values(),
+                                                 everything(state_of(World(), seed=1)).values(), strict=True))
+
+
+def test_the_best_is_kept_beside_the_last(tmp_path):
+    for step, top1 in enumerate([0.5, 0.9, None, 0.7, 0.9, None, 0.2], 1):
+        run_ranks(2, lambda w, step=step, top1=top1: save(w, tmp_path, step, top1=top1))
+    assert sorted(int(f.name[5:]) for f in (tmp_path / "checkpoints").iterdir()) == [2, 6, 7]
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "gone"])
+@pytest.mark.parametrize("file", ["rows-000000000004-000000000007.safetensors", "backbone.safetensors"])
+def test_damage_is_found_and_an_older_one_is_taken(damage, file, tmp_path, capsys):
+    for step in 1, 2:
+        run_ranks(3, lambda w, step=step: save(w, tmp_path, step))
+    path = tmp_path / "checkpoints" / "step-00000002" / file
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 16
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(data if damage == "bit" else data[:-1])
+    for size in 1, 2, 4:
+        found = run_ranks(size, lambda w: checkpoint.to_resume("auto", tmp_path, w))
+        assert {folder.name for folder in found} == {"step-00000001"}
+        error = capsys.readouterr().err
+        assert error.count("is damaged") == 1 and file in error
+    (tmp_path / "checkpoints" / "step-00000001" / "meta.json").write_text("{")
+    with pytest.raises(UserError, match="no older one is whole"):
+        run_ranks(2, lambda w: checkpoint.to_resume("auto", tmp_path, w))
 
 
 def spoil(folder, what):
@@ -107,7 +190,7 @@ def spoil(folder, what):
         case "meta is no json":
             (folder / "meta.json").write_text("{")
         case "version":
-            (folder / "meta.json").write_text(json.dumps(meta | {"version": 3}))
+            (folder / "meta.json").write_text(json.dumps(meta | {"version": 2}))
         case "gap":
             (folder / "meta.json").write_text(json.dumps(meta | {"rows": meta["rows"][1:]}))
         case "path":
@@ -131,7 +214,7 @@ def spoil(folder, what):
 
 
 @pytest.mark.parametrize("what, text", [
-    ("no meta", "not a checkpoint"), ("meta is no json", "not a checkpoint"), ("version", "version 2"),
+    ("no meta", "not a checkpoint"), ("meta is no json", "not a checkpoint"), ("version", "version 3"),
     ("gap", "cover the class rows"), ("path", "cover the class rows"), ("position", "no position"),
     ("rows are no list", "cover the class rows"),
     ("no momentum", "optimizer.safetensors"), ("other momentum", "optimizer.safetensors"),
@@ -139,7 +222,7 @@ def spoil(folder, what):
 ])
 def test_a_broken_checkpoint_is_named(what, text, tmp_path):
     run_ranks(3, lambda w: save(w, tmp_path))
-    folder = checkpoint.to_resume("auto", tmp_path)
+    folder = checkpoint.to_resume("auto", tmp_path, World())
     spoil(folder, what)
     with pytest.raises(ValueError, match=text) as error:
         run_ranks(1, lambda w: checkpoint.load(folder, state_of(w, 2), IDENTITY))
@@ -151,6 +234,6 @@ def test_a_broken_checkpoint_is_named(what, text, tmp_path):
     (C, {"classes_digest": "xyz"}, "classes_digest abc, this run xyz")])
 def test_a_checkpoint_of_another_run_is_refused(num_classes, identity, text, tmp_path):
     run_ranks(2, lambda w: save(w, tmp_path))
-    folder = checkpoint.to_resume("auto", tmp_path)
+    folder = checkpoint.to_resume("auto", tmp_path, World())
     with pytest.raises(ValueError, match=text):
         run_ranks(2, lambda w: checkpoint.load(folder, state_of(w, 2, num_classes), IDENTITY | identity))

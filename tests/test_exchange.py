@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.worlds import run_ranks
+from tests.worlds import run_ranks, write_files
 from xc import backbone as backbones
 from xc.config import Config
 from xc.exchange import AllReduce, Dgc, build
@@ -250,7 +250,7 @@ def test_residuals_are_summed_on_another_number_of_ranks(before, after, tmp_path
             give(net, exchange, step + world.rank, density=0.1)
             exchange.reduce()
             exchange.zero_grad()
-        exchange.save(tmp_path)
+        write_files(exchange, tmp_path)
         return exchange
 
     def read(world):

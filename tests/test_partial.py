@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.test_heads import SEED, WORLDS, D, G, dense, examples
-from tests.worlds import run_ranks
+from tests.worlds import run_ranks, write_files
 from xc.config import Config, UserError
 from xc.heads import HEADS, build
 from xc.heads.base import initial_rows
@@ -222,7 +222,7 @@ def test_a_saved_graph_names_the_same_classes_to_any_ranks(before, after, tmp_pa
     def write(world):
         head = a_head("knn", 61, world, 30, num_neighbors=9)
         head.refresh(1, due=True)
-        head.save(tmp_path)
+        write_files(head, tmp_path)
         return near(head)
 
     def read(world):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 XC = Path(__file__).parent.parent / "xc"
 FLOORS = [
-    {"loss_scale", "margin", "noise_scale", "schedule", "shard", "pack", "topk", "traffic"},
+    {"loss_scale", "margin", "noise_scale", "schedule", "shard", "stop", "pack", "topk", "traffic"},
     {"config", "schedule_plot"},
     {"world", "run_folder", "synth", "knn_graph"},
     {"collective", "data", "metrics", "ring_search", "timeline"},

@@ -6,6 +6,7 @@ Every collective compares its name, dtype and shape across ranks, so that what w
 import threading
 
 import torch
+from safetensors.torch import save_file
 
 from xc.world import Group, World, _sum_dtype
 
@@ -86,8 +87,9 @@ class ThreadGroup(Group):
 
 
 class ThreadWorld(World):
-    def __init__(self, rank, everyone, shards, replicas, host, across):
+    def __init__(self, rank, everyone, shards, replicas, host, across, background):
         super().__init__("cpu")
+        self.background = background
         self.rank, self.size = rank, everyone.size
         self.shard_ranks = range(rank - shards.rank, rank - shards.rank + shards.size)
         self.everyone, self.shards, self.replicas, self.host, self.across = everyone, shards, replicas, host, across
@@ -100,12 +102,18 @@ class ThreadWorld(World):
         return wait
 
 
+def write_files(part, folder):
+    """What a head or an exchange brings to a checkpoint."""
+    for name, tables in part.files().items():
+        save_file({key: tensor.clone() for key, tensor in tables.items()}, folder / name)
+
+
 def run_ranks(size, body, model_parallel_size=0, ranks_per_host=0):
     """[body(world) of every rank]; the first error of any rank is raised, and no other rank waits for it.
 
     0: one copy of the classifier over all ranks; all ranks on one host
     """
-    everyone = _Meeting(size)
+    everyone, background = _Meeting(size), _Meeting(size)
 
     def grid(width):
         return ([_Meeting(width) for _ in range(size // width)], [_Meeting(size // width) for _ in range(width)])
@@ -118,12 +126,12 @@ def run_ranks(size, body, model_parallel_size=0, ranks_per_host=0):
         world = ThreadWorld(
             rank, ThreadGroup(rank, everyone), ThreadGroup(rank % width, rows[rank // width]),
             ThreadGroup(rank // width, columns[rank % width]), ThreadGroup(rank % per_host, hosts[rank // per_host]),
-            ThreadGroup(rank // per_host, places[rank % per_host]))
+            ThreadGroup(rank // per_host, places[rank % per_host]), ThreadGroup(rank, background))
         try:
             results[rank] = body(world)
         except BaseException as e:
             errors.append(e)
-            for meeting in (everyone, *rows, *columns, *hosts, *places):
+            for meeting in (everyone, background, *rows, *columns, *hosts, *places):
                 meeting.barrier.abort()
 
     threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(size)]

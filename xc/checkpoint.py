@@ -8,15 +8,19 @@
         residuals-….safetensors                      what every rank has yet to deliver, if anything: the exchange's own
         meta.json                                    format, position, classes, width, the files of class rows
 
-All files are written into a hidden folder, meta.json last, and the folder is renamed: a folder of the final name is
-whole. safetensors: loading runs no code. A rank reads the class ranges that it needs, whoever wrote them. No random
-state is kept: everything random is a function of the seed and of the step.
+All files are written into a hidden folder, meta.json last, with the length and checksum of every other; then the
+folder is renamed: a folder of the final name is whole, and on the disk. safetensors: loading runs no code. A rank reads
+the class ranges that it needs, whoever wrote them. No random state is kept: everything random is a function of the
+seed and of the step.
 """
 
 import json
 import os
 import re
 import shutil
+import sys
+import threading
+import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -24,14 +28,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from xc.config import UserError
 from xc.exchange import AllReduce
 from xc.heads import Head
 from xc.noise_scale import NoiseScale
 from xc.optim import RowSGD
 from xc.schedule import Position
 
-_FORMAT, _VERSION = "xc-checkpoint", 2
+_FORMAT, _VERSION = "xc-checkpoint", 3
 _FOLDER = re.compile(r"step-(\d{8,})")
+_FILE = re.compile(r"[a-z]+(-\d+)*\.safetensors")
 _ROWS = re.compile(r"rows-(\d{12})-(\d{12})\.safetensors")
 
 
@@ -47,54 +53,142 @@ class State:
     noise: NoiseScale
 
 
-def to_resume(resume, run):
-    """Folder of the checkpoint that --resume means, None to begin anew."""
+class Saver:
+    """Writes checkpoints behind the steps: `save` copies the state, a thread writes it. One save at most is in flight.
+
+    Memory: a copy of what this rank writes, its class rows, their momentum and graph, its residuals, on rank 0 the
+    backbone too; in host memory, until it is on the disk.
+
+    A save that fails on any rank is given up on all of them, with a line that says so; the checkpoints before it stay.
+    After `most_failures` of them, one after the other, all ranks get a UserError.
+    """
+
+    def __init__(self, run, world, identity, keep, most_failures=3):
+        """identity: what a run must have in common with this one to go on from here: seed, digest of classes, …
+
+        keep: the last so many checkpoints stay, and the one of the highest top-1.
+        """
+        self._folder, self._world, self._identity, self._keep = Path(run) / "checkpoints", world, identity, keep
+        self._most_failures, self._failures, self._thread, self._error = most_failures, 0, None, None
+
+    def save(self, state, position, top1=None):
+        """Begin to write the state at a schedule.Position, where an evaluation gave `top1`. Collective."""
+        self.finish()
+        files = {name: {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tables.items()}
+                 for name, tables in _files(state, self._world).items()}
+        meta = {"format": _FORMAT, "version": _VERSION, **asdict(position), **_numbers(state), **_shape(state.head),
+                **self._identity, "top1": top1}
+        self._thread = threading.Thread(target=self._write, args=(files, meta), name="checkpoint")
+        self._thread.start()
+
+    def finish(self, last=False):
+        """Wait until what was begun is on the disk, or given up; the last one of a run must not be. Collective."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        if isinstance(error, UserError):
+            self._failures += 1
+            if self._failures >= self._most_failures or last:
+                raise UserError(f"{self._failures} checkpoint(s) in a row could not be written ({error}): make room "
+                                "and go on from the last one by --resume auto")
+            if self._world.rank == 0:
+                print(f"warning: a checkpoint could not be written ({error}); training goes on, what was saved before "
+                      "stays", file=sys.stderr, flush=True)
+        elif error:
+            raise error
+        else:
+            self._failures = 0
+
+    def _write(self, files, meta):
+        """In the thread; the same on every rank but for the files."""
+        group, rank = self._world.background, self._world.rank
+        folder = self._folder / f"step-{meta['step']:08d}"
+        partial = folder.with_name(f".{folder.name}.partial")
+        try:
+            with group.agreed():
+                if rank == 0:
+                    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+                    partial.mkdir(parents=True)
+            written = {}
+            with group.agreed():
+                for name, tables in files.items():
+                    written[name] = _write(partial / name, tables)
+            files = {name: facts for of_rank in group.all_gather_object(written) for name, facts in of_rank.items()}
+            with group.agreed():
+                if rank == 0:
+                    rows = sorted(name for name in files if _ROWS.fullmatch(name))
+                    with open(partial / "meta.json", "w") as file:
+                        json.dump(meta | {"rows": rows, "files": files}, file, indent=1)
+                    _sync(partial / "meta.json")
+                    _sync(partial)
+                    if folder.exists():  # an earlier launch's, which was then resumed from an older one
+                        shutil.rmtree(folder)
+                    partial.rename(folder)
+                    _sync(self._folder)
+                    self._prune(folder)
+        except Exception as error:
+            self._error = error
+            if rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _prune(self, newest):
+        """Delete what is not to be kept, and what is of later steps: of a course given up by resuming from before."""
+        folders = _folders(self._folder)
+        place = folders.index(newest)
+        earlier = folders[: place + 1]
+        best = max(earlier, key=lambda folder: _top1(folder) or -1.0)  # of equal ones the first
+        kept = {*earlier[-self._keep :], *([best] if _top1(best) is not None else [])}
+        for folder in folders:
+            if folder not in kept:
+                shutil.rmtree(folder)
+
+
+def _files(state, world):
+    """{file name: {name: tensor}} of what this rank writes."""
+    head, files = state.head, state.exchange.files()
+    if world.replicas.rank == 0 and len(head.shard):
+        files |= {_rows_name(head.shard.first, head.shard.last): dict(_row_tables(state))} | head.files()
+    if world.rank == 0:
+        files["backbone.safetensors"] = state.backbone.state_dict()
+        files["optimizer.safetensors"] = _momentum_by_name(state)
+    return files
+
+
+def to_resume(resume, run, world):
+    """Folder of the checkpoint that --resume means, None to begin anew. With auto the newest one whose files are
+    whole; those that are not are named. UserError where there are some but none is whole. Collective.
+    """
     if resume != "auto":
         return Path(resume) if resume else None
-    found = _folders(Path(run) / "checkpoints")
-    return found[-1] if found else None
+    broken = []
+    for folder in reversed(_folders(Path(run) / "checkpoints")):
+        try:
+            with world.agreed():
+                check(folder, world.rank, world.size)
+            return folder
+        except UserError as error:
+            broken.append(str(error))
+            if world.rank == 0:
+                print(f"warning: {error}", file=sys.stderr, flush=True)
+    if broken:
+        raise UserError(f"{broken[0]}, and no older one is whole: name another checkpoint by --resume, or begin anew "
+                        "in another --out")
+    return None
 
 
-def save(run, world, state, position, identity, keep):
-    """Write the state. Of the run's older checkpoints all but `keep` - 1 are deleted, and those of later steps, which
-    are of a course that was given up by resuming from before them. Collective.
+def check(folder, part=0, num_parts=1):
+    """ValueError where a file of a checkpoint is not as it was written, by its length or checksum.
 
-    position  schedule.Position
-    identity  what a run must have in common with this one to go on from here: seed, digest of the class names, ...
+    part, num_parts: of the ranks that share the files; all look at all lengths.
     """
-    folder = Path(run) / "checkpoints" / f"step-{position.step:08d}"
-    partial = folder.with_name(f".{folder.name}.partial")
-    head = state.head
-    with world.agreed():
-        if world.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
-            partial.mkdir(parents=True)
-    with world.agreed():
-        if world.replicas.rank == 0 and len(head.shard):
-            _write(partial / _rows_name(head.shard.first, head.shard.last), dict(_row_tables(state)))
-            head.save(partial)
-        state.exchange.save(partial)
-        if world.rank == 0:
-            _write(partial / "backbone.safetensors", state.backbone.state_dict())
-            _write(partial / "optimizer.safetensors", _momentum_by_name(state))
-    with world.agreed():
-        if world.rank == 0:
-            files = sorted(path.name for path in partial.glob("*.safetensors"))
-            rows = [name for name in files if _ROWS.fullmatch(name)]
-            meta = {"format": _FORMAT, "version": _VERSION, **asdict(position), **_numbers(state), **_shape(head),
-                    **identity, "rows": rows, "files": files}
-            with open(partial / "meta.json", "w") as file:
-                json.dump(meta, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            if folder.exists():  # an earlier launch's, which was then resumed from an older one
-                shutil.rmtree(folder)
-            partial.rename(folder)
-            _sync(folder.parent)
-            folders = _folders(folder.parent)
-            place = folders.index(folder)
-            for other in folders[: max(0, place + 1 - keep)] + folders[place + 1 :]:
-                shutil.rmtree(other)
+    for i, (name, facts) in enumerate(sorted(read_meta(folder)["files"].items())):
+        path = Path(folder) / name
+        if not path.is_file() or path.stat().st_size != facts["bytes"]:
+            found = f"{path.stat().st_size} bytes" if path.is_file() else "not there"
+            raise ValueError(f"checkpoint file {path} is damaged: it is {found}, it was {facts['bytes']} bytes")
+        if i % num_parts == part and _crc32(path) != facts["crc32"]:
+            raise ValueError(f"checkpoint file {path} is damaged: its checksum is not that of what was written")
 
 
 def load(folder, state, identity):
@@ -104,7 +198,7 @@ def load(folder, state, identity):
     does not fit.
     """
     folder, head = Path(folder), state.head
-    position, ranges, numbers = _read_meta(folder, {**_shape(head), **identity}, state)
+    position, ranges, numbers = _fitting(folder, {**_shape(head), **identity}, state)
     path = folder / "backbone.safetensors"
     try:
         state.backbone.load_state_dict(load_file(path))
@@ -136,9 +230,9 @@ def load(folder, state, identity):
     return position
 
 
-def _read_meta(folder, expected, state):
-    """(position, ranges of the files of rows, numbers) of a checkpoint; ValueError if it is not as expected."""
-    num_rows = state.head.num_rows
+def read_meta(folder):
+    """What meta.json of a checkpoint says; ValueError if it cannot be. `files`: {name: {bytes, crc32}}."""
+    folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text())
     except (OSError, ValueError) as e:
@@ -146,6 +240,17 @@ def _read_meta(folder, expected, state):
     if not isinstance(meta, dict) or (meta.get("format"), meta.get("version")) != (_FORMAT, _VERSION):
         raise ValueError(f"{folder} is not a checkpoint of format {_FORMAT}, version {_VERSION}: resume it with the "
                          "code that wrote it")
+    files = meta.get("files")
+    if not isinstance(files, dict) or not all(
+            _FILE.fullmatch(name) and isinstance(facts, dict) and _types(facts) == {"bytes": int, "crc32": int}
+            for name, facts in files.items()):
+        raise ValueError(f"checkpoint {folder} does not say which files it has: take another checkpoint")
+    return meta
+
+
+def _fitting(folder, expected, state):
+    """(position, ranges of the files of rows, numbers) of a checkpoint; ValueError if it is not as expected."""
+    num_rows, meta = state.head.num_rows, read_meta(folder)
     for name, here in expected.items():
         if meta.get(name) != here:
             raise ValueError(f"checkpoint {folder} has {name} {meta.get(name)}, this run {here}: resume with the "
@@ -157,9 +262,6 @@ def _read_meta(folder, expected, state):
     if len(ranges) != len(matches) or [first for first, _ in ranges] + [num_rows] != edges:
         raise ValueError(f"checkpoint {folder}: its files do not cover the class rows 0 to {num_rows} "
                          "once: take another checkpoint")
-    missing = [name for name in meta.get("files", ()) if not (folder / str(name)).is_file()]
-    if missing:
-        raise ValueError(f"checkpoint {folder} lacks its file {missing[0]}: take another checkpoint")
     position = Position(*(meta.get(field.name) for field in fields(Position)))
     if not all(type(n) is int and n >= 0 for n in asdict(position).values()):
         raise ValueError(f"checkpoint {folder} names no position: take another checkpoint")
@@ -225,8 +327,25 @@ def _set_momentum_by_name(state, momentum):
 
 
 def _write(path, tensors):
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    """Facts of the file written: what of it is on the disk, not what was meant to be."""
+    save_file(tensors, path)
     _sync(path)
+    return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+
+
+def _crc32(path):
+    crc = 0
+    with open(path, "rb") as file:
+        while piece := file.read(2**22):
+            crc = zlib.crc32(piece, crc)
+    return crc
+
+
+def _top1(folder):
+    try:
+        return read_meta(folder).get("top1")
+    except ValueError:
+        return None
 
 
 def _sync(path):

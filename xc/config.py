@@ -114,7 +114,7 @@ class Config:
     log_steps: int = _flag(50, "steps between two lines of metrics")
     eval_every: str = _flag("1epochs", "time between two evaluations; 0: only at the end")
     save_every: str = _flag("1epochs", "time between two checkpoints; 0: only at the end")
-    keep: int = _flag(2, "checkpoints that stay in the run folder, at least 1")
+    keep: int = _flag(2, "last checkpoints that stay in the run folder, beside the one of the highest top-1")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from xc.config import Config, UserError
 from xc.loss_scale import LossScale
@@ -134,11 +133,12 @@ class AllReduce:
         for bucket in self._buckets:
             bucket.flat.zero_()
 
-    def save(self, folder):
-        """Write what is yet to be delivered into a checkpoint's folder. Every rank calls this."""
+    def files(self):
+        """{file name: {name: tensor}} of what this rank has yet to deliver, for a checkpoint."""
+        return {}
 
     def load(self, folder):
-        """Read what `save` wrote, on any number of ranks. Not collective; ValueError if it is another exchange's."""
+        """Read what `files` had, on any number of ranks. Not collective; ValueError if it is another exchange's."""
         if _residuals(folder):
             raise ValueError("it holds gradients yet to be sent: go on with the --exchange that it was made with")
 
@@ -223,10 +223,10 @@ class Dgc(AllReduce):
         if "first" in self._sketches:
             self._sketch("all", bucket, 1.0)  # scaled back before anything left
 
-    def save(self, folder):
-        tensors = {f"{name}.{bucket.first + bucket.part.first}": rows
-                   for bucket in self._sparse for name, rows in bucket.kept.items()}
-        save_file(tensors, Path(folder) / f"residuals-{self.outer.rank:06d}-{self.inner.rank:06d}.safetensors")
+    def files(self):
+        tables = {f"{name}.{bucket.first + bucket.part.first}": rows
+                  for bucket in self._sparse for name, rows in bucket.kept.items()}
+        return {f"residuals-{self.outer.rank:06d}-{self.inner.rank:06d}.safetensors": tables}
 
     def load(self, folder):
         """What rank r of W' kept goes to rank r mod W: residuals are summed, none is lost."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from xc.shard import Shard
 
@@ -57,13 +56,12 @@ class KnnGraph:
     def file_name(self):
         return f"neighbors-{self.shard.first:012d}-{self.shard.last:012d}.safetensors"
 
-    def write(self, path):
-        """One file; shards without classes need none."""
+    def tables(self):
+        """{name: tensor} of its file; shards without classes need none."""
         shape = [self.shard.first, self.shard.last, self.num_classes, self.num_neighbors, self.indexed.probes]
         recall = torch.tensor([self.indexed.recall], dtype=torch.float64)
-        tensors = {"shape": torch.tensor(shape), "recall": recall, "offsets": self.offsets, "neighbors": self.neighbors,
-                   "places": self.places, **self.indexed.tensors()}
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+        return {"shape": torch.tensor(shape), "recall": recall, "offsets": self.offsets, "neighbors": self.neighbors,
+                "places": self.places, **self.indexed.tensors()}
 
     @classmethod
     def read(cls, paths, shard, num_classes, device="cpu"):

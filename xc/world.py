@@ -3,7 +3,8 @@ environment.
 
 `World` is the case of one process, and the contract. The world is a grid: `world.shards` is the group of ranks that
 together hold one copy of the classifier, `world.replicas` the group of ranks that hold the same shard of different
-copies, `world.everyone` all of them. The same ranks make a second grid: `world.host` are those on one host,
+copies, `world.everyone` all of them, `world.background` all of them once more, for a thread beside
+the steps. The same ranks make a second grid: `world.host` are those on one host,
 `world.across` those of the same place on every host. A `Group` has collectives on torch tensors, blocking or begun now
 and waited for later; the backbone's dense gradients go through `World.all_reduce_async`, which is Horovod's.
 
@@ -42,6 +43,9 @@ def _launched_size():
 
 def _launched_by_gloo():
     return os.environ.get("HOROVOD_CONTROLLER") == "gloo"
+
+
+_PATIENCE_SECONDS = 2e-3  # between looks of a thread that waits beside the steps
 
 
 class Group:
@@ -92,6 +96,21 @@ class Group:
         """A small picklable value of every rank, as a list. For set-up and logs, not for steps."""
         return [value]
 
+    @contextmanager
+    def agreed(self):
+        """What goes wrong in this block on one rank becomes the same UserError on all. Collective at its end.
+
+        The block itself must not use collectives: a rank that fails would leave the others waiting.
+        """
+        error = None
+        try:
+            yield
+        except (ValueError, OSError, ImportError) as e:
+            error = str(e) or repr(e)
+        errors = [e for e in self.all_gather_object(error) if e is not None]
+        if errors:
+            raise UserError(errors[0])
+
 
 def _sum_dtype(tensor):
     return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
@@ -109,6 +128,7 @@ class World:
         self.device = torch.device(device)
         self.traffic = Traffic()
         self.everyone = self.shards = self.replicas = self.host = self.across = Group()
+        self.background = Group()
 
     def all_reduce_async(self, tensor, name):
         """Begin to sum a tensor over all ranks in place, in its own type; returns a function that waits.
@@ -117,20 +137,9 @@ class World:
         """
         return lambda: tensor
 
-    @contextmanager
     def agreed(self):
-        """What goes wrong in this block on one rank becomes the same UserError on all. Collective at its end.
-
-        The block itself must not use collectives: a rank that fails would leave the others waiting.
-        """
-        error = None
-        try:
-            yield
-        except (ValueError, OSError, ImportError) as e:
-            error = str(e) or repr(e)
-        errors = [e for e in self.everyone.all_gather_object(error) if e is not None]
-        if errors:
-            raise UserError(errors[0])
+        """`Group.agreed` of all ranks."""
+        return self.everyone.agreed()
 
 
 class MpiGroup(Group):
@@ -211,6 +220,16 @@ class MpiGroup(Group):
 
     def all_gather_object(self, value):
         return self._comm.allgather(value)
+
+
+class BackgroundGroup(MpiGroup):
+    """All ranks, for a thread beside the steps: it has a communicator of its own and sleeps while it waits."""
+
+    def all_gather_object(self, value):
+        barrier = self._comm.Ibarrier()
+        while not barrier.Test():
+            time.sleep(_PATIENCE_SECONDS)
+        return super().all_gather_object(value)
 
 
 def _width(tensor):
@@ -322,6 +341,7 @@ class MpiWorld(World):
         width = model_parallel_size or comm.size
         copy = comm.rank // width
         self.everyone = group("everyone", list(range(comm.size)))
+        self.background = BackgroundGroup(comm.Dup(), Traffic(), "background") if comm.size > 1 else Group()
         self.shard_ranks = range(copy * width, (copy + 1) * width)
         self.shards = group("shards", list(self.shard_ranks))
         self.replicas = group("replicas", list(range(comm.rank % width, comm.size, width)))
@@ -407,8 +427,18 @@ def _agree_at_start(error):
             raise UserError(errors[0])
 
 
+class Leave(Exception):
+    """Raised by all ranks alike: a line of rank 0, and an exit code."""
+
+    def __init__(self, code, text):
+        super().__init__(text)
+        self.code = code
+
+
 def run(main):
     """Call main(); where it fails, end this process so that no other rank waits for it.
+
+    Leave: as it says.
 
     UserError, which all ranks raise alike once the world is open: rank 0 prints one line, all exit with 2. Anything
     else happened to this rank alone: it is printed with the rank and MPI ends all ranks (2 for a ValueError, which is
@@ -416,6 +446,14 @@ def run(main):
     """
     try:
         main()
+    except Leave as e:
+        if launched_rank() in (None, 0):
+            print(e, flush=True)
+        if launched_rank() is not None:  # the launcher ends all ranks when the first one leaves
+            from mpi4py import MPI
+
+            MPI.COMM_WORLD.Barrier()
+        sys.exit(e.code)
     except UserError as e:
         under_mpi = launched_rank() is not None and not _launched_by_gloo()
         if under_mpi:

@@ -211,11 +211,12 @@ class Head:
         share, gap, examples = self.world.replicas.all_reduce(totals).tolist()
         return {"active": num_active, "top100_covered": share / max(1, examples), "loss_gap": gap / max(1, examples)}
 
-    def save(self, folder):
-        """Write what the choice of classes goes by into a checkpoint's folder. Called on one copy of each shard."""
+    def files(self):
+        """{file name: {name: tensor}} of what the choice of classes goes by, for a checkpoint of this shard."""
+        return {}
 
     def load(self, folder):
-        """Read what `save` wrote, on any number of ranks. Not collective; ValueError names what does not fit."""
+        """Read what `files` had, on any number of ranks. Not collective; ValueError names what does not fit."""
 
     def _gathered(self, features, labels):
         """Features (G, D), as the logits use them, and labels (G,) of the shard group; the slice of this rank."""

@@ -61,9 +61,8 @@ class KnnHead(PartialHead):
         _, near, places = self.graph.lookup(labels)
         return near, places
 
-    def save(self, folder):
-        if self.graph is not None:
-            self.graph.write(Path(folder) / self.graph.file_name)
+    def files(self):
+        return {} if self.graph is None else {self.graph.file_name: self.graph.tables()}
 
     def load(self, folder):
         if paths := sorted(Path(folder).glob("neighbors-*.safetensors")):

@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from xc.heads.partial import PartialHead
 
@@ -54,12 +53,13 @@ class SelectiveHead(PartialHead):
             self.choose(self._selection, of_round, *self._near(of_copies, of_round))
         return super().loss(features, labels, global_batch, last)
 
-    def save(self, folder):
+    def files(self):
         """The rows as they were indexed: the same index can be built of them again."""
-        if self._index is not None:
-            self._index.make_direct_map()
-            rows = torch.from_numpy(self._index.reconstruct_n(0, len(self.weight)))
-            save_file({"rows": rows}, folder / f"index-{self.shard.first:012d}-{self.shard.last:012d}.safetensors")
+        if self._index is None:
+            return {}
+        self._index.make_direct_map()
+        rows = torch.from_numpy(self._index.reconstruct_n(0, len(self.weight)))
+        return {f"index-{self.shard.first:012d}-{self.shard.last:012d}.safetensors": {"rows": rows}}
 
     def load(self, folder):
         paths = sorted(folder.glob("index-*-*.safetensors"))

@@ -1,0 +1,53 @@
+"""Told to stop: whichever rank hears it, all save and leave together, and the rest of the run is as if nothing was."""
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from tests.launch import Launched, losses, mpirun, run
+from tests.test_mpi import SYNTH
+
+pytestmark = pytest.mark.mpi
+LONG = [*SYNTH, "--global-batch", 10, "--epochs", 1]
+
+
+def ranks_of(out, count):
+    """Process numbers of the ranks of a run, once it has made some steps."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if (out / "metrics.jsonl").exists() and len(losses(out)) >= 3:
+            found = [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and _runs(entry, out)]
+            if len(found) == count:
+                return sorted(found)
+        time.sleep(0.05)
+    raise AssertionError("the run does not start")
+
+
+def _runs(entry, out):
+    try:
+        words = open(f"/proc/{entry}/cmdline").read().split("\0")
+    except OSError:
+        return False
+    return str(out) in words and words[0].endswith("python") and "train.py" in words[1]
+
+
+@pytest.mark.parametrize("ranks, which, number", [
+    (1, 0, signal.SIGUSR1), (1, 0, signal.SIGTERM), (3, 1, signal.SIGUSR1), (2, 0, signal.SIGTERM)])
+def test_all_ranks_save_and_leave(ranks, which, number, tmp_path):
+    out = tmp_path / "run"
+    launcher = ["mpirun", "--oversubscribe", "-np", ranks] if ranks > 1 else []
+    process = Launched([*launcher, sys.executable, *LONG, "--out", out])
+    os.kill(ranks_of(out, ranks)[which], number)
+    process = process.result(expect=75, seconds=60)
+    assert "all of which are saved; go on with it:" in process.stdout and "Traceback" not in process.stderr
+    (folder,) = (out / "checkpoints").iterdir()
+    assert folder.name == f"step-{max(losses(out)):08d}" and max(losses(out)) < 300
+
+    again = [*LONG, "--out", out, "--resume", "auto"]
+    mpirun(ranks, *again) if ranks > 1 else run(sys.executable, *again)
+    whole = [*LONG, "--out", tmp_path / "whole"]
+    mpirun(ranks, *whole) if ranks > 1 else run(sys.executable, *whole)
+    assert losses(out) == losses(tmp_path / "whole") and len(losses(out)) == 300
