@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tests.worlds import run_ranks
@@ -101,7 +102,9 @@ def test_a_save_that_fails_leaves_the_last_one_and_is_not_taken_for_whole(tmp_pa
     assert checkpoint.to_resume("auto", tmp_path, World()).name == "step-00000001"
 
 
-def test_training_goes_on_after_a_save_that_failed(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device"),
+                                   MemoryError("No space left on device")])
+def test_training_goes_on_after_a_save_that_failed(error, tmp_path, monkeypatch, capsys):
     """On one rank of three, twice; the third time in a row all ranks stop. One that succeeds in between is counted."""
     fails, write = {2, 3, 5, 6, 7}, checkpoint._write
 
@@ -111,7 +114,7 @@ def test_training_goes_on_after_a_save_that_failed(tmp_path, monkeypatch, capsys
         def failing(path, tables):
             if world.rank == 1 and int(path.parent.name[6:14]) in fails:
                 path.write_bytes(b"half")
-                raise OSError(28, "No space left on device")
+                raise error
             return write(path, tables)
 
         checkpoints[world.rank] = failing

@@ -21,6 +21,7 @@ import shutil
 import sys
 import threading
 import zlib
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -106,16 +107,16 @@ class Saver:
         folder = self._folder / f"step-{meta['step']:08d}"
         partial = folder.with_name(f".{folder.name}.partial")
         try:
-            with group.agreed():
+            with _agreed(group):
                 if rank == 0:
                     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
                     partial.mkdir(parents=True)
             written = {}
-            with group.agreed():
+            with _agreed(group):
                 for name, tables in files.items():
                     written[name] = _write(partial / name, tables)
             files = {name: facts for of_rank in group.all_gather_object(written) for name, facts in of_rank.items()}
-            with group.agreed():
+            with _agreed(group):
                 if rank == 0:
                     rows = sorted(name for name in files if _ROWS.fullmatch(name))
                     with open(partial / "meta.json", "w") as file:
@@ -142,6 +143,17 @@ class Saver:
         for folder in folders:
             if folder not in kept:
                 shutil.rmtree(folder)
+
+
+@contextmanager
+def _agreed(group):
+    """`Group.agreed` of the writing threads. Whatever goes wrong in one of them, safetensors' own errors included, the
+    others must hear of it, or they would wait for ever."""
+    with group.agreed():
+        try:
+            yield
+        except Exception as error:
+            raise OSError(" ".join(str(error).split()) or repr(error)) from error
 
 
 def _files(state, world):
@@ -343,9 +355,10 @@ def _crc32(path):
 
 def _top1(folder):
     try:
-        return read_meta(folder).get("top1")
+        top1 = read_meta(folder).get("top1")
     except ValueError:
         return None
+    return top1 if isinstance(top1, float) else None
 
 
 def _sync(path):
