@@ -19,11 +19,12 @@ import time
 import torch
 
 from xc import backbone as backbones
-from xc import checkpoint, config, data, heads, noise_scale, pipeline, run_folder, schedule_plot
+from xc import checkpoint, config, data, heads, noise_scale, pipeline, run_folder, schedule_plot, watchdog
 from xc import exchange as exchanges
 from xc.evaluate import evaluate
-from xc.metrics import Metrics, Timer, check_finite, peak_rss_mb
+from xc.metrics import Metrics, Timer, peak_rss_mb
 from xc.optim import RowSGD, backbone_optimizer, set_lr
+from xc.rollback import Losses, Rollbacks
 from xc.schedule import Position, Schedule
 from xc.timeline import Timeline
 from xc.world import Leave, open_world, run
@@ -68,27 +69,78 @@ def main():
             run_folder.create(cfg, world.size)
 
     # --- the loop over steps ---
-    batches = data.Loader(packs["train"], cfg, world).train(
-        position.examples, schedule.examples, cfg.global_batch // cfg.micro_batches)
-    saver = checkpoint.Saver(cfg.out, world, identity, cfg.keep)
+    loader = data.Loader(packs["train"], cfg, world)
+    batches = loader.train(position.examples, schedule.examples, cfg.global_batch // cfg.micro_batches)
     test = data.Loader(packs["test"], cfg, world) if "test" in packs else None
+    saver = checkpoint.Saver(cfg.out, world, identity, cfg.keep)
     metrics = Metrics(cfg.out, world.rank, position, schedule.num_steps, schedule.examples)
-    timer = Timer()
+    timer, losses = Timer(), Losses(world.device)
     timeline = Timeline(cfg.timeline_steps, position.step, schedule.least_steps, cfg.out, world, timer)
     stopping = stop.Stop(world)
-    first = logged = position
-    loss_sum = torch.zeros((), device=world.device)
+    rollbacks = Rollbacks(cfg.max_rollbacks)
+    watch = watchdog.Watchdog(world, cfg.stall_seconds)
+    first = begun = logged = position
+    now = labels = features = None  # of the last step
 
-    while position.examples < schedule.examples:
+    while True:
+        # what the step before leaves to be done
+        over = position.examples == schedule.examples
+        if position.step > begun.step:
+            with world.traffic.uncounted():
+                stopped = stopping.asked() and not over
+            log = position.step % cfg.log_steps == 0 or over
+            eval = test and schedule.due(position, cfg.eval_every)
+            save = schedule.due(position, cfg.save_every) or over or stopped
+            if log or eval or save:
+                losses.look()
+                if losses.bad_step is not None:  # looked for before a save: there must be one to go on from
+                    saver.finish()
+                    folder = rollbacks.folder(losses, cfg.out, world)
+                    with world.agreed():
+                        position = begun = logged = schedule.resume(checkpoint.load(folder, state, identity))
+                    batches = loader.train(position.examples, schedule.examples, cfg.global_batch // cfg.micro_batches)
+                    metrics.back_to(position)
+                    losses = Losses(world.device)
+                    continue
+            if log:
+                num_steps, examples = position.step - logged.step, position.examples - logged.examples
+                metrics.log(position, loss=losses.take(), lr=now.lr, global_batch=now.global_batch,
+                            peak_rss_mb=peak_rss_mb(), noise_scale=state.noise.examples,
+                            loss_scale=exchange.loss_scale.scale if exchange.loss_scale.active else None,
+                            bad_records=loader.bad_records(), **world.traffic.take(num_steps),
+                            **timer.take(num_steps, examples))
+                logged = position
+            with world.traffic.uncounted():
+                if log or eval or save:
+                    exchange.average_buffers()
+                if eval:
+                    found = evaluate(backbone, head, test.test(cfg.global_batch), world)
+                    metrics.log(position, **found, train_seconds=timer.total,
+                                **head.audit(features, labels[: len(features)]))
+                if save:
+                    saver.save(state, position, found["top1"] if eval else None)
+            if stopped:
+                saver.finish(last=True)
+                raise Leave(stop.EXIT_CODE, f"told to stop after {position.step} steps, all of which are saved; go on "
+                                            f"with it: {run_folder.resume_command(cfg, world.size)}")
         timeline.at(position.step)
+        if over:
+            break
+
+        # the step
+        watchdog.at(position.step)
         now = schedule.at(position, state.noise.grown)
         set_lr(state.body_optimizer, now.lr)
         set_lr(state.head_optimizer, now.lr * cfg.head_lr_scale)
-
         with timer("refresh"), world.traffic.uncounted():
             refreshed = head.refresh(now.round, schedule.due(position, cfg.graph_every))
+        if refreshed:
+            metrics.log(position, **refreshed)
         with timer("data"):
             batch = batches.take(now.micro_batches)
+        if position.step in rollbacks.skipped:
+            position = position.after(now)
+            continue
         with timer("select"):
             labels = torch.cat([labels for _, labels in batch])
             head.select(labels, now.round, now.rounds)
@@ -108,41 +160,8 @@ def main():
             exchange.zero_grad()
             head.zero_grad()
             features = features[:_AUDITED]  # of the first micro-batch, which has the first labels
-            loss_sum += loss
-
-        if refreshed:
-            metrics.log(position, **refreshed)
+            losses.add(loss, position.step)
         position = position.after(now)
-        over = position.examples == schedule.examples
-        with world.traffic.uncounted():
-            stopped = stopping.asked() and not over
-        log = position.step % cfg.log_steps == 0 or over
-        eval = test and schedule.due(position, cfg.eval_every)
-        save = schedule.due(position, cfg.save_every) or over or stopped
-        if log or eval or save:
-            mean_loss = loss_sum.item() / (position.step - logged.step)
-            check_finite(mean_loss, logged.step, position.step)  # before a save: there must be one to go on from
-        if log:
-            num_steps, examples = position.step - logged.step, position.examples - logged.examples
-            metrics.log(position, loss=mean_loss, lr=now.lr, global_batch=now.global_batch, peak_rss_mb=peak_rss_mb(),
-                        noise_scale=state.noise.examples,
-                        loss_scale=exchange.loss_scale.scale if exchange.loss_scale.active else None,
-                        **world.traffic.take(num_steps), **timer.take(num_steps, examples))
-            logged, loss_sum = position, torch.zeros_like(loss_sum)
-        with world.traffic.uncounted():
-            if log or eval or save:
-                exchange.average_buffers()
-            if eval:
-                found = evaluate(backbone, head, test.test(cfg.global_batch), world)
-                metrics.log(position, **found, train_seconds=timer.total,
-                            **head.audit(features, labels[: len(features)]))
-            if save:
-                saver.save(state, position, found["top1"] if eval else None)
-        if stopped:
-            saver.finish(last=True)
-            raise Leave(stop.EXIT_CODE, f"told to stop after {position.step} steps, all of which are saved; go on with "
-                                        f"it: {run_folder.resume_command(cfg, world.size)}")
-    timeline.at(position.step)
     if schedule.auto and state.noise.grown == 1 and world.rank == 0:
         print("warning: --fccs auto never let the batch grow: the noise did not, or it was not known", file=sys.stderr)
 
@@ -151,6 +170,7 @@ def main():
     result = evaluate(backbone, head, test.test(cfg.global_batch), world) if test else {"top1": None, "top5": None}
     if test and position.step > first.step:
         metrics.log(position, **result, train_seconds=timer.total, **head.audit(features, labels[: len(features)]))
+    watch.close()
     metrics.close()
     peak = world.everyone.all_reduce(torch.tensor(peak_rss_mb(), device=world.device), "max").item()
     result |= {"images_per_second": round(timer.images_per_second, 1), "peak_rss_mb": round(peak),

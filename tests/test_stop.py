@@ -3,35 +3,23 @@
 import os
 import signal
 import sys
-import time
 
 import pytest
 
 from tests.launch import Launched, losses, mpirun, run
+from tests.processes import ranks_of, wait_until
 from tests.test_mpi import SYNTH
 
 pytestmark = pytest.mark.mpi
 LONG = [*SYNTH, "--global-batch", 10, "--epochs", 1]
 
 
-def ranks_of(out, count):
-    """Process numbers of the ranks of a run, once it has made some steps."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if (out / "metrics.jsonl").exists() and len(losses(out)) >= 3:
-            found = [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and _runs(entry, out)]
-            if len(found) == count:
-                return sorted(found)
-        time.sleep(0.05)
-    raise AssertionError("the run does not start")
-
-
-def _runs(entry, out):
-    try:
-        words = open(f"/proc/{entry}/cmdline").read().split("\0")
-    except OSError:
-        return False
-    return str(out) in words and words[0].endswith("python") and "train.py" in words[1]
+def ranks_once_running(out, count):
+    """Process numbers of the ranks of a run that has made some steps."""
+    wait_until(lambda: (out / "metrics.jsonl").exists() and len(losses(out)) >= 3)
+    found = ranks_of(out)
+    assert len(found) == count
+    return found
 
 
 @pytest.mark.parametrize("ranks, which, number", [
@@ -40,7 +28,7 @@ def test_all_ranks_save_and_leave(ranks, which, number, tmp_path):
     out = tmp_path / "run"
     launcher = ["mpirun", "--oversubscribe", "-np", ranks] if ranks > 1 else []
     process = Launched([*launcher, sys.executable, *LONG, "--out", out])
-    os.kill(ranks_of(out, ranks)[which], number)
+    os.kill(ranks_once_running(out, ranks)[which], number)
     process = process.result(expect=75, seconds=60)
     assert "all of which are saved; go on with it:" in process.stdout and "Traceback" not in process.stderr
     (folder,) = (out / "checkpoints").iterdir()

@@ -5,13 +5,14 @@ from pathlib import Path
 
 XC = Path(__file__).parent.parent / "xc"
 FLOORS = [
-    {"loss_scale", "margin", "noise_scale", "schedule", "shard", "stop", "pack", "topk", "traffic"},
-    {"config", "schedule_plot"},
+    {"loss_scale", "margin", "noise_scale", "schedule", "shard", "stop", "pack", "topk", "watchdog"},
+    {"config", "schedule_plot", "traffic"},
     {"world", "run_folder", "synth", "knn_graph"},
     {"collective", "data", "metrics", "ring_search", "timeline"},
     {"neighbors"},
     {"backbone", "exchange", "heads", "optim"},
     {"checkpoint", "evaluate", "pipeline"},
+    {"rollback"},
 ]
 
 

@@ -13,7 +13,9 @@ from xc.schedule import SCHEDULES, interval
 
 
 class UserError(ValueError):
-    """A mistake of the user, found by every rank alike: one line from rank 0, exit code 2."""
+    """A mistake of the user, found by every rank alike: one line from rank 0, and the exit code."""
+
+    code = 2
 
 
 def _flag(default, help, choices=None):
@@ -114,6 +116,12 @@ class Config:
     log_steps: int = _flag(50, "steps between two lines of metrics")
     eval_every: str = _flag("1epochs", "time between two evaluations; 0: only at the end")
     save_every: str = _flag("1epochs", "time between two checkpoints; 0: only at the end")
+    max_bad_records: int = _flag(0, "records that cannot be read, on all ranks, in whose place the next one is taken; "
+                                    "one more ends the run")
+    max_rollbacks: int = _flag(0, "times that the run goes back to its last checkpoint where a loss is not finite, and "
+                                  "leaves out the batch; 0: it ends")
+    stall_seconds: float = _flag(600.0, "the run ends where no rank moves on for so long, and names the one that the "
+                                        "others wait for; 0: waits for ever")
     keep: int = _flag(2, "last checkpoints that stay in the run folder, beside the one of the highest top-1")
 
     def __post_init__(self):
@@ -158,6 +166,9 @@ class Config:
             ("prefetch", self.prefetch >= 1, "at least 1"),
             ("seed", 0 <= self.seed < 2**32, "0 to 2**32 - 1"),
             ("log_steps", self.log_steps >= 1, "at least 1"),
+            ("max_bad_records", self.max_bad_records >= 0, "0 or more"),
+            ("max_rollbacks", self.max_rollbacks >= 0, "0 or more"),
+            ("stall_seconds", self.stall_seconds >= 0, "0 (no watch) or seconds"),
             ("keep", self.keep >= 1, "at least 1"),
         ]:
             if not ok:

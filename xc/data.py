@@ -6,6 +6,7 @@ A split is what the Loader takes examples from, `Images` of a pack or a `synth.S
     len(split)                                 examples of an epoch
     split.order(seed).records(first, count)    record numbers of examples of the endless training sequence
     split.examples(records)                    float inputs (n, *input_shape) and labels (n,), as tensors
+    split.bad_records                          set of the records that this rank could not use and left out
 
 The order of examples over all ranks is one endless sequence, epoch after epoch, fixed by the seed. A step takes the
 next `global_batch` of it and each rank its part of those, so a run's position is one number, any number of ranks can
@@ -13,6 +14,8 @@ go on from it, and no example is left out or repeated within an epoch.
 """
 
 import math
+import sys
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -22,7 +25,8 @@ import torch
 import torch.nn.functional as F
 
 from xc import pack as packs
-from xc import synth
+from xc import synth, watchdog
+from xc.config import UserError
 from xc.shard import Shard
 
 
@@ -30,15 +34,21 @@ def open_splits(cfg):
     """{"train": split, …} of what --data names: a pack, a folder of packs, or synth: and a description."""
     if cfg.data.startswith(synth.PREFIX):
         return synth.open_splits(cfg)
-    return {name: Images(one, cfg.channels, cfg.image_size) for name, one in packs.open_splits(cfg.data).items()}
+    return {name: Images(one, cfg.channels, cfg.image_size, cfg.max_bad_records)
+            for name, one in packs.open_splits(cfg.data).items()}
 
 
 class Images:
-    """The split of a pack, decoded."""
+    """The split of a pack, decoded.
 
-    def __init__(self, pack, channels, image_size):
+    A record that cannot be used is named, and the next one that can be is taken in its place, on any rank and any
+    number of threads the same one.
+    """
+
+    def __init__(self, pack, channels, image_size, max_bad_records=0):
         self.pack, self.num_classes, self.classes_digest = pack, pack.num_classes, pack.classes_digest
         self.input_shape = (channels, image_size, image_size)
+        self.max_bad_records, self.bad_records, self._lock = max_bad_records, set(), threading.Lock()
 
     def __len__(self):
         return len(self.pack)
@@ -47,6 +57,15 @@ class Images:
         return Order(len(self), seed)
 
     def examples(self, records):
+        try:
+            return self._decoded(records)
+        except ValueError:
+            if not self.max_bad_records:
+                raise
+        pairs = [self._next_good(int(record)) for record in records]
+        return tuple(torch.cat(parts) for parts in zip(*pairs, strict=True))
+
+    def _decoded(self, records):
         channels, size, _ = self.input_shape
         data, labels = self.pack.read(records)
         images = np.empty((len(records), *self.input_shape), np.uint8)
@@ -54,8 +73,33 @@ class Images:
             try:
                 images[i] = packs.decode(data[i], size, channels)
             except ValueError as e:
-                raise ValueError(f"record {record} of {self.pack.path}: {e}: pack the data again without it") from e
+                raise ValueError(f"record {record} of {self.pack.path}: {e}: pack the data again without it, or let "
+                                 "the run leave out some by --max-bad-records") from e
         return torch.from_numpy(images).float().div_(127.5).sub_(1), torch.from_numpy(labels)  # [-1, 1]
+
+    def _next_good(self, record):
+        """Image and label of a record, or of the first one behind it that can be used."""
+        while True:
+            if record not in self.bad_records:
+                try:
+                    return self._decoded([record])
+                except ValueError as e:
+                    self._leave_out(record, e)
+            record = (record + 1) % len(self)
+
+    def _leave_out(self, record, error):
+        with self._lock:
+            if record in self.bad_records:
+                return
+            self.bad_records.add(record)
+            if len(self.bad_records) > self.max_bad_records:
+                raise ValueError(_too_many_bad(len(self.bad_records), self.max_bad_records, error))
+        print(f"warning: the next record is taken in place of one ({error})", file=sys.stderr, flush=True)
+
+
+def _too_many_bad(num_bad, most, which):
+    return (f"{num_bad} records cannot be used, --max-bad-records allows {most} ({which}): check the pack with "
+            "python -m data_tools.show --verify")
 
 
 class Order:
@@ -89,6 +133,14 @@ class Loader:
 
     def __init__(self, split, cfg, world):
         self.split, self.cfg, self.world = split, cfg, world
+
+    def bad_records(self):
+        """Number of records that ranks have left out so far, None where there are none. UserError where they are more
+        than allowed. Collective."""
+        found = set().union(*self.world.everyone.all_gather_object(self.split.bad_records))
+        if len(found) > self.cfg.max_bad_records:
+            raise UserError(_too_many_bad(len(found), self.cfg.max_bad_records, f"records {sorted(found)}"))
+        return len(found) or None
 
     def train(self, first, last, micro_batch):
         """Examples first … last - 1 of the sequence in micro-batches (inputs, labels), as a `Queue`.
@@ -127,6 +179,7 @@ class Queue:
 
     def take(self, count):
         """A list of the next `count` batches, of fewer at the end; as many, at least `prefetch`, are then under way."""
+        watchdog.note("data")
         for job in islice(self._jobs, max(0, count + max(count, self._prefetch) - len(self._pending))):
             self._pending.append(self._pool.submit(self._load, *job))
         taken = [self._pending.popleft() for _ in range(min(count, len(self._pending)))]

@@ -8,6 +8,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from xc import watchdog
 from xc.run_folder import replace_text
 
 
@@ -24,6 +25,7 @@ class Timer:
 
     @contextmanager
     def __call__(self, phase):
+        watchdog.note(phase)
         start = time.perf_counter()
         try:
             yield
@@ -69,9 +71,10 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
-        self._lines = _open_after(Path(folder) / "metrics.jsonl", position.step)
+        self._path = Path(folder) / "metrics.jsonl"
+        self._lines = _open_after(self._path, position.step)
         self._board = SummaryWriter(Path(folder) / "tensorboard", purge_step=position.step + 1)
-        self._terminal = sys.stderr.isatty()
+        self._terminal, self._warned = sys.stderr.isatty(), False
         self._bar = tqdm(initial=position.examples, total=examples, unit="img", unit_scale=True,
                          disable=not self._terminal)
         self._of_all = f"/{num_steps}" if num_steps else ""
@@ -81,9 +84,11 @@ class Metrics:
         if not self._active:
             return
         step, values = position.step, {name: value for name, value in values.items() if value is not None}
-        self._lines.write(json.dumps({"step": step} | {k: _rounded(v) for k, v in values.items()}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with self._going_on(f"step {step}"):
+            self._lines.write(json.dumps({"step": step} | {k: _rounded(v) for k, v in values.items()}) + "\n")
+        with self._going_on(f"step {step}"):
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name in _SHOWN)
         if self._terminal:
             self._bar.update(position.examples - self._bar.n)
@@ -92,13 +97,33 @@ class Metrics:
             else:
                 self._bar.set_postfix_str(text)
         else:
-            print(f"step {step}{self._of_all}  {text}", flush=True)
+            with self._going_on(f"step {step}"):
+                print(f"step {step}{self._of_all}  {text}", flush=True)
+
+    @contextmanager
+    def _going_on(self, when):
+        """A full disk does not end the run; what it did not take of the lines is written when it has room."""
+        try:
+            yield
+        except OSError as e:
+            if not self._warned:
+                self._warned = True
+                print(f"warning: metrics of {when} and later ones may be missing ({e}); training goes on",
+                      file=sys.stderr, flush=True)
+
+    def back_to(self, position):
+        """The run goes on from there once more."""
+        if self._active:
+            self._lines.close()
+            self._lines = _open_after(self._path, position.step)
+            self._bar.update(position.examples - self._bar.n)
 
     def close(self):
         if self._active:
             self._bar.close()
-            self._board.close()
-            self._lines.close()
+            for file in self._board, self._lines:
+                with self._going_on("the end"):
+                    file.close()
 
 
 def _open_after(path, step):
@@ -121,14 +146,6 @@ def _rounded(value):
 
 
 _SHOWN = {"loss", "lr", "global_batch", "images_per_second", "top1", "top5"}
-
-
-def check_finite(loss, first_step, step):
-    """The loss is the same on all ranks, so that all stop together."""
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss became {loss} between steps {first_step} and {step}: take a smaller --lr or a longer "
-            "--warmup and go on from the last checkpoint")
 
 
 def peak_rss_mb():

@@ -12,6 +12,7 @@ import time
 import torch
 import torch.nn.functional as F
 
+from xc import watchdog
 from xc.knn_graph import Indexed, KnnGraph, blocks, code_of, join, place_type
 from xc.ring_search import EMPTY, RingSearch, cells_of, ids_of, unit
 from xc.shard import Shard
@@ -204,6 +205,7 @@ def _kmeans(weight, shard, num_classes, group, seed):
     sums[seeds] = rows[: len(seeds)].double()
     centroids = unit(group.all_reduce(sums))
     for _ in range(_ROUNDS_OF_KMEANS):
+        watchdog.note("k-means of the rows")
         # In float64 the order of summation does not show, so the cells are the same for every W.
         sums.zero_().index_add_(0, cells_of(rows, centroids).long(), rows.double())
         group.all_reduce(sums)

@@ -10,6 +10,7 @@ Letters beside those of the design: Q queries of a block, N cells, P cells searc
 
 import torch
 
+from xc import watchdog
 from xc.knn_graph import CHUNK, blocks, offsets_of
 
 _ROUND_BYTES = 128 * 2**20  # rows of a block
@@ -56,6 +57,7 @@ class RingSearch:
             best = torch.full((len(mine), K), EMPTY, device=rows.device)
             ready = lambda best=best: best  # noqa: E731  # waits for the K best so far; each hop calls it once
             for hop in range(group.size):
+                watchdog.note("search of neighbours")
                 coming = sizes[(group.rank - hop - 1) % group.size]
                 if hop + 1 < group.size:
                     next_rows, next_tags = group.shift_async(rows, coming), group.shift_async(tags, coming)

@@ -100,6 +100,8 @@ class Split:
     input_shape  (dim,) or (channels, size, size)
     """
 
+    bad_records = frozenset()
+
     def __init__(self, spec, input_shape, num_records, stream):
         self.spec, self.num_classes, self.input_shape = spec, spec.classes, input_shape
         self._num_records, self._stream = num_records, stream

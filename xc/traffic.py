@@ -5,6 +5,8 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 
+from xc import watchdog
+
 _SPINS = 200  # polls without a pause, a fraction of a millisecond: most small collectives end within
 _NAP_SECONDS = 1e-4  # between the polls after that: a rank that waits leaves its core to others
 
@@ -86,10 +88,11 @@ class _Pending:
 
     def __call__(self):
         start, polls = time.perf_counter(), 0
-        while not self.is_over():
-            polls += 1
-            if polls > _SPINS:
-                time.sleep(_NAP_SECONDS)
+        with watchdog.waiting(self._path):
+            while not self.is_over():
+                polls += 1
+                if polls > _SPINS:
+                    time.sleep(_NAP_SECONDS)
         self._traffic.waited += time.perf_counter() - start
         if self._error:
             raise self._error

@@ -16,13 +16,16 @@ built, otherwise by mpi4py through host memory.
 import os
 import platform
 import sys
+import threading
 import time
 import traceback
+from collections import deque
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from xc import watchdog
 from xc.config import UserError
 from xc.traffic import Traffic, sent_all_gather, sent_all_reduce, sent_reduce_scatter
 
@@ -112,6 +115,22 @@ class Group:
             raise UserError(errors[0])
 
 
+class Mailbox:
+    """Short messages from rank to rank, for one thread beside the steps: nobody waits for a rank that is frozen. This
+    class is that of a single rank."""
+
+    def __init__(self):
+        self._own = deque()
+
+    def send(self, rank, *message):
+        """Begin to send picklable values to a rank, which may be this one."""
+        self._own.append((rank, *message))
+
+    def take(self):
+        """(rank, *message) of one that came, None where none did."""
+        return self._own.popleft() if self._own else None
+
+
 def _sum_dtype(tensor):
     return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
 
@@ -129,6 +148,7 @@ class World:
         self.traffic = Traffic()
         self.everyone = self.shards = self.replicas = self.host = self.across = Group()
         self.background = Group()
+        self.mailbox = Mailbox()
 
     def all_reduce_async(self, tensor, name):
         """Begin to sum a tensor over all ranks in place, in its own type; returns a function that waits.
@@ -140,6 +160,10 @@ class World:
     def agreed(self):
         """`Group.agreed` of all ranks."""
         return self.everyone.agreed()
+
+    def abort(self, code):
+        """End all ranks at once, from whichever thread."""
+        os._exit(code)
 
 
 class MpiGroup(Group):
@@ -198,10 +222,11 @@ class MpiGroup(Group):
 
     def all_to_all(self, tensor, counts):
         host = tensor.detach().cpu().contiguous()
-        coming = self._comm.alltoall(counts)
-        out = host.new_empty((sum(coming), *host.shape[1:]))
         width = _width(host)
-        self._comm.Alltoallv([_raw(host), [n * width for n in counts]], [_raw(out), [n * width for n in coming]])
+        with watchdog.waiting(f"{self._name}.all_to_all"):
+            coming = self._comm.alltoall(counts)
+            out = host.new_empty((sum(coming), *host.shape[1:]))
+            self._comm.Alltoallv([_raw(host), [n * width for n in counts]], [_raw(out), [n * width for n in coming]])
         return out.to(tensor.device).split(coming)
 
     def shift_async(self, tensor, num_rows):
@@ -212,14 +237,16 @@ class MpiGroup(Group):
                     self._comm.Isend(host.numpy(), (self.rank + 1) % self.size)]
 
         def wait():
-            for request in requests:
-                request.Wait()
+            with watchdog.waiting(f"{self._name}.shift"):
+                for request in requests:
+                    request.Wait()
             return out.to(tensor.device)
 
         return wait
 
     def all_gather_object(self, value):
-        return self._comm.allgather(value)
+        with watchdog.waiting(f"{self._name}.all_gather_object"):
+            return self._comm.allgather(value)
 
 
 class BackgroundGroup(MpiGroup):
@@ -230,6 +257,21 @@ class BackgroundGroup(MpiGroup):
         while not barrier.Test():
             time.sleep(_PATIENCE_SECONDS)
         return super().all_gather_object(value)
+
+
+class MpiMailbox(Mailbox):
+    def __init__(self, comm):
+        super().__init__()
+        self._comm, self._sends = comm, []
+
+    def send(self, rank, *message):
+        if rank == self._comm.rank:
+            return super().send(rank, *message)
+        self._sends = [request for request in self._sends if not request.Test()]
+        self._sends.append(self._comm.isend((self._comm.rank, *message), rank))
+
+    def take(self):
+        return self._comm.recv() if self._comm.iprobe() else super().take()
 
 
 def _width(tensor):
@@ -342,6 +384,7 @@ class MpiWorld(World):
         copy = comm.rank // width
         self.everyone = group("everyone", list(range(comm.size)))
         self.background = BackgroundGroup(comm.Dup(), Traffic(), "background") if comm.size > 1 else Group()
+        self.mailbox = MpiMailbox(comm.Dup())
         self.shard_ranks = range(copy * width, (copy + 1) * width)
         self.shards = group("shards", list(self.shard_ranks))
         self.replicas = group("replicas", list(range(comm.rank % width, comm.size, width)))
@@ -371,6 +414,12 @@ class MpiWorld(World):
 
         return self.traffic.begin("backbone.dense", sent_all_reduce(self.size, host.nbytes),
                                   lambda: self._hvd.poll(handle), finish)
+
+    def abort(self, code):
+        from mpi4py import MPI
+
+        threading.Timer(10, os._exit, (code,)).start()  # MPI may be what is stuck
+        MPI.COMM_WORLD.Abort(code)
 
 
 def _grid(size, model_parallel_size):
@@ -440,9 +489,9 @@ def run(main):
 
     Leave: as it says.
 
-    UserError, which all ranks raise alike once the world is open: rank 0 prints one line, all exit with 2. Anything
-    else happened to this rank alone: it is printed with the rank and MPI ends all ranks (2 for a ValueError, which is
-    bad input met on the way).
+    UserError, which all ranks raise alike once the world is open: rank 0 prints one line, all exit with its code.
+    Anything else happened to this rank alone: it is printed with the rank and MPI ends all ranks (2 for a ValueError,
+    which is bad input met on the way).
     """
     try:
         main()
@@ -470,7 +519,7 @@ def run(main):
             MPI.COMM_WORLD.Barrier()
         elif _launched_by_gloo() and launched_rank():
             time.sleep(3)
-        sys.exit(2)
+        sys.exit(e.code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         if launched_rank() is not None:
