@@ -25,6 +25,7 @@ from xc.evaluate import evaluate
 from xc.metrics import Metrics, Timer, peak_rss_mb
 from xc.optim import RowSGD, backbone_optimizer, set_lr
 from xc.rollback import Losses, Rollbacks
+from xc.saver import Saver
 from xc.schedule import Position, Schedule
 from xc.timeline import Timeline
 from xc.world import Leave, open_world, run
@@ -72,7 +73,7 @@ def main():
     loader = data.Loader(packs["train"], cfg, world)
     batches = loader.train(position.examples, schedule.examples, cfg.global_batch // cfg.micro_batches)
     test = data.Loader(packs["test"], cfg, world) if "test" in packs else None
-    saver = checkpoint.Saver(cfg.out, world, identity, cfg.keep)
+    saver = Saver(cfg.out, world, identity, cfg.keep)
     metrics = Metrics(cfg.out, world.rank, position, schedule.num_steps, schedule.examples)
     timer, losses = Timer(), Losses(world.device)
     timeline = Timeline(cfg.timeline_steps, position.step, schedule.least_steps, cfg.out, world, timer)

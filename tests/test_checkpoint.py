@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.worlds import run_ranks
 from xc import backbone as backbones
 from xc import checkpoint
+from xc import saver as savers
 from xc.config import UserError
 from xc.exchange import AllReduce
 from xc.heads import HEADS
@@ -48,7 +49,7 @@ def position(step):
 
 
 def save(world, run, step=3, keep=2, top1=None):
-    saver = checkpoint.Saver(run, world, IDENTITY, keep)
+    saver = savers.Saver(run, world, IDENTITY, keep)
     saver.save(state_of(world, seed=1), position(step), top1)
     saver.finish(last=True)
 
@@ -96,7 +97,7 @@ def test_a_save_that_fails_leaves_the_last_one_and_is_not_taken_for_whole(tmp_pa
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", no_space)
+    monkeypatch.setattr(savers, "save_file", no_space)
     with pytest.raises(UserError, match="No space left"):
         run_ranks(2, lambda w: save(w, tmp_path, 2))
     assert checkpoint.to_resume("auto", tmp_path, World()).name == "step-00000001"
@@ -106,10 +107,10 @@ def test_a_save_that_fails_leaves_the_last_one_and_is_not_taken_for_whole(tmp_pa
                                    MemoryError("No space left on device")])
 def test_training_goes_on_after_a_save_that_failed(error, tmp_path, monkeypatch, capsys):
     """On one rank of three, twice; the third time in a row all ranks stop. One that succeeds in between is counted."""
-    fails, write = {2, 3, 5, 6, 7}, checkpoint._write
+    fails, write = {2, 3, 5, 6, 7}, savers._write
 
     def body(world):
-        saver = checkpoint.Saver(tmp_path, world, IDENTITY, keep=9)
+        saver = savers.Saver(tmp_path, world, IDENTITY, keep=9)
 
         def failing(path, tables):
             if world.rank == 1 and int(path.parent.name[6:14]) in fails:
@@ -123,7 +124,7 @@ def test_training_goes_on_after_a_save_that_failed(error, tmp_path, monkeypatch,
         saver.finish()
 
     checkpoints = {}
-    monkeypatch.setattr(checkpoint, "_write", lambda path, tables: checkpoints[
+    monkeypatch.setattr(savers, "_write", lambda path, tables: checkpoints[
         1 if path.name.startswith("rows-000000000004") else 0](path, tables))
     with pytest.raises(UserError, match="3 checkpoint.* in a row .*No space left"):
         run_ranks(3, body)
@@ -132,16 +133,16 @@ def test_training_goes_on_after_a_save_that_failed(error, tmp_path, monkeypatch,
 
 
 def test_the_state_may_change_while_it_is_written(tmp_path, monkeypatch):
-    begun, write = threading.Event(), checkpoint._write
+    begun, write = threading.Event(), savers._write
 
     def slow(path, tables):
         begun.wait(20)
         return write(path, tables)
 
-    monkeypatch.setattr(checkpoint, "_write", slow)
+    monkeypatch.setattr(savers, "_write", slow)
 
     def body(world):
-        saver, state = checkpoint.Saver(tmp_path, world, IDENTITY, 2), state_of(world, seed=1)
+        saver, state = savers.Saver(tmp_path, world, IDENTITY, 2), state_of(world, seed=1)
         saver.save(state, position(3))
         for tensor in everything(state).values():
             tensor.fill_(9)

@@ -12,7 +12,7 @@ FLOORS = [
     {"neighbors"},
     {"backbone", "exchange", "heads", "optim"},
     {"checkpoint", "evaluate", "pipeline"},
-    {"rollback"},
+    {"rollback", "saver"},
 ]
 
 

@@ -15,19 +15,15 @@ seed and of the step.
 """
 
 import json
-import os
 import re
-import shutil
 import sys
-import threading
 import zlib
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from xc.config import UserError
 from xc.exchange import AllReduce
@@ -54,109 +50,7 @@ class State:
     noise: NoiseScale
 
 
-class Saver:
-    """Writes checkpoints behind the steps: `save` copies the state, a thread writes it. One save at most is in flight.
-
-    Memory: a copy of what this rank writes, its class rows, their momentum and graph, its residuals, on rank 0 the
-    backbone too; in host memory, until it is on the disk.
-
-    A save that fails on any rank is given up on all of them, with a line that says so; the checkpoints before it stay.
-    After `most_failures` of them, one after the other, all ranks get a UserError.
-    """
-
-    def __init__(self, run, world, identity, keep, most_failures=3):
-        """identity: what a run must have in common with this one to go on from here: seed, digest of classes, …
-
-        keep: the last so many checkpoints stay, and the one of the highest top-1.
-        """
-        self._folder, self._world, self._identity, self._keep = Path(run) / "checkpoints", world, identity, keep
-        self._most_failures, self._failures, self._thread, self._error = most_failures, 0, None, None
-
-    def save(self, state, position, top1=None):
-        """Begin to write the state at a schedule.Position, where an evaluation gave `top1`. Collective."""
-        self.finish()
-        files = {name: {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tables.items()}
-                 for name, tables in _files(state, self._world).items()}
-        meta = {"format": _FORMAT, "version": _VERSION, **asdict(position), **_numbers(state), **_shape(state.head),
-                **self._identity, "top1": top1}
-        self._thread = threading.Thread(target=self._write, args=(files, meta), name="checkpoint")
-        self._thread.start()
-
-    def finish(self, last=False):
-        """Wait until what was begun is on the disk, or given up; the last one of a run must not be. Collective."""
-        if self._thread is None:
-            return
-        self._thread.join()
-        self._thread, error, self._error = None, self._error, None
-        if isinstance(error, UserError):
-            self._failures += 1
-            if self._failures >= self._most_failures or last:
-                raise UserError(f"{self._failures} checkpoint(s) in a row could not be written ({error}): make room "
-                                "and go on from the last one by --resume auto")
-            if self._world.rank == 0:
-                print(f"warning: a checkpoint could not be written ({error}); training goes on, what was saved before "
-                      "stays", file=sys.stderr, flush=True)
-        elif error:
-            raise error
-        else:
-            self._failures = 0
-
-    def _write(self, files, meta):
-        """In the thread; the same on every rank but for the files."""
-        group, rank = self._world.background, self._world.rank
-        folder = self._folder / f"step-{meta['step']:08d}"
-        partial = folder.with_name(f".{folder.name}.partial")
-        try:
-            with _agreed(group):
-                if rank == 0:
-                    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
-                    partial.mkdir(parents=True)
-            written = {}
-            with _agreed(group):
-                for name, tables in files.items():
-                    written[name] = _write(partial / name, tables)
-            files = {name: facts for of_rank in group.all_gather_object(written) for name, facts in of_rank.items()}
-            with _agreed(group):
-                if rank == 0:
-                    rows = sorted(name for name in files if _ROWS.fullmatch(name))
-                    with open(partial / "meta.json", "w") as file:
-                        json.dump(meta | {"rows": rows, "files": files}, file, indent=1)
-                    _sync(partial / "meta.json")
-                    _sync(partial)
-                    if folder.exists():  # an earlier launch's, which was then resumed from an older one
-                        shutil.rmtree(folder)
-                    partial.rename(folder)
-                    _sync(self._folder)
-                    self._prune(folder)
-        except Exception as error:
-            self._error = error
-            if rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-
-    def _prune(self, newest):
-        """Delete what is not to be kept, and what is of later steps: of a course given up by resuming from before."""
-        folders = _folders(self._folder)
-        place = folders.index(newest)
-        earlier = folders[: place + 1]
-        best = max(earlier, key=lambda folder: _top1(folder) or -1.0)  # of equal ones the first
-        kept = {*earlier[-self._keep :], *([best] if _top1(best) is not None else [])}
-        for folder in folders:
-            if folder not in kept:
-                shutil.rmtree(folder)
-
-
-@contextmanager
-def _agreed(group):
-    """`Group.agreed` of the writing threads. Whatever goes wrong in one of them, safetensors' own errors included, the
-    others must hear of it, or they would wait for ever."""
-    with group.agreed():
-        try:
-            yield
-        except Exception as error:
-            raise OSError(" ".join(str(error).split()) or repr(error)) from error
-
-
-def _files(state, world):
+def files_of(state, world):
     """{file name: {name: tensor}} of what this rank writes."""
     head, files = state.head, state.exchange.files()
     if world.replicas.rank == 0 and len(head.shard):
@@ -167,6 +61,16 @@ def _files(state, world):
     return files
 
 
+def meta_of(state, position):
+    """What meta.json says of the state itself."""
+    return {"format": _FORMAT, "version": _VERSION, **asdict(position), **_numbers(state), **_shape(state.head)}
+
+
+def rows_among(names):
+    """Those of file names that are of class rows, in their order."""
+    return sorted(name for name in names if _ROWS.fullmatch(name))
+
+
 def to_resume(resume, run, world):
     """Folder of the checkpoint that --resume means, None to begin anew. With auto the newest one whose files are
     whole; those that are not are named. UserError where there are some but none is whole. Collective.
@@ -174,7 +78,7 @@ def to_resume(resume, run, world):
     if resume != "auto":
         return Path(resume) if resume else None
     broken = []
-    for folder in reversed(_folders(Path(run) / "checkpoints")):
+    for folder in reversed(folders(Path(run) / "checkpoints")):
         try:
             with world.agreed():
                 check(folder, world.rank, world.size)
@@ -199,7 +103,7 @@ def check(folder, part=0, num_parts=1):
         if not path.is_file() or path.stat().st_size != facts["bytes"]:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "not there"
             raise ValueError(f"checkpoint file {path} is damaged: it is {found}, it was {facts['bytes']} bytes")
-        if i % num_parts == part and _crc32(path) != facts["crc32"]:
+        if i % num_parts == part and crc32(path) != facts["crc32"]:
             raise ValueError(f"checkpoint file {path} is damaged: its checksum is not that of what was written")
 
 
@@ -309,7 +213,7 @@ def _row_tables(state):
         yield "momentum", state.head_optimizer.momentum_rows
 
 
-def _folders(checkpoints):
+def folders(checkpoints):
     """Folders of the whole checkpoints, oldest first."""
     return sorted((f for f in checkpoints.glob("step-*") if _FOLDER.fullmatch(f.name)), key=lambda f: int(f.name[5:]))
 
@@ -338,14 +242,8 @@ def _set_momentum_by_name(state, momentum):
         state.body_optimizer.state[parameters[name]]["momentum_buffer"] = buffer.to(parameters[name])
 
 
-def _write(path, tensors):
-    """Facts of the file written: what of it is on the disk, not what was meant to be."""
-    save_file(tensors, path)
-    _sync(path)
-    return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
-
-
-def _crc32(path):
+def crc32(path):
+    """zlib.crc32 of a file."""
     crc = 0
     with open(path, "rb") as file:
         while piece := file.read(2**22):
@@ -353,18 +251,10 @@ def _crc32(path):
     return crc
 
 
-def _top1(folder):
+def top1_of(folder):
+    """Top-1 that an evaluation gave at a checkpoint; None where there was none, or the checkpoint cannot be read."""
     try:
         top1 = read_meta(folder).get("top1")
     except ValueError:
         return None
     return top1 if isinstance(top1, float) else None
-
-
-def _sync(path):
-    """The file or folder is on the disk, not only in memory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,131 @@
+"""Writes checkpoints behind the steps and deletes those that are not to be kept; checkpoint.py says what is in them."""
+
+import json
+import os
+import shutil
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from xc import checkpoint
+from xc.config import UserError
+
+
+class Saver:
+    """Writes checkpoints behind the steps: `save` copies the state, a thread writes it. One save at most is in flight.
+
+    Memory: a copy of what this rank writes, its class rows, their momentum and graph, its residuals, on rank 0 the
+    backbone too; in host memory, until it is on the disk.
+
+    A save that fails on any rank is given up on all of them, with a line that says so; the checkpoints before it stay.
+    After `most_failures` of them, one after the other, all ranks get a UserError.
+    """
+
+    def __init__(self, run, world, identity, keep, most_failures=3):
+        """identity: what a run must have in common with this one to go on from here: seed, digest of classes, …
+
+        keep: the last so many checkpoints stay, and the one of the highest top-1.
+        """
+        self._folder, self._world, self._identity, self._keep = Path(run) / "checkpoints", world, identity, keep
+        self._most_failures, self._failures, self._thread, self._error = most_failures, 0, None, None
+
+    def save(self, state, position, top1=None):
+        """Begin to write the state at a schedule.Position, where an evaluation gave `top1`. Collective."""
+        self.finish()
+        files = {name: {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tables.items()}
+                 for name, tables in checkpoint.files_of(state, self._world).items()}
+        meta = checkpoint.meta_of(state, position) | self._identity | {"top1": top1}
+        self._thread = threading.Thread(target=self._write, args=(files, meta), name="checkpoint")
+        self._thread.start()
+
+    def finish(self, last=False):
+        """Wait until what was begun is on the disk, or given up; the last one of a run must not be. Collective."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        if isinstance(error, UserError):
+            self._failures += 1
+            if self._failures >= self._most_failures or last:
+                raise UserError(f"{self._failures} checkpoint(s) in a row could not be written ({error}): make room "
+                                "and go on from the last one by --resume auto")
+            if self._world.rank == 0:
+                print(f"warning: a checkpoint could not be written ({error}); training goes on, what was saved before "
+                      "stays", file=sys.stderr, flush=True)
+        elif error:
+            raise error
+        else:
+            self._failures = 0
+
+    def _write(self, files, meta):
+        """In the thread; the same on every rank but for the files."""
+        group, rank = self._world.background, self._world.rank
+        folder = self._folder / f"step-{meta['step']:08d}"
+        partial = folder.with_name(f".{folder.name}.partial")
+        try:
+            with _agreed(group):
+                if rank == 0:
+                    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+                    partial.mkdir(parents=True)
+            written = {}
+            with _agreed(group):
+                for name, tables in files.items():
+                    written[name] = _write(partial / name, tables)
+            files = {name: facts for of_rank in group.all_gather_object(written) for name, facts in of_rank.items()}
+            with _agreed(group):
+                if rank == 0:
+                    rows = checkpoint.rows_among(files)
+                    with open(partial / "meta.json", "w") as file:
+                        json.dump(meta | {"rows": rows, "files": files}, file, indent=1)
+                    _sync(partial / "meta.json")
+                    _sync(partial)
+                    if folder.exists():  # an earlier launch's, which was then resumed from an older one
+                        shutil.rmtree(folder)
+                    partial.rename(folder)
+                    _sync(self._folder)
+                    self._prune(folder)
+        except Exception as error:
+            self._error = error
+            if rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _prune(self, newest):
+        """Delete what is not to be kept, and what is of later steps: of a course given up by resuming from before."""
+        folders = checkpoint.folders(self._folder)
+        place = folders.index(newest)
+        earlier = folders[: place + 1]
+        best = max(earlier, key=lambda folder: checkpoint.top1_of(folder) or -1.0)  # of equal ones the first
+        kept = {*earlier[-self._keep :], *([best] if checkpoint.top1_of(best) is not None else [])}
+        for folder in folders:
+            if folder not in kept:
+                shutil.rmtree(folder)
+
+
+@contextmanager
+def _agreed(group):
+    """`Group.agreed` of the writing threads. Whatever goes wrong in one of them, safetensors' own errors included, the
+    others must hear of it, or they would wait for ever."""
+    with group.agreed():
+        try:
+            yield
+        except Exception as error:
+            raise OSError(" ".join(str(error).split()) or repr(error)) from error
+
+
+def _write(path, tensors):
+    """Facts of the file written: what of it is on the disk, not what was meant to be."""
+    save_file(tensors, path)
+    _sync(path)
+    return {"bytes": path.stat().st_size, "crc32": checkpoint.crc32(path)}
+
+
+def _sync(path):
+    """The file or folder is on the disk, not only in memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
