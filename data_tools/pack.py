@@ -354,13 +354,13 @@ class Skipped:
 
 
 class Progress:
-    """A bar where stderr is a terminal, otherwise a line every few seconds. total may be unknown."""
+    """A bar where stderr is a terminal, otherwise a line every few seconds. total, in `unit`, may be unknown."""
 
     line_seconds = 5
 
-    def __init__(self, what, total=None):
-        self.what, self.total, self.done, self._shown = what, total, 0, time.monotonic()
-        self._bar = tqdm(total=total, desc=what, unit=" images", unit_scale=True) if sys.stderr.isatty() else None
+    def __init__(self, what, total=None, unit="images"):
+        self.what, self.total, self.unit, self.done, self._shown = what, total, unit, 0, time.monotonic()
+        self._bar = tqdm(total=total, desc=what, unit=f" {unit}", unit_scale=True) if sys.stderr.isatty() else None
 
     def __enter__(self):
         return self
@@ -375,7 +375,7 @@ class Progress:
             self._bar.update(count)
         elif time.monotonic() - self._shown >= self.line_seconds:
             self._shown = time.monotonic()
-            note(f"{self.what}: {self.done}" + (f" of {self.total} images" if self.total else " images"))
+            note(f"{self.what}: {self.done:.0f}{f' of {self.total:.0f}' if self.total else ''} {self.unit}")
 
 
 def note(text):

@@ -33,6 +33,7 @@ from xc.optim import RowSGD
 from xc.schedule import Position
 
 _FORMAT, _VERSION = "xc-checkpoint", 3
+_MOST_META = 2**26  # characters of a meta.json, of which a file takes a hundred: it may come from anywhere
 _FOLDER = re.compile(r"step-(\d{8,})")
 _FILE = re.compile(r"[a-z]+(-\d+)*\.safetensors")
 _ROWS = re.compile(r"rows-(\d{12})-(\d{12})\.safetensors")
@@ -54,7 +55,7 @@ def files_of(state, world):
     """{file name: {name: tensor}} of what this rank writes."""
     head, files = state.head, state.exchange.files()
     if world.replicas.rank == 0 and len(head.shard):
-        files |= {_rows_name(head.shard.first, head.shard.last): dict(_row_tables(state))} | head.files()
+        files |= {rows_name(head.shard.first, head.shard.last): dict(_row_tables(state))} | head.files()
     if world.rank == 0:
         files["backbone.safetensors"] = state.backbone.state_dict()
         files["optimizer.safetensors"] = _momentum_by_name(state)
@@ -99,12 +100,25 @@ def check(folder, part=0, num_parts=1):
     part, num_parts: of the ranks that share the files; all look at all lengths.
     """
     for i, (name, facts) in enumerate(sorted(read_meta(folder)["files"].items())):
-        path = Path(folder) / name
+        if fault := fault_of(Path(folder) / name, facts, checksum=i % num_parts == part):
+            raise ValueError(fault)
+
+
+def fault_of(path, facts, checksum=True, progress=None):
+    """What is wrong with a file of a checkpoint, by its length or also its checksum; None where it is as written.
+
+    facts     {bytes, crc32} of `read_meta`
+    progress  called with every number of bytes read
+    """
+    try:
         if not path.is_file() or path.stat().st_size != facts["bytes"]:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "not there"
-            raise ValueError(f"checkpoint file {path} is damaged: it is {found}, it was {facts['bytes']} bytes")
-        if i % num_parts == part and crc32(path) != facts["crc32"]:
-            raise ValueError(f"checkpoint file {path} is damaged: its checksum is not that of what was written")
+            return f"checkpoint file {path} is damaged: it is {found}, it was {facts['bytes']} bytes"
+        if checksum and crc32(path, progress) != facts["crc32"]:
+            return f"checkpoint file {path} is damaged: its checksum is not that of what was written"
+    except OSError as error:
+        return f"checkpoint file {path} cannot be read: {error}"
+    return None
 
 
 def load(folder, state, identity):
@@ -126,7 +140,7 @@ def load(folder, state, identity):
             start, stop = max(first, head.shard.first), min(last, head.shard.last)
             if start >= stop:
                 continue
-            path = folder / _rows_name(first, last)
+            path = folder / rows_name(first, last)
             with safe_open(path, "pt") as file:
                 if "momentum" not in file.keys() and state.head_optimizer.momentum:
                     raise ValueError("it holds no momentum of the rows: go on with --head-momentum 0")
@@ -150,8 +164,12 @@ def read_meta(folder):
     """What meta.json of a checkpoint says; ValueError if it cannot be. `files`: {name: {bytes, crc32}}."""
     folder = Path(folder)
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-    except (OSError, ValueError) as e:
+        with open(folder / "meta.json", encoding="utf-8") as file:
+            text = file.read(_MOST_META + 1)
+        if len(text) > _MOST_META:
+            raise ValueError(f"its meta.json is larger than {_MOST_META} characters")
+        meta = json.loads(text)
+    except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"{folder} is not a checkpoint ({e}): name a folder RUN/checkpoints/step-...") from e
     if not isinstance(meta, dict) or (meta.get("format"), meta.get("version")) != (_FORMAT, _VERSION):
         raise ValueError(f"{folder} is not a checkpoint of format {_FORMAT}, version {_VERSION}: resume it with the "
@@ -164,20 +182,27 @@ def read_meta(folder):
     return meta
 
 
+def ranges_of(folder, meta):
+    """(first, last) of the files of class rows, ascending; ValueError where they do not cover all rows once."""
+    num_rows, rows = meta.get("num_rows"), meta.get("rows")
+    matches = [_ROWS.fullmatch(str(name)) for name in (rows if isinstance(rows, list) else ())]
+    ranges = sorted((int(m[1]), int(m[2])) for m in matches if m)
+    edges = [0, *(last for _, last in ranges)]
+    if (len(ranges) != len(matches) or [first for first, _ in ranges] + [num_rows] != edges
+            or not meta["files"].keys() >= {rows_name(*of_file) for of_file in ranges}):
+        raise ValueError(f"checkpoint {folder}: its files do not cover the class rows 0 to {num_rows} "
+                         "once: take another checkpoint")
+    return ranges
+
+
 def _fitting(folder, expected, state):
     """(position, ranges of the files of rows, numbers) of a checkpoint; ValueError if it is not as expected."""
-    num_rows, meta = state.head.num_rows, read_meta(folder)
+    meta = read_meta(folder)
     for name, here in expected.items():
         if meta.get(name) != here:
             raise ValueError(f"checkpoint {folder} has {name} {meta.get(name)}, this run {here}: resume with the "
                              "data and settings it was written with")
-    rows = meta.get("rows")
-    matches = [_ROWS.fullmatch(str(name)) for name in (rows if isinstance(rows, list) else ())]
-    ranges = sorted((int(m[1]), int(m[2])) for m in matches if m)
-    edges = [0, *(last for _, last in ranges)]
-    if len(ranges) != len(matches) or [first for first, _ in ranges] + [num_rows] != edges:
-        raise ValueError(f"checkpoint {folder}: its files do not cover the class rows 0 to {num_rows} "
-                         "once: take another checkpoint")
+    ranges = ranges_of(folder, meta)
     position = Position(*(meta.get(field.name) for field in fields(Position)))
     if not all(type(n) is int and n >= 0 for n in asdict(position).values()):
         raise ValueError(f"checkpoint {folder} names no position: take another checkpoint")
@@ -218,7 +243,8 @@ def folders(checkpoints):
     return sorted((f for f in checkpoints.glob("step-*") if _FOLDER.fullmatch(f.name)), key=lambda f: int(f.name[5:]))
 
 
-def _rows_name(first, last):
+def rows_name(first, last):
+    """Name of the file of the class rows first ... last - 1."""
     return f"rows-{first:012d}-{last:012d}.safetensors"
 
 
@@ -242,13 +268,20 @@ def _set_momentum_by_name(state, momentum):
         state.body_optimizer.state[parameters[name]]["momentum_buffer"] = buffer.to(parameters[name])
 
 
-def crc32(path):
-    """zlib.crc32 of a file."""
+def crc32(path, progress=None):
+    """zlib.crc32 of a file. progress: called with every number of bytes read."""
     crc = 0
     with open(path, "rb") as file:
         while piece := file.read(2**22):
             crc = zlib.crc32(piece, crc)
+            if progress:
+                progress(len(piece))
     return crc
+
+
+def best_of(folders):
+    """The checkpoint of the highest top-1, of equal ones the first; None where none was evaluated."""
+    return max((folder for folder in folders if top1_of(folder) is not None), key=top1_of, default=None)
 
 
 def top1_of(folder):

@@ -80,12 +80,12 @@ class Saver:
                     rows = checkpoint.rows_among(files)
                     with open(partial / "meta.json", "w") as file:
                         json.dump(meta | {"rows": rows, "files": files}, file, indent=1)
-                    _sync(partial / "meta.json")
-                    _sync(partial)
+                    sync(partial / "meta.json")
+                    sync(partial)
                     if folder.exists():  # an earlier launch's, which was then resumed from an older one
                         shutil.rmtree(folder)
                     partial.rename(folder)
-                    _sync(self._folder)
+                    sync(self._folder)
                     self._prune(folder)
         except Exception as error:
             self._error = error
@@ -95,10 +95,8 @@ class Saver:
     def _prune(self, newest):
         """Delete what is not to be kept, and what is of later steps: of a course given up by resuming from before."""
         folders = checkpoint.folders(self._folder)
-        place = folders.index(newest)
-        earlier = folders[: place + 1]
-        best = max(earlier, key=lambda folder: checkpoint.top1_of(folder) or -1.0)  # of equal ones the first
-        kept = {*earlier[-self._keep :], *([best] if checkpoint.top1_of(best) is not None else [])}
+        earlier = folders[: folders.index(newest) + 1]
+        kept = {*earlier[-self._keep :], checkpoint.best_of(earlier)}
         for folder in folders:
             if folder not in kept:
                 shutil.rmtree(folder)
@@ -118,11 +116,16 @@ def _agreed(group):
 def _write(path, tensors):
     """Facts of the file written: what of it is on the disk, not what was meant to be."""
     save_file(tensors, path)
-    _sync(path)
+    return facts_of(path)
+
+
+def facts_of(path):
+    """{bytes, crc32} of a file as meta.json has them, once it is on the disk."""
+    sync(path)
     return {"bytes": path.stat().st_size, "crc32": checkpoint.crc32(path)}
 
 
-def _sync(path):
+def sync(path):
     """The file or folder is on the disk, not only in memory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

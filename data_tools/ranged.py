@@ -1,0 +1,132 @@
+"""What a checkpoint keeps in one file for each range of class rows: rows, their momentum, an index, the KNN graph.
+
+A table of rows, (S, …) in the file of S classes, can be read for any range of classes. The edges of the graph are
+kept by the shard in which they end, for all classes (xc/knn_graph.py), so another cut deals them out anew.
+"""
+
+import re
+
+import numpy as np
+
+from data_tools.tensor_file import TensorFile
+from xc.shard import Shard
+
+_RANGED = re.compile(r"([a-z]+)-(\d{12})-(\d{12})\.safetensors")
+_EDGES = 2**20  # in memory at a time
+_INT32 = 2**31
+
+
+def kinds_among(names):
+    """{kind: [(first, last), …] ascending} of the file names that are of a range of rows; kind: rows, neighbors, …"""
+    kinds = {}
+    for match in filter(None, map(_RANGED.fullmatch, names)):
+        kinds.setdefault(match[1], []).append((int(match[2]), int(match[3])))
+    return {kind: sorted(ranges) for kind, ranges in kinds.items()}
+
+
+def name_of(kind, first, last):
+    return f"{kind}-{first:012d}-{last:012d}.safetensors"
+
+
+class Ranged:
+    """All files of one kind. ValueError where they are broken or do not cover the rows 0 … num_rows - 1 once."""
+
+    def __init__(self, folder, kind, ranges, num_rows):
+        if [first for first, _ in ranges] + [num_rows] != [0, *(last for _, last in ranges)]:
+            raise ValueError(f"checkpoint {folder}: its files of {kind} do not cover the class rows 0 to {num_rows} "
+                             "once: take another checkpoint")
+        self.files = [(Shard(*of_file), TensorFile(folder / name_of(kind, *of_file))) for of_file in ranges]
+        self.first_file = self.files[0][1]
+
+    def table(self, name):
+        """(dtype, shape of a row) of a table of rows, the same in all files."""
+        dtype, (_, *row) = self.first_file.dtype(name), self.first_file.shape(name) or (0,)
+        for shard, file in self.files:
+            if (file.dtype(name), file.shape(name)) != (dtype, (len(shard), *row)):
+                raise ValueError(f"checkpoint file {file.path} cannot be used: {name} is {file.dtype(name)} "
+                                 f"{file.shape(name)}, not {dtype} {(len(shard), *row)}")
+        return dtype, row
+
+    def rows(self, name, first, last):
+        """Rows first … last - 1 of a table, whichever files they lie in, as pieces of bytes."""
+        for shard, file in self.files:
+            start, stop = max(first, shard.first), min(last, shard.last)
+            if start < stop:
+                yield from file.rows(name, start - shard.first, stop - shard.first)
+
+    def tensor(self, name, first, last):
+        """(dtype, shape, pieces) of these rows, as `tensor_file.write` takes it."""
+        dtype, row = self.table(name)
+        return dtype, (last - first, *row), self.rows(name, first, last)
+
+    def tensors(self, first, last):
+        """All tables for the file of another range."""
+        return {name: self.tensor(name, first, last) for name in self.first_file}
+
+
+class Graph(Ranged):
+    """The files of a KNN graph."""
+
+    def __init__(self, folder, kind, ranges, num_rows):
+        super().__init__(folder, kind, ranges, num_rows)
+        self._num_rows = num_rows
+        shapes = {tuple(file.array("shape", 0, 5).tolist()[2:]) for _, file in self.files}
+        num_classes, self._num_neighbors, self._probes = shapes.pop()
+        if shapes or num_classes != num_rows or not 0 < self._num_neighbors < num_rows:
+            raise ValueError(f"checkpoint {folder}: its files of neighbours are not of one graph of {num_rows} "
+                             "classes: take another checkpoint")
+        for _, file in self.files:
+            if not (file.shape("offsets") == (num_rows + 1,) and len(file.shape("neighbors")) == 1
+                    and file.shape("neighbors") == file.shape("places")):
+                raise self._misfit(file)
+
+    @staticmethod
+    def _misfit(file):
+        return ValueError(f"checkpoint file {file.path} cannot be used: its edges do not fit its shape")
+
+    def tensors(self, first, last):
+        shard, file = Shard(first, last), self.first_file
+        total = sum(len(places) for *_, places in self._blocks(shard))
+        shape = np.array([first, last, self._num_rows, self._num_neighbors, self._probes], "<i8")
+        kind, width = ("I32", "<i4") if total < _INT32 else ("I64", "<i8")
+        same = {name: file.tensor(name) for name in ("recall", "centroids") if name in file}
+        by_row = {name: self.tensor(name, first, last) for name in ("codes", "cells") if name in file}
+        return {**same, **by_row, "shape": ("I64", (5,), [shape.tobytes()]),
+                "offsets": (kind, (self._num_rows + 1,), self._offsets(shard, width)),
+                "neighbors": ("I32", (total,), (found.astype("<i4").tobytes() for _, found, _ in self._blocks(shard))),
+                "places": (file.dtype("places"), (total,), (found.tobytes() for *_, found in self._blocks(shard)))}
+
+    def _offsets(self, shard, width):
+        end = np.zeros(1, np.int64)
+        yield end.astype(width).tobytes()
+        for counts, _, _ in self._blocks(shard):
+            ends = end[-1] + counts.cumsum()
+            yield ends.astype(width).tobytes()
+            end = ends
+
+    def _blocks(self, shard):
+        """Numbers of the edges of some classes after the others that end in a shard; their local ids and places."""
+        size = max(1, _EDGES // self._num_neighbors)
+        for first in range(0, self._num_rows, size):
+            yield self._edges(shard, first, min(first + size, self._num_rows))
+
+    def _edges(self, shard, first, last):
+        classes, neighbors, places = [], [], []
+        for of_file, file in self.files:
+            if of_file.last <= shard.first or of_file.first >= shard.last:
+                continue
+            offsets = file.array("offsets", first, last + 1).astype(np.int64)
+            counts = np.diff(offsets)
+            if counts.min() < 0 or counts.max() > self._num_neighbors:
+                raise self._misfit(file)
+            ends = file.array("neighbors", offsets[0], offsets[-1]).astype(np.int64) + of_file.first
+            of_edges = file.array("places", offsets[0], offsets[-1])
+            if not of_file.owns(ends).all() or not ((0 <= of_edges) & (of_edges < self._num_neighbors)).all():
+                raise self._misfit(file)
+            here = shard.owns(ends)
+            classes.append(np.repeat(np.arange(last - first), counts)[here])
+            neighbors.append(ends[here] - shard.first)
+            places.append(of_edges[here])
+        classes, neighbors, places = map(np.concatenate, (classes, neighbors, places))
+        order = np.argsort(classes * self._num_neighbors + places)  # of a class the nearest first
+        return np.bincount(classes, minlength=last - first), neighbors[order], places[order]
