@@ -164,6 +164,7 @@ def merge(folder, out):
 
 def reshard(folder, out, num_files):
     meta = whole(folder)
+    class_rows(folder, meta)
     num_rows, kinds = meta["num_rows"], ranged.kinds_among(meta["files"])
     if num_files > num_rows:
         raise ValueError(f"--files {num_files} is more than the {num_rows} class rows: take at most so many")

@@ -37,6 +37,10 @@ class Ranged:
                              "once: take another checkpoint")
         self.files = [(Shard(*of_file), TensorFile(folder / name_of(kind, *of_file))) for of_file in ranges]
         self.first_file = self.files[0][1]
+        for _, file in self.files:
+            if set(file) != set(self.first_file):
+                raise ValueError(f"checkpoint file {file.path} cannot be used: it holds {', '.join(file)}, the first "
+                                 f"one {', '.join(self.first_file)}")
 
     def table(self, name):
         """(dtype, shape of a row) of a table of rows, the same in all files."""

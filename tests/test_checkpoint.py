@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from tests.worlds import run_ranks
 from xc import backbone as backbones
-from xc import checkpoint
+from xc import checkpoint, data
 from xc import saver as savers
-from xc.config import UserError
+from xc.config import Config, UserError
 from xc.exchange import AllReduce
 from xc.heads import HEADS
 from xc.noise_scale import NoiseScale
 from xc.optim import RowSGD
-from xc.schedule import Position
+from xc.schedule import Position, Schedule
 from xc.world import World
 
 C, D = 10, 4
@@ -103,6 +103,46 @@ def test_any_world_reads_any_worlds(writers, width, head, tmp_path):
     folder = checkpoint.to_resume("auto", tmp_path, World())
     for readers, reader_width in GRIDS:
         assert_holds_what_was_saved(folder, readers, reader_width, head)
+
+
+@pytest.mark.parametrize("batch, most", [(13, 13), (13, 52), (30, 60)])
+@pytest.mark.parametrize("worlds", [(1, 4, 2), (3, 2, 4), (4, 1, 3), (2, 2, 2)])
+def test_every_example_is_seen_once_an_epoch_whoever_goes_on(worlds, batch, most, tiny_packs, tmp_path):
+    """From one world to another in the midst of an epoch, twice; also while the batch grows."""
+    cfg = Config(data=str(tiny_packs), out="x", epochs=5.0, global_batch=batch, warmup="0.5epochs", augment=0.0,
+                 **({"schedule": "fccs", "max_batch": most, "hold": "10%"} if most > batch else {}))
+    split = data.open_splits(cfg)["train"]
+    record_of = {image.numpy().tobytes(): record for record, image in enumerate(split.examples(range(len(split)))[0])}
+    assert len(record_of) == len(split) == 120
+
+    def part(world, num_steps):
+        """Some steps from the last checkpoint on: the records that this rank was given, by micro-batch."""
+        schedule, state, position = Schedule.of(cfg, len(split), world.size), state_of(world, seed=1), Position()
+        if folder := checkpoint.to_resume("auto", tmp_path, world):
+            position = schedule.resume(checkpoint.load(folder, state, IDENTITY))
+        queue, given = data.Loader(split, cfg, world).train(position.examples, schedule.examples, batch), []
+        last = position.step + num_steps
+        while position.examples < schedule.examples and position.step < last:
+            now = schedule.at(position)
+            given += [[record_of[image.numpy().tobytes()] for image in images]
+                      for images, _ in queue.take(now.micro_batches)]
+            position = position.after(now)
+        saver = savers.Saver(tmp_path, world, IDENTITY, keep=1)
+        saver.save(state, position)
+        saver.finish(last=True)
+        return given, position
+
+    seen, places = [], []
+    for size, num_steps in zip(worlds, (7, 3, 1000), strict=True):
+        ranks = run_ranks(size, lambda world, num_steps=num_steps: part(world, num_steps))
+        for micro_batch in zip(*(given for given, _ in ranks), strict=True):
+            seen += [record for of_rank in micro_batch for record in of_rank]
+        places.append(ranks[0][1].examples)
+    assert places[0] % 120 and places[1] % 120 and places[2] == len(seen) >= 590
+    for first in range(0, len(seen), 120):
+        epoch = seen[first : first + 120]
+        assert len(set(epoch)) == len(epoch)
+    assert sorted(seen[:480]) == sorted([*range(120)] * 4)
 
 
 def test_newest_are_kept_and_found(tmp_path):
