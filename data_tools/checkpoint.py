@@ -131,7 +131,7 @@ def describe_run(run):
 def print_run(facts):
     for of_one in facts:
         text = f"{_position(of_one)}, {_mb(of_one)}" if "step" in of_one else ""
-        notes = [text] * bool(text) + ["the best"] * of_one["best"] + of_one["damaged"]
+        notes = [text] * bool(text) + ["the best evaluated"] * of_one["best"] + of_one["damaged"]
         print(f"{of_one['checkpoint']}: {', '.join(notes)}")
 
 

@@ -39,15 +39,16 @@ class Ranged:
         self.first_file = self.files[0][1]
         for _, file in self.files:
             if set(file) != set(self.first_file):
-                raise ValueError(f"checkpoint file {file.path} cannot be used: it holds {', '.join(file)}, the first "
-                                 f"one {', '.join(self.first_file)}")
+                other = min(set(file) ^ set(self.first_file))
+                raise ValueError(f"checkpoint file {file.path} cannot be used: it or the first one of its kind lacks "
+                                 f"{other[:80]!r}")
 
     def table(self, name):
         """(dtype, shape of a row) of a table of rows, the same in all files."""
         dtype, (_, *row) = self.first_file.dtype(name), self.first_file.shape(name) or (0,)
         for shard, file in self.files:
             if (file.dtype(name), file.shape(name)) != (dtype, (len(shard), *row)):
-                raise ValueError(f"checkpoint file {file.path} cannot be used: {name} is {file.dtype(name)} "
+                raise ValueError(f"checkpoint file {file.path} cannot be used: {name[:80]!r} is {file.dtype(name)} "
                                  f"{file.shape(name)}, not {dtype} {(len(shard), *row)}")
         return dtype, row
 
@@ -74,14 +75,14 @@ class Graph(Ranged):
     def __init__(self, folder, kind, ranges, num_rows):
         super().__init__(folder, kind, ranges, num_rows)
         self._num_rows = num_rows
-        shapes = {tuple(file.array("shape", 0, 5).tolist()[2:]) for _, file in self.files}
-        num_classes, self._num_neighbors, self._probes = shapes.pop()
-        if shapes or num_classes != num_rows or not 0 < self._num_neighbors < num_rows:
-            raise ValueError(f"checkpoint {folder}: its files of neighbours are not of one graph of {num_rows} "
-                             "classes: take another checkpoint")
-        for _, file in self.files:
-            if not (file.shape("offsets") == (num_rows + 1,) and len(file.shape("neighbors")) == 1
-                    and file.shape("neighbors") == file.shape("places")):
+        *_, self._num_neighbors, self._probes = self.first_file.array("shape", 0, 5).tolist()
+        if not 0 < self._num_neighbors < num_rows:
+            raise self._misfit(self.first_file)
+        for shard, file in self.files:
+            shape = [shard.first, shard.last, num_rows, self._num_neighbors, self._probes]
+            edges, places = file.shape("neighbors"), (file.dtype("places"), file.shape("places"))
+            if not (file.array("shape", 0, 5).tolist() == shape and file.shape("offsets") == (num_rows + 1,)
+                    and len(edges) == 1 and places == (self.first_file.dtype("places"), edges)):
                 raise self._misfit(file)
 
     @staticmethod

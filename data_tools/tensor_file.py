@@ -35,7 +35,8 @@ class TensorFile:
         self._begin = 8 + size
         for name, entry in self._header.items():
             if entry["dtype"] not in _ITEM_BYTES:
-                raise ValueError(f"checkpoint file {path} cannot be used: {name} has dtype {entry['dtype']}")
+                raise ValueError(f"checkpoint file {path} cannot be used: {name[:80]!r} has dtype "
+                                 f"{entry['dtype']}")
 
     def __contains__(self, name):
         return name in self._header
