@@ -55,7 +55,7 @@ def test_stopped_and_resumed_is_uninterrupted(ranks, stop, flags, tmp_path):
     assert files[0] == files[1]
     stopped, ended = (json.loads((tmp_path / "cut" / "checkpoints" / f"step-{step:08d}" / "meta.json").read_text())
                       for step in (stop, steps))
-    assert 0.3 < stopped["examples"] / stopped["num_records"] % 1 < 0.99
+    assert 0.1 < stopped["examples"] / stopped["num_records"] % 1 < 0.99
     if "fccs" in flags:
         lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
         batches = {line["step"]: line["global_batch"] for line in lines if "loss" in line}
