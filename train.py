@@ -81,7 +81,7 @@ def main():
     rollbacks = Rollbacks(cfg.max_rollbacks)
     watch = watchdog.Watchdog(world, cfg.stall_seconds)
     first = begun = logged = position
-    now = labels = features = None  # of the last step
+    now = labels = features = found = None  # of the last step, and of the last evaluation
 
     while True:
         # what the step before leaves to be done
@@ -90,7 +90,7 @@ def main():
             with world.traffic.uncounted():
                 stopped = stopping.asked() and not over
             log = position.step % cfg.log_steps == 0 or over
-            eval = test and schedule.due(position, cfg.eval_every)
+            eval = test and (schedule.due(position, cfg.eval_every) or over)
             save = schedule.due(position, cfg.save_every) or over or stopped
             if log or eval or save:
                 losses.look()
@@ -168,9 +168,9 @@ def main():
 
     # --- the result ---
     saver.finish(last=True)
-    result = evaluate(backbone, head, test.test(cfg.global_batch), world) if test else {"top1": None, "top5": None}
-    if test and position.step > first.step:
-        metrics.log(position, **result, train_seconds=timer.total, **head.audit(features, labels[: len(features)]))
+    if test and position == first:  # there was nothing left to train
+        found = evaluate(backbone, head, test.test(cfg.global_batch), world)
+    result = found or {"top1": None, "top5": None}
     watch.close()
     metrics.close()
     peak = world.everyone.all_reduce(torch.tensor(peak_rss_mb(), device=world.device), "max").item()

@@ -202,6 +202,21 @@ def test_training_goes_on_after_a_save_that_failed(error, tmp_path, monkeypatch,
     assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000004"]
 
 
+def test_what_is_no_number_is_not_saved(tmp_path, capsys):
+    """On whichever rank it is; what was saved before is there to go back to."""
+    def body(world):
+        saver, state = savers.Saver(tmp_path, world, IDENTITY, 2), state_of(world, seed=1)
+        saver.save(state, position(1))
+        if world.rank == 2:
+            state.head.weight[1, 2] = torch.nan
+        saver.save(state, position(2))
+        saver.finish()
+
+    run_ranks(3, body)
+    assert "weight of rows-000000000007-000000000010.safetensors is not finite" in capsys.readouterr().err
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
 def test_the_state_may_change_while_it_is_written(tmp_path, monkeypatch):
     begun, write = threading.Event(), savers._write
 
@@ -285,6 +300,8 @@ def spoil(folder, what):
             (folder / "backbone.safetensors").write_bytes(b"")
         case "no rows":
             rows.unlink()
+        case "stranger":
+            save_file({}, folder / "neighbors-000000000000-000000000010.safetensors")
 
 
 @pytest.mark.parametrize("what, text", [
@@ -293,6 +310,7 @@ def spoil(folder, what):
     ("rows are no list", "cover the class rows"),
     ("no momentum", "optimizer.safetensors"), ("other momentum", "optimizer.safetensors"),
     ("cut rows", "rows-000000000000"), ("cut backbone", "backbone.safetensors"), ("no rows", "rows-000000000000"),
+    ("stranger", "was written without neighbors-"),
 ])
 def test_a_broken_checkpoint_is_named(what, text, tmp_path):
     run_ranks(3, lambda w: save(w, tmp_path))

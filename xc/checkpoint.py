@@ -203,6 +203,9 @@ def _fitting(folder, expected, state):
             raise ValueError(f"checkpoint {folder} has {name} {meta.get(name)}, this run {here}: resume with the "
                              "data and settings it was written with")
     ranges = ranges_of(folder, meta)
+    strangers = {path.name for path in Path(folder).glob("*.safetensors")} - meta["files"].keys()
+    if strangers:
+        raise ValueError(f"checkpoint {folder} was written without {min(strangers)}: take that file away")
     position = Position(*(meta.get(field.name) for field in fields(Position)))
     if not all(type(n) is int and n >= 0 for n in asdict(position).values()):
         raise ValueError(f"checkpoint {folder} names no position: take another checkpoint")

@@ -8,6 +8,7 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from xc import checkpoint
@@ -73,6 +74,7 @@ class Saver:
             written = {}
             with _agreed(group):
                 for name, tables in files.items():
+                    _check_finite(name, tables)
                     written[name] = _write(partial / name, tables)
             files = {name: facts for of_rank in group.all_gather_object(written) for name, facts in of_rank.items()}
             with _agreed(group):
@@ -111,6 +113,13 @@ def _agreed(group):
             yield
         except Exception as error:
             raise OSError(" ".join(str(error).split()) or repr(error)) from error
+
+
+def _check_finite(name, tensors):
+    """An update may have spoiled what the last finite loss was computed from: that must not replace what is good."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"{key} of {name} is not finite")
 
 
 def _write(path, tensors):
