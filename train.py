@@ -2,6 +2,7 @@
 
     python train.py --data PACKS --out RUN                      one process
     horovodrun -np 4 python train.py --data PACKS --out RUN     four ranks; mpirun and srun --mpi=pmix do as well
+    python train.py --check                                     the doctor: what is wrong here, before a run
     python train.py --help                                      all flags
 
 The run, top to bottom. The last line on standard output is one JSON object.
@@ -19,7 +20,7 @@ import time
 import torch
 
 from xc import backbone as backbones
-from xc import checkpoint, config, data, heads, noise_scale, pipeline, run_folder, schedule_plot, watchdog
+from xc import checkpoint, config, data, doctor, heads, noise_scale, pipeline, run_folder, schedule_plot, watchdog
 from xc import exchange as exchanges
 from xc.evaluate import evaluate
 from xc.metrics import Metrics, Timer, peak_rss_mb
@@ -38,6 +39,8 @@ def main():
     start = time.perf_counter()
     cfg = config.parse()
     world = open_world(cfg.device, cfg.model_parallel_size)
+    if cfg.check:
+        raise Leave(*doctor.check(cfg, world))
     with world.agreed():
         if not cfg.schedule_plot:
             run_folder.check(cfg)

@@ -11,8 +11,8 @@ FLOORS = [
     {"collective", "data", "metrics", "ring_search", "timeline"},
     {"neighbors"},
     {"backbone", "exchange", "heads", "optim"},
-    {"checkpoint", "evaluate", "pipeline"},
-    {"rollback", "saver"},
+    {"checkpoint", "evaluate", "memory_plan", "pipeline"},
+    {"doctor", "rollback", "saver"},
 ]
 
 

@@ -88,6 +88,8 @@ class Config:
     fccs: str = _flag("cosine", "how the batch grows: by a cosine of time, or with the noise of the gradients",
                       ("cosine", "auto"))
     schedule_plot: str = _flag("", "a picture's name: draw learning rate and batch into it, and do nothing else")
+    check: int = _flag(0, "1, or no number: look at launch, network, run folder, data and memory of a run with these "
+                          "flags, and do nothing else; --data and --out may be left out", (0, 1))
     augment: float = _flag(1.0, "strength of shift, scale, rotation, blur and contrast; 0 switches them off")
 
     micro_batches: int = _flag(1, "parts of a step's batch: one is computed while another's features travel; 2 pay "
@@ -129,8 +131,8 @@ class Config:
             if isinstance(value := getattr(self, f.name), float) and not math.isfinite(value):
                 raise UserError(f"{_option(f.name)} {value} is not allowed: give a finite number")
         for name, ok, allowed in [
-            ("data", self.data, "give the folder of a pack, or synth:classes=..."),
-            ("out", self.out or self.schedule_plot, "give the run folder"),
+            ("data", self.data or self.check, "give the folder of a pack, or synth:classes=..."),
+            ("out", self.out or self.schedule_plot or self.check, "give the run folder"),
             ("feature_dim", 1 <= self.feature_dim <= 65536, "1 to 65536"),
             ("image_size", 8 <= self.image_size <= 4096, "8 to 4096 pixels"),
             ("scale", self.scale > 0, "above 0"),
@@ -232,6 +234,8 @@ def _parser():
         options = {"default": f.default, "help": f.metadata["help"], "choices": f.metadata["choices"]}
         if isinstance(f.default, tuple):
             parser.add_argument(_option(f.name), type=float, nargs="+", **options)
+        elif f.metadata["choices"] == (0, 1):
+            parser.add_argument(_option(f.name), type=int, nargs="?", const=1, **options)
         else:
             parser.add_argument(_option(f.name), type=type(f.default), **options)
     return parser

@@ -36,9 +36,8 @@ def create(cfg, world_size):
         "command": shlex.join(sys.argv),
         "ranks": world_size,
         "host": platform.node(),
-        "python": platform.python_version(),
         "commit": _commit(),
-        **{name: _version(name) for name in _PACKAGES},
+        **versions(),
     }
     replace_text(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")  # first: makes it a run's
     replace_text(out / "run.args", as_arguments(dataclasses.replace(cfg, resume="")))
@@ -57,6 +56,11 @@ def resume_command(cfg, world_size):
     """A shell command that goes on with the run."""
     launcher = [] if world_size == 1 else ["horovodrun", "-np", str(world_size)]
     return shlex.join([*launcher, sys.executable, sys.argv[0], f"@{Path(cfg.out) / 'run.args'}", "--resume", "auto"])
+
+
+def versions():
+    """{name: version} of Python and the packages that a result depends on, None for one that is not there."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
 
 
 def _version(package):

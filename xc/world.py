@@ -44,6 +44,11 @@ def _launched_size():
     return next((int(os.environ[v]) for v in _SIZE_VARIABLES if v in os.environ), None)
 
 
+# By which people mend ranks that are slow or do not meet.
+_SETTINGS = ("OMP_NUM_THREADS", "OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_btl_tcp_if_exclude", "OMPI_MCA_btl_tcp_links",
+             "OMPI_MCA_btl", "OMPI_MCA_pml")
+
+
 def _launched_by_gloo():
     return os.environ.get("HOROVOD_CONTROLLER") == "gloo"
 
@@ -164,6 +169,23 @@ class World:
     def abort(self, code):
         """End all ranks at once, from whichever thread."""
         os._exit(code)
+
+    def facts(self):
+        """{name: value}: this process's host, and what of its environment decides how ranks meet."""
+        return {"host": _host_name(), "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ}}
+
+    def libraries(self):
+        """{name: value}: what MPI and Horovod are here. ImportError where they cannot be loaded."""
+        import mpi4py
+
+        mpi4py.rc.initialize = False  # which has been done where there are ranks
+        import horovod.torch as hvd
+        from mpi4py import MPI
+
+        levels = {getattr(MPI, f"THREAD_{name}"): name for name in ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")}
+        return {"mpi": MPI.Get_library_version().split(",")[0].strip(),
+                "thread_level": levels[MPI.Query_thread()] if MPI.Is_initialized() else None,
+                "horovod": [name for name in ("mpi", "gloo", "nccl", "ccl") if getattr(hvd, f"{name}_built")()]}
 
 
 class MpiGroup(Group):

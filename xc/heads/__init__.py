@@ -12,11 +12,16 @@ from xc.heads.selective import SelectiveHead
 HEADS = {"full": Head, "knn": KnnHead, "sampled": SampledHead, "selective": SelectiveHead, "mach": MachHead}
 
 
+def named(name):
+    """The class of the head of that name; UserError where there is none."""
+    if name not in HEADS:
+        raise UserError(f"--head {name} is not known: {', '.join(HEADS)}")
+    return HEADS[name]
+
+
 def build(cfg, num_classes, world):
     """The head that a Config asks for; UserError where there is none of that name, or its settings do not fit."""
-    if cfg.head not in HEADS:
-        raise UserError(f"--head {cfg.head} is not known: {', '.join(HEADS)}")
-    head = HEADS[cfg.head]
+    head = named(cfg.head)
     idle = {flag for other in HEADS.values() for flag in other.flags} - set(head.flags)
     if world.rank == 0:
         for flag in sorted(flag for flag in idle if getattr(cfg, flag) != getattr(Config, flag)):
