@@ -341,7 +341,7 @@ def memory(report, cfg, world, facts, examples):
     """Whether what a run keeps fits the memory of the rank that has least; returns the Plan."""
     on_cpu = world.device.type == "cpu"
     seen = of_first(world, lambda: Network.of(cfg, examples.input_shape))
-    on_host = min(of_rank["memory"] / len(ranks) for ranks in by_host(facts).values() for of_rank in ranks)
+    on_host = min(of_rank["memory"] / len(group) for group in by_host(facts).values() for of_rank in group)
     on_gpu = 0 if on_cpu else min(of_rank["gpu"]["free"] / _sharing(of_rank, facts) for of_rank in facts)
 
     def planned(cfg, num_ranks):

@@ -15,7 +15,8 @@ from xc import heads
 from xc.shard import Shard
 from xc.world import World
 
-ON_HOST = ("batches", "checkpoint copy")  # parts that lie in host memory where the others are on a GPU
+ON_HOST = ("batches", "checkpoint copy", "libraries")  # parts that lie in host memory where the others are on a GPU
+_LIBRARIES = 150 * 2**20  # what torch imports for its optimizers (80 MiB), and what allocators of threads hold
 _SEARCH_BYTES = 2**27  # of the rows of a block that a graph is searched for
 _EDGE_BYTES = 112  # of temporaries for each edge of such a block
 
@@ -83,13 +84,13 @@ class Plan:
         under_way = min(3, taken)  # forward pass, softmax, backward pass
         parts = {
             "backbone": backbone, "its gradients": network.parameters, "its momentum": momentum,
-            "residuals": 2 * sparse, "activations": under_way * mine * network.activations,
+            "residuals": 2 * sparse, "activations": (2 * under_way + 1) * mine * network.activations // 2,
             "class rows": head.table, "their momentum": head.momentum, "their gradients": head.gradients(most_rounds),
             "logits and active rows": head.logits(group, on_cpu), "graph": head.graph, "index": head.index,
             "building it": head.building, "features": 6 * under_way * group * cfg.feature_dim * 4,
             "batches": (taken + max(taken, cfg.prefetch) + 4 * cfg.loader_threads) * mine * network.example
                        + 8 * num_records,
-            "checkpoint copy": head.saved + 2 * sparse + backbone + momentum,
+            "checkpoint copy": head.saved + 2 * sparse + backbone + momentum, "libraries": _LIBRARIES,
         }
         on_disk = head.num_shards * head.saved + 2 * num_ranks * sparse + backbone + momentum
         return cls({name: size for name, size in parts.items() if size}, on_disk)
@@ -144,11 +145,11 @@ class _Head:
     @property
     def graph(self):
         """What is kept between two builds; --graph-angle keeps what the rows were, too."""
-        edges = self.num_classes * self.num_neighbors / self.num_shards
+        edges = -(-self.num_classes * self.num_neighbors // self.num_shards)
         if not edges:
             return 0
         offsets = (4 if edges < 2**31 else 8) * (self.num_classes + 1)
-        return offsets + int(edges * (5 if self.num_neighbors <= 256 else 6)) + self._codes * bool(self.cfg.graph_angle)
+        return offsets + edges * (5 if self.num_neighbors <= 256 else 6) + self._codes * bool(self.cfg.graph_angle)
 
     @property
     def _codes(self):
