@@ -107,7 +107,7 @@ def of_all(world, look):
     for rank, error in enumerate(errors):
         if error is not None:
             raise UserError(error if len(set(errors)) == 1 else f"rank {rank}: {error}")
-    return found
+    return list(found)
 
 
 def of_first(world, look):
