@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests.launch import horovodrun, mpirun, run
 from tests.worlds import run_ranks
 from xc import doctor
 from xc.config import Config, UserError, as_arguments, parse
+from xc.memory_plan import ON_HOST
 from xc.metrics import peak_rss_mb
 from xc.world import World
 
@@ -117,15 +119,14 @@ def namespaces():
 
 @pytest.mark.mpi
 @pytest.mark.skipif(not namespaces(), reason="needs root, to mount")
-@pytest.mark.parametrize("options, text", [
-    ("rw", "rank 1 does not see what rank 0 writes"), ("ro", "rank 1 does not see what rank 0 writes")])
-def test_a_folder_that_is_not_shared(options, text, tmp_path):
+def test_a_folder_that_is_not_shared(tmp_path):
     """Rank 1 has another file system there, as on a host of its own."""
     own = [sys.executable, "train.py", *DATA, "--out", tmp_path / "run", "--check"]
-    there = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs -o {options} none "$0" && exec "$@"', tmp_path]
+    there = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', tmp_path]
     process = run("mpirun", "--oversubscribe", "-np", 1, *own, ":", "-np", 1, *there, *own, expect=2)
     (state, found), = findings(process)["run folder"]
-    assert state == "wrong" and text in found and "all hosts share" in found and not list(tmp_path.iterdir())
+    assert state == "wrong" and "rank 1 does not see what rank 0 writes" in found and "all hosts share" in found
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.mpi
@@ -265,6 +266,52 @@ def test_memory_of_a_cgroup(tmp_path):
     assert left(1000) == 340 and left("max") is None
     assert doctor._left_in(tmp_path, "memory.max", "memory.current", "inactive_file") is None
     assert 2**26 < doctor.memory_available() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+EXAMPLES = doctor.Examples(100_000, 10**6, (16,), 0, 1, "")
+
+
+def planned(cfg, memory, device="cpu", gpu=None):
+    """(Plan, state, text) of two ranks of a host with so much memory free."""
+    world = World()
+    world.size, world.device = 2, torch.device(device)
+    report, facts = doctor.Report(), facts_of(memory=memory, taken=0, device=device, gpu=gpu)
+    plan = doctor.memory(report, cfg, world, [facts, facts], EXAMPLES)
+    (state, _, value, remedy), = report.findings
+    return plan, state, f"{value} -> {remedy}"
+
+
+def test_memory_against_the_plan():
+    cfg = Config("d", "o", head_momentum=0.9, feature_dim=1024)
+    plan, state, text = planned(cfg, 2**50)
+    assert state == "ok" and all(size < 0.01 * plan.total or name in text for name, size in plan.parts.items())
+    assert planned(cfg, 2 * plan.total / 0.95)[1] == "warning"
+    # what is proposed does fit, and what is not does not
+    proposed = {"--head-momentum 0": {"head_momentum": 0.0}, "--row-dtype bfloat16": {"row_dtype": "bfloat16"},
+                "--head knn --active-classes 0.1": {"head": "knn", "active_classes": 0.1},
+                "--micro-batches 2": {"micro_batches": 2}}
+    seen = set()
+    for share in 0.95, 0.8, 0.6, 0.3:
+        memory = share * 2 * plan.total
+        _, state, text = planned(cfg, memory)
+        assert state == "wrong" and "does not fit" in text
+        for flags, change in proposed.items():
+            fits = planned(replace(cfg, **change), memory)[1] == "ok"
+            assert fits == (flags in text), (share, flags)
+            seen.add((flags, fits))
+    assert {fits for flags, fits in seen if "momentum" in flags} == {True, False}
+
+
+def test_memory_of_a_gpu_is_not_the_hosts():
+    cfg = Config("d", "o")
+    gpu = {"count": 1, "name": "G", "free": 2**40, "index": 0}  # for both ranks
+    plan, state, _ = planned(cfg, 2**40, "cuda", gpu)
+    on_host = sum(plan.parts[part] for part in ON_HOST)
+    assert state == "ok" and plan.parts["checkpoint copy"] < on_host < plan.total
+    there = plan.total - on_host
+    assert planned(cfg, 2.5 * on_host, "cuda", gpu | {"free": 2.5 * there})[1] == "ok"
+    assert planned(cfg, 1.5 * on_host, "cuda", gpu)[1] == "wrong"
+    assert planned(cfg, 2**40, "cuda", gpu | {"free": 1.5 * there})[1] == "wrong"
 
 
 def test_a_plan_allocates_nothing():

@@ -34,7 +34,6 @@ _CLOCK_SECONDS = 1.0
 _WRITTEN = 64 * _MIB
 _RECORDS = 256  # read by one thread
 _FULL = 0.9  # share of the free memory above which others, and what is lost between blocks, decide
-_MOST_RANKS = 4096  # that are proposed
 
 
 class Report:
@@ -374,22 +373,22 @@ def _sharing(of_rank, facts):
 
 
 def _that_fit(cfg, num_ranks, fits):
-    """Changes of which each alone makes a plan fit."""
-    changes = [("--head-momentum 0", {"head_momentum": 0.0}), ("--row-dtype bfloat16", {"row_dtype": "bfloat16"}),
-               ("--head knn --active-classes 0.1", {"head": "knn", "active_classes": 0.1}),
-               *((f"--micro-batches {n}", {"micro_batches": n}) for n in (2, 4, 8, 16) if n > cfg.micro_batches)]
-    found = []
-    for flags, change in changes:
+    """Changes of which each alone makes a plan fit, as text."""
+    def will_do(num_ranks=num_ranks, **change):
         try:
-            if "micro" not in "".join(found) and fits(replace(cfg, **change), num_ranks):
-                found.append(flags)
-        except UserError:
-            pass  # that does not go with the other flags
-    more = num_ranks
-    while (more := 2 * more) <= _MOST_RANKS:
-        if fits(replace(cfg, model_parallel_size=0, global_batch=max(cfg.global_batch, more)), more):
-            found.append(f"{more} ranks, no more on a host than here")
-            break
+            return fits(replace(cfg, **change), num_ranks)
+        except UserError:  # that does not go with the other flags
+            return False
+
+    found = [flags for flags, change in [
+        ("--head-momentum 0", {"head_momentum": 0.0}), ("--row-dtype bfloat16", {"row_dtype": "bfloat16"}),
+        ("--head knn --active-classes 0.1", {"head": "knn", "active_classes": 0.1})] if will_do(**change)]
+    parts = (cfg.micro_batches * 2**i for i in range(1, 6))
+    found += [f"--micro-batches {n}" for n in parts if will_do(micro_batches=n)][:1]
+    more = (num_ranks * 2**i for i in range(1, 13))
+    one_copy = {"model_parallel_size": 0}
+    found += [f"{n} ranks, no more on a host than here" + " and --model-parallel-size 0" * bool(cfg.model_parallel_size)
+              for n in more if will_do(n, **one_copy, global_batch=max(cfg.global_batch, n))][:1]
     return found
 
 
@@ -409,11 +408,11 @@ def memory_available():
         for folder in (group, *group.parents):
             if folder.is_relative_to(root):
                 free.append(_left_in(folder, limit, used, cache))
-    return min(size for size in free if size is not None)
+    return max(1, min(size for size in free if size is not None))
 
 
 def _left_in(group, limit, used, cache):
-    """Bytes that a cgroup may still take; what it has of cached files is given up for that. None without a limit."""
+    """Bytes that a cgroup may still take, cached files being given up for that. None without a limit."""
     try:
         stats = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return int((group / limit).read_text()) - int((group / used).read_text()) + int(stats.get(cache, 0))
@@ -426,7 +425,7 @@ def folder(report, cfg, world, plan):
     place = Path(of_first(world, lambda: _make_place(cfg)))
     try:
         problems = of_all(world, lambda: _try_place(place, world.rank))
-        free, rate, unseen = of_first(world, lambda: _measure_place(place, world.size))
+        free, kept, rate, unseen = of_first(world, lambda: _measure_place(place, world.size, Path(cfg.out)))
     finally:
         if world.rank == 0:
             shutil.rmtree(place, ignore_errors=True)
@@ -436,7 +435,6 @@ def folder(report, cfg, world, plan):
     report.judge("run folder", value, _shown(problems), "take a folder on a file system that all hosts share, and may "
                  "write to", "wrong")
     if plan:
-        kept = sum(file.stat().st_size for file in Path(cfg.out).glob("checkpoints/*/*"))
         count = cfg.keep + 2  # the best one, and one that is being written
         value = f"{count} of {_size(plan.on_disk)} at most, {plan.on_disk / rate:,.1f} s each if one rank wrote all"
         report.judge("checkpoints", value, count * plan.on_disk > free + kept and f"more than the {_size(free)} free",
@@ -468,8 +466,9 @@ def _try_place(place, rank):
     return ""
 
 
-def _measure_place(place, size):
-    """(bytes free, bytes per second that reach the disk, ranks whose files are not seen here)."""
+def _measure_place(place, size, out):
+    """(bytes free, bytes of checkpoints that are there, bytes per second that reach the disk, ranks of which no file is
+    seen here)."""
     block = secrets.token_bytes(_MIB)  # that no file system makes small
     start = time.perf_counter()
     with open(place / "speed", "wb") as file:
@@ -478,7 +477,9 @@ def _measure_place(place, size):
         file.flush()
         os.fsync(file.fileno())
     rate = _WRITTEN / (time.perf_counter() - start)
-    return shutil.disk_usage(place).free + _WRITTEN, rate, [r for r in range(size) if not (place / f"{r}").exists()]
+    kept = sum(file.stat().st_size for file in out.glob("checkpoints/*/*"))
+    unseen = [rank for rank in range(size) if not (place / f"{rank}").exists()]
+    return shutil.disk_usage(place).free + _WRITTEN, kept, rate, unseen
 
 
 def _addresses():
