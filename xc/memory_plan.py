@@ -4,8 +4,8 @@ Class rows, their momentum and the graph are exact; the other parts follow what 
 building a graph or an index, and of a backward pass, what measurements showed. The parts need not all be there at
 one moment, so their sum is a bound rather than an estimate: in the eight short runs on CPUs to which its constants
 were fitted (400 to 1,460 MiB; all heads, a ResNet-18 whole and in micro-batches with DGC) it was 2 to 10 % above the
-peak, 20 to 25 % for selective and mach, 36 % for knn with an approximate graph; in one more that was not among them
-(500,000 x 96 full with momentum) 5 %. On a GPU it was not compared.
+peak, 20 to 25 % for selective and mach, 36 % for knn with an approximate graph; in two that were not among them 5 %
+(full, 500,000 x 96, with momentum) and 27 % (a ResNet-34). On a GPU it was not compared.
 """
 
 import math
