@@ -1,0 +1,133 @@
+# Read by the templates: the environment of a job, its launcher and its logs, and how training goes on until it is complete.
+# shellcheck shell=bash
+set -euo pipefail
+
+# shellcheck source=slurm/cluster.sh
+. slurm/cluster.sh
+
+stop() { echo "error: $*" >&2; exit 2; }
+
+# --- the environment ---
+if [ -n "$XC_MODULES" ]; then
+    set +u  # the module command of many sites reads variables that are not set
+    # shellcheck disable=SC1091
+    type module >/dev/null 2>&1 || . /etc/profile
+    # shellcheck disable=SC2086
+    module load $XC_MODULES
+    set -u
+fi
+export PATH="$PWD/.venv/bin:$PATH" PYTHONUNBUFFERED=1
+unset PYTHONPATH  # modules may set it, and their packages would hide the pinned ones
+export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}  # the one rule for threads: as many as a rank has cores
+export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle:-1}
+export OMPI_MCA_hwloc_base_binding_policy=${OMPI_MCA_hwloc_base_binding_policy:-none}  # a rank has more than one thread
+if [ -n "$XC_INTERFACE" ]; then
+    export OMPI_MCA_btl_tcp_if_include=$XC_INTERFACE OMPI_MCA_oob_tcp_if_include=$XC_INTERFACE
+    export NCCL_SOCKET_IFNAME=$XC_INTERFACE
+fi
+[ -z "$XC_SCRATCH" ] || export TMPDIR=$XC_SCRATCH
+
+# --- the job ---
+id=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
+export XC_LOGS=slurm/logs/$SLURM_JOB_NAME-$id  # rank-0.log and so on, by slurm/rank.sh
+mkdir -p "$XC_LOGS"
+
+# --- the launcher: as many ranks as tasks were asked for, or one on each node ---
+# All GPUs of a node are visible to all of its ranks (no --gpus-per-task): train.py takes that of its local rank.
+ranks=${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES}
+
+srun_has_mpi() {
+    local found='from mpi4py import MPI; raise SystemExit(MPI.COMM_WORLD.size != 2)'
+    timeout 60 srun --mpi="$XC_SRUN_MPI" --nodes=1 --ntasks=2 --overcommit python -c "$found" >/dev/null 2>&1
+}
+
+if [ "$XC_LAUNCHER" = auto ]; then
+    if srun_has_mpi; then XC_LAUNCHER=srun; else XC_LAUNCHER=mpirun; fi
+fi
+case $XC_LAUNCHER in
+    srun)
+        # Slurm does not hand the cores of a task on to srun by itself.
+        launch=(srun --mpi="$XC_SRUN_MPI" --ntasks="$ranks" --cpus-per-task="$OMP_NUM_THREADS" --kill-on-bad-exit=1)
+        [ -n "${SLURM_NTASKS:-}" ] || launch+=(--ntasks-per-node=1) ;;
+    mpirun)
+        launch=(mpirun -np "$ranks")
+        [ -n "${SLURM_NTASKS:-}" ] || launch+=(--map-by ppr:1:node) ;;
+    horovodrun)
+        [ "$SLURM_JOB_NUM_NODES" = 1 ] ||
+            stop "XC_LAUNCHER=horovodrun is for one node, since it goes to others by ssh: take srun or mpirun"
+        # It becomes a shell that waits for mpirun and would die of USR1.
+        launch=(bash -c 'trap "" USR1; exec "$@"' - horovodrun -np "$ranks" -H "localhost:$ranks") ;;
+    *) stop "XC_LAUNCHER=$XC_LAUNCHER is not known: take srun, mpirun, horovodrun or auto" ;;
+esac
+launch+=(bash slurm/rank.sh)
+echo "job $id: $ranks ranks on $SLURM_JOB_NODELIST by $XC_LAUNCHER, $OMP_NUM_THREADS threads each, logs in $XC_LOGS"
+
+# --- the ranks run in the background, or this shell would hear of a signal only when they have ended ---
+# Slurm sends its signal to this shell alone (--signal=B:USR1@…). mpirun and srun pass USR1 on to all ranks, which save;
+# of TERM mpirun would kill them within a second.
+pid='' told=0
+
+told_to_stop() {
+    told=$((told + 1))
+    [ -n "$pid" ] || return 0
+    if [ "$XC_LAUNCHER" = horovodrun ]; then pkill -USR1 -P "$pid" || true; else kill -USR1 "$pid" || true; fi
+}
+trap told_to_stop USR1 TERM
+
+run_ranks() {  # run_ranks COMMAND...: on all ranks; sets $code
+    local before
+    "${launch[@]}" "$@" &
+    pid=$!
+    while
+        before=$told code=0
+        wait "$pid" || code=$?
+        [ "$told" != "$before" ]  # then it was wait that ended, not the ranks
+    do :; done
+    pid=''
+}
+
+# --- training ---
+newest() { find "$run/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort | tail -n 1; }
+
+# Prints the run folder; train.py reads its flags the same way, @FILE and all.
+out_of_flags='
+import sys
+from xc import config
+try:
+    print(config.parse().out)
+except config.UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+'
+
+# train_until_complete FLAGS...: train.py with these flags; what is not complete then goes back into the queue, with
+# the same number, and goes on from its newest checkpoint. Exits with train.py's code: 0 complete, 2 a user's mistake.
+train_until_complete() {
+    local flags before restarts=0
+    flags=(--out "runs/$SLURM_JOB_NAME-$id" --resume auto "$@")  # of a flag given twice the last one counts
+    run=$(python -c "$out_of_flags" "${flags[@]}") || exit
+    before=$(newest)
+    # The user may have named a checkpoint to begin with. That is done once there is one of this job.
+    if [ -n "${SLURM_RESTART_COUNT:-}" ] && [ -n "$before" ]; then flags+=(--resume auto); fi
+
+    code=0
+    if [ "$XC_CHECK" = 1 ] && grep -q '^    check: ' xc/config.py; then
+        run_ranks python train.py "${flags[@]}" --check 1
+    fi
+    if [ "$code" = 0 ] && [ "$told" -gt 0 ]; then code=75; fi
+    if [ "$code" = 0 ]; then run_ranks python train.py "${flags[@]}"; fi
+    case $code in 0 | 2) exit "$code" ;; esac
+
+    # A job that scancel ended is still here for a moment, but must not come back.
+    [ "$(squeue -h -j "$id" -o %T)" = RUNNING ] || exit "$code"
+    if [ "$(newest)" = "$before" ]; then restarts=$(($(cat "$XC_LOGS/restarts" 2>/dev/null || echo 0) + 1)); fi
+    if [ "$restarts" -gt "$XC_MAX_RESTARTS" ]; then
+        echo "error: exit code $code, and $XC_MAX_RESTARTS restarts in a row brought no new checkpoint: look into" \
+            "$XC_LOGS, mend the cause, submit again" >&2
+        exit "$code"
+    fi
+    echo "$restarts" >"$XC_LOGS/restarts"
+    echo "job $id: exit code $code, back into the queue; goes on from: $(newest)"
+    scontrol requeue "$id"
+    exit "$code"
+}
