@@ -1,6 +1,5 @@
-# Read by the templates: the environment of a job, its launcher and its logs, and how training goes on until it is complete.
+# Read by the templates: a job's environment, its launcher and logs, and how training goes on until it is complete.
 # shellcheck shell=bash
-set -euo pipefail
 
 # shellcheck source=slurm/cluster.sh
 . slurm/cluster.sh
@@ -13,7 +12,7 @@ if [ -n "$XC_MODULES" ]; then
     # shellcheck disable=SC1091
     type module >/dev/null 2>&1 || . /etc/profile
     # shellcheck disable=SC2086
-    module load $XC_MODULES
+    module load $XC_MODULES || stop "module load $XC_MODULES: mend XC_MODULES in slurm/cluster.sh"
     set -u
 fi
 export PATH="$PWD/.venv/bin:$PATH" PYTHONUNBUFFERED=1
@@ -41,26 +40,28 @@ srun_has_mpi() {
     timeout 60 srun --mpi="$XC_SRUN_MPI" --nodes=1 --ntasks=2 --overcommit python -c "$found" >/dev/null 2>&1
 }
 
-if [ "$XC_LAUNCHER" = auto ]; then
-    if srun_has_mpi; then XC_LAUNCHER=srun; else XC_LAUNCHER=mpirun; fi
-fi
-case $XC_LAUNCHER in
-    srun)
-        # Slurm does not hand the cores of a task on to srun by itself.
-        launch=(srun --mpi="$XC_SRUN_MPI" --ntasks="$ranks" --cpus-per-task="$OMP_NUM_THREADS" --kill-on-bad-exit=1)
-        [ -n "${SLURM_NTASKS:-}" ] || launch+=(--ntasks-per-node=1) ;;
-    mpirun)
-        launch=(mpirun -np "$ranks")
-        [ -n "${SLURM_NTASKS:-}" ] || launch+=(--map-by ppr:1:node) ;;
-    horovodrun)
-        [ "$SLURM_JOB_NUM_NODES" = 1 ] ||
-            stop "XC_LAUNCHER=horovodrun is for one node, since it goes to others by ssh: take srun or mpirun"
-        # It becomes a shell that waits for mpirun and would die of USR1.
-        launch=(bash -c 'trap "" USR1; exec "$@"' - horovodrun -np "$ranks" -H "localhost:$ranks") ;;
-    *) stop "XC_LAUNCHER=$XC_LAUNCHER is not known: take srun, mpirun, horovodrun or auto" ;;
-esac
-launch+=(bash slurm/rank.sh)
-echo "job $id: $ranks ranks on $SLURM_JOB_NODELIST by $XC_LAUNCHER, $OMP_NUM_THREADS threads each, logs in $XC_LOGS"
+choose_launcher() {
+    if [ "$XC_LAUNCHER" = auto ]; then
+        if srun_has_mpi; then XC_LAUNCHER=srun; else XC_LAUNCHER=mpirun; fi
+    fi
+    case $XC_LAUNCHER in
+        srun)
+            # Slurm does not hand the cores of a task on to srun by itself.
+            launch=(srun --mpi="$XC_SRUN_MPI" --ntasks="$ranks" --cpus-per-task="$OMP_NUM_THREADS" --kill-on-bad-exit=1)
+            [ -n "${SLURM_NTASKS:-}" ] || launch+=(--ntasks-per-node=1) ;;
+        mpirun)
+            launch=(mpirun -np "$ranks")
+            [ -n "${SLURM_NTASKS:-}" ] || launch+=(--map-by ppr:1:node) ;;
+        horovodrun)
+            [ "$SLURM_JOB_NUM_NODES" = 1 ] ||
+                stop "XC_LAUNCHER=horovodrun is for one node, since it goes to others by ssh: take srun or mpirun"
+            # It becomes a shell that waits for mpirun and would die of USR1.
+            launch=(bash -c 'trap "" USR1; exec "$@"' - horovodrun -np "$ranks" -H "localhost:$ranks") ;;
+        *) stop "XC_LAUNCHER=$XC_LAUNCHER is not known: take srun, mpirun, horovodrun or auto" ;;
+    esac
+    launch+=(bash slurm/rank.sh)
+    echo "job $id: $ranks ranks on $SLURM_JOB_NODELIST by $XC_LAUNCHER, cores of each $OMP_NUM_THREADS, logs in $XC_LOGS"
+}
 
 # --- the ranks run in the background, or this shell would hear of a signal only when they have ended ---
 # Slurm sends its signal to this shell alone (--signal=B:USR1@…). mpirun and srun pass USR1 on to all ranks, which save;
@@ -76,6 +77,7 @@ trap told_to_stop USR1 TERM
 
 run_ranks() {  # run_ranks COMMAND...: on all ranks; sets $code
     local before
+    [ -v launch ] || choose_launcher
     "${launch[@]}" "$@" &
     pid=$!
     while
@@ -87,7 +89,7 @@ run_ranks() {  # run_ranks COMMAND...: on all ranks; sets $code
 }
 
 # --- training ---
-newest() { find "$run/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort | tail -n 1; }
+newest() { find "$run/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort -V | tail -n 1 || true; }
 
 # Prints the run folder; train.py reads its flags the same way, @FILE and all.
 out_of_flags='

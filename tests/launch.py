@@ -8,19 +8,20 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-_BIN = Path(sys.executable).parent
+# For ranks that share this machine's cores.
+ENVIRONMENT = {
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_mpi_yield_when_idle": "1",
+    "OMPI_MCA_hwloc_base_binding_policy": "none"}
 
 
 class Launched:
     """A command that runs in the checkout."""
 
     def __init__(self, command, env=None):
-        own = {"PATH": f"{_BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1",
-               "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_mpi_yield_when_idle": "1",
-               "OMPI_MCA_hwloc_base_binding_policy": "none", "PYTHONUNBUFFERED": "1"}
         self._command = [str(part) for part in command]
         self.process = subprocess.Popen(
-            self._command, cwd=ROOT, env=os.environ | own | (env or {}), text=True, stdin=subprocess.DEVNULL,
+            self._command, cwd=ROOT, env=os.environ | ENVIRONMENT | (env or {}), text=True, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
     def result(self, seconds=100, expect=0):

@@ -16,14 +16,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.launch import ROOT
+from tests.launch import ENVIRONMENT, ROOT
 
 NODES = ("n1", "n2")
 CPUS = 4  # of each node; Slurm takes our word for it
 _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "nsenter", "ip")
 _NAMESPACES = ("--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
-# Requeued jobs wait for cred_expire and a second; an absurdly short KillWait would hide what outlives a SIGTERM.
+# A requeued job waits for cred_expire and a second.
 _CONF = """
 ClusterName=test
 SlurmctldHost=control(10.1.1.100)
@@ -64,7 +64,10 @@ def missing():
 
 
 class Cluster:
-    """Up from entering to leaving the context."""
+    """Up from entering to leaving the context. Jobs are submitted from, and run in, the folder `checkout`."""
+
+    def __init__(self, checkout):
+        self.checkout = checkout
 
     def __enter__(self):
         # Not pytest's folder for temporary files: munged wants one whose parents anybody may enter.
@@ -99,11 +102,11 @@ class Cluster:
             time.sleep(0.1)
 
     def run(self, *command, env=None, expect=0):
-        """Run a client command of Slurm in the checkout; its standard output."""
-        enter = ["nsenter", "--target", self._init, "--net", "--uts", "--ipc", "--mount", "--pid", f"--wd={ROOT}"]
+        """Run a client command of Slurm; its standard output."""
+        enter = ["nsenter", "--target", self._init, "--net", "--uts", "--ipc", "--mount", "--pid", f"--wd={self.checkout}"]
         process = subprocess.run(
             [*enter, *map(str, command)], capture_output=True, text=True, timeout=60,
-            env=os.environ | (env or {}) | {"SLURM_CONF": str(self.folder / "slurm.conf")})
+            env=os.environ | ENVIRONMENT | (env or {}) | {"SLURM_CONF": str(self.folder / "slurm.conf")})
         assert expect is None or process.returncode == expect, (command, process.stdout, process.stderr)
         return process.stdout
 
