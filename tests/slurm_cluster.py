@@ -20,16 +20,18 @@ from tests.launch import ENVIRONMENT, ROOT
 
 NODES = ("n1", "n2")
 CPUS = 4  # of each node; Slurm takes our word for it
-_ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}
+_ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
+          "TIMEOUT"}
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "nsenter", "ip")
-_NAMESPACES = ("--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
-# A requeued job waits for cred_expire and a second.
+_NAMESPACES = ("--net", "--uts", "--ipc", "--mount", "--pid")
+_UNSHARE = ("unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc")
+# A requeued job waits for cred_expire and a second; below 5 that is the default, 120 s.
 _CONF = """
 ClusterName=test
 SlurmctldHost=control(10.1.1.100)
 SlurmUser=root
 SlurmdUser=root
-AuthInfo=socket={folder}/munge.socket,cred_expire=3
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -59,7 +61,7 @@ def missing():
         return f"no {lacking[0]} here (.ci/slurm_packages.sh installs it)"
     if os.getuid():
         return "a cluster on one machine needs root for its namespaces"
-    if subprocess.run(["unshare", *_NAMESPACES, "true"], capture_output=True).returncode:
+    if subprocess.run([*_UNSHARE, "true"], capture_output=True).returncode:
         return "namespaces are not allowed here"
 
 
@@ -77,7 +79,7 @@ class Cluster:
             with open(self.folder / "init.log", "w") as log:
                 # The pipe to its standard input closes when we end, however that is, and the cluster with it.
                 self._process = subprocess.Popen(
-                    ["unshare", *_NAMESPACES, sys.executable, "-m", "tests.slurm_cluster", self.folder], cwd=ROOT,
+                    [*_UNSHARE, sys.executable, "-m", "tests.slurm_cluster", self.folder], cwd=ROOT,
                     stdin=subprocess.PIPE, stdout=log, stderr=log)
             self._wait_until(lambda: (self.folder / "ready").exists())
             pid = self._process.pid
@@ -103,7 +105,7 @@ class Cluster:
 
     def run(self, *command, env=None, expect=0):
         """Run a client command of Slurm; its standard output."""
-        enter = ["nsenter", "--target", self._init, "--net", "--uts", "--ipc", "--mount", "--pid", f"--wd={self.checkout}"]
+        enter = ["nsenter", "--target", self._init, *_NAMESPACES, f"--wd={self.checkout}"]
         process = subprocess.run(
             [*enter, *map(str, command)], capture_output=True, text=True, timeout=60,
             env=os.environ | ENVIRONMENT | (env or {}) | {"SLURM_CONF": str(self.folder / "slurm.conf")})
@@ -128,6 +130,14 @@ class Cluster:
                 return jobs
             assert time.monotonic() < deadline, f"no end after {seconds} s: {jobs}"
             time.sleep(0.2)
+
+    def cancel_all(self):
+        """End all jobs there are."""
+        self.run("scancel", "--user=root")
+        deadline = time.monotonic() + 30
+        while self.run("squeue", "-h"):
+            assert time.monotonic() < deadline, self.run("squeue")
+            time.sleep(0.1)
 
     def processes(self, number):
         """Command lines of a job's processes, by process number. Slurm's own, which run its steps, are among them."""
@@ -178,8 +188,8 @@ def _init(folder):
     for name, address in addresses.items():
         (folder / f"tmp-{name}").mkdir()
         node = daemon(name, "unshare", "--net", "--uts", "--ipc", "--mount", "bash", "-c",
-                      f"hostname {name} && mount -t tmpfs tmpfs /dev/shm && until ip link show eth0; do sleep 0.05; done "
-                      f"&& exec slurmd -D -N {name}")
+                      f"hostname {name} && mount -t tmpfs tmpfs /dev/shm && "
+                      f"until ip link show eth0; do sleep 0.05; done && exec slurmd -D -N {name}")
         while os.readlink(f"/proc/{node.pid}/ns/net") == os.readlink("/proc/self/ns/net"):
             time.sleep(0.05)
         inside = f"nsenter --target {node.pid} --net ip"

@@ -1,5 +1,7 @@
-"""The Slurm templates on a real Slurm of two nodes: runs complete, whatever happens to them on the way, or end for good."""
+"""The Slurm templates on a real Slurm of two nodes: whatever happens to a run on the way, it completes or ends for good.
+"""
 
+import functools
 import json
 import os
 import shutil
@@ -21,8 +23,7 @@ ENDLESS = 10**6
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """A cluster whose jobs run in a copy of the checkout, so that their logs and run folders are not left in this one."""
+def one_cluster(tmp_path_factory):
     if reason := missing():
         pytest.skip(reason)
     checkout = tmp_path_factory.mktemp("slurm") / "checkout"
@@ -32,9 +33,17 @@ def cluster(tmp_path_factory):
         yield cluster
 
 
+@pytest.fixture
+def cluster(one_cluster):
+    """A cluster without jobs. They run in a copy of the checkout, so that nothing of theirs is left in this one."""
+    yield one_cluster
+    one_cluster.cancel_all()
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """unbroken(steps): losses of a run of two ranks that nothing happened to."""
+    @functools.cache
     def of(steps):
         out = tmp_path_factory.mktemp("unbroken") / "run"
         mpirun(2, *SYNTH, "--eval-every", 0, "--steps", steps, "--out", out)
@@ -93,3 +102,173 @@ def test_a_run_completes(launcher, nodes, cluster, unbroken, tmp_path):
     assert json.loads(own[-1])["steps"] == 9 and (logs / "rank-1.log").exists()
     if launcher != "horovodrun":
         assert [line for line in log.splitlines() if line in own] == own
+
+
+@pytest.mark.timeout(200)
+def test_a_run_outlives_its_time_limit_again_and_again(cluster, unbroken, tmp_path):
+    """Once Slurm's own time limit, once a signal sent by hand. The run ends when its flags, read anew, say so."""
+    out, flags = tmp_path / "run", tmp_path / "run.args"
+    flags.write_text(f"--out {out} --steps {ENDLESS}\n")
+    number = cluster.submit(*TWO_NODES, "-t", 1, "--signal=B:USR1@15", "slurm/train.sbatch", *FLAGS, f"@{flags}",
+                            env={"XC_LAUNCHER": "mpirun"})
+    # Slurm's shortest limit is a minute. The ranks sleep until it comes near, lest the run be long.
+    until(lambda: steps_of(out) > 3, "first steps")
+    asleep = ranks(cluster, number)
+    assert len(asleep) == 2
+    for pid in asleep:
+        os.kill(pid, signal.SIGSTOP)
+    log = Path(cluster.jobs(number)[0]["StdOut"])
+    until(lambda: "Forwarding signal 10" in log.read_text(), "the signal", seconds=70)
+    for pid in asleep:
+        os.kill(pid, signal.SIGCONT)
+    requeued(cluster, number, 1)
+    first = steps_of(out)
+    until(lambda: steps_of(out) > first, "steps of the second start")
+    cluster.run("scancel", "--signal=USR1", "--batch", number)
+    requeued(cluster, number, 2)
+    second = steps_of(out)
+    flags.write_text(f"--out {out} --steps {second + 7}\n")
+
+    log = ended(cluster, number, restarts=2)
+    assert log.count("exit code 75, back into the queue; goes on from: ") == 2
+    assert f"step-{first:08d}" in log and f"step-{second:08d}" in log and 3 < first < second
+    assert losses(out) == unbroken(second + 7)
+    assert [json.loads(line)["ranks"] for line in (out / "launches.jsonl").read_text().splitlines()] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("launcher", ["srun", "horovodrun"])
+def test_a_signal_saves_under_every_launcher(launcher, cluster, unbroken, tmp_path):
+    """mpirun: the test above."""
+    out, flags = tmp_path / "run", tmp_path / "run.args"
+    flags.write_text(f"--steps {ENDLESS}\n")
+    number = cluster.submit(*ONE_NODE, "slurm/train.sbatch", *FLAGS, f"@{flags}", "--out", out,
+                            env={"XC_LAUNCHER": launcher})
+    until(lambda: steps_of(out) > 3, "first steps")
+    cluster.run("scancel", "--signal=USR1", "--batch", number)
+    requeued(cluster, number, 1)
+    first = steps_of(out)
+    flags.write_text(f"--steps {first + 5}\n")
+    log = ended(cluster, number, restarts=1)
+    assert f"goes on from: {out}/checkpoints/step-{first:08d}" in log
+    assert losses(out) == unbroken(first + 5)
+
+
+@pytest.mark.parametrize("launcher, nodes", [("srun", TWO_NODES), ("mpirun", ONE_NODE)])
+def test_a_cancelled_job_does_not_come_back(launcher, nodes, cluster, tmp_path):
+    number = cluster.submit(*nodes, "slurm/train.sbatch", *FLAGS, "--steps", ENDLESS, "--out", tmp_path / "run",
+                            env={"XC_LAUNCHER": launcher})
+    until(lambda: steps_of(tmp_path / "run") > 3, "first steps")
+    cluster.run("scancel", number)
+    (job,) = cluster.wait(number)
+    assert job["JobState"] == "CANCELLED" and job["Restarts"] == "0"
+    until(lambda: not cluster.processes(number), "the end of all processes", seconds=20)
+    assert "back into the queue" not in read_log(cluster, job)
+    assert cluster.jobs(number)[0]["JobState"] == "CANCELLED"
+
+
+@pytest.mark.parametrize("launcher, nodes", [("srun", TWO_NODES), ("mpirun", TWO_NODES)])
+def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(launcher, nodes, cluster, unbroken, tmp_path):
+    out, flags = tmp_path / "run", tmp_path / "run.args"
+    flags.write_text(f"--steps {ENDLESS}\n")
+    number = cluster.submit(*nodes, "slurm/train.sbatch", *FLAGS, "--save-every", "4steps", "--out", out, f"@{flags}",
+                            env={"XC_LAUNCHER": launcher})
+    until(lambda: list(out.glob("checkpoints/step-*")), "a checkpoint")
+    os.kill(ranks(cluster, number)[1], signal.SIGKILL)
+    requeued(cluster, number, 1)
+    last = steps_of(out) + 3
+    flags.write_text(f"--steps {last}\n")
+    log = ended(cluster, number, restarts=1)
+    assert "exit code 137, back into the queue; goes on from: " in log
+    assert losses(out) == unbroken(last)
+
+
+def test_a_job_that_never_gets_on_is_given_up(cluster, tmp_path):
+    """MPI does not start here, as on a node whose network is broken."""
+    number = cluster.submit(*ONE_NODE, "slurm/train.sbatch", *FLAGS, "--steps", 3, "--out", tmp_path / "run",
+                            env={"XC_LAUNCHER": "mpirun", "XC_MAX_RESTARTS": "2", "OMPI_MCA_pml": "broken"})
+    log = ended(cluster, number, state="FAILED", code="1:0", restarts=2)
+    assert log.count("back into the queue") == 2
+    assert "2 restarts in a row brought no new checkpoint" in log and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("launcher, flags, text", [
+    ("auto", ["--hed", "knn"], "unknown argument --hed; did you mean --head?"),  # known before any rank starts
+    ("srun", ["--global-batch", 1], "--global-batch 1 is less than the 2 ranks"),
+    ("mpirun", ["--global-batch", 1], "--global-batch 1 is less than the 2 ranks"),
+    ("poe", [], "XC_LAUNCHER=poe is not known"),
+])
+def test_a_mistake_ends_the_job(launcher, flags, text, cluster, tmp_path):
+    number = cluster.submit(*ONE_NODE, "slurm/train.sbatch", *FLAGS, *flags, "--out", tmp_path / "run",
+                            env={"XC_LAUNCHER": launcher})
+    log = ended(cluster, number, state="FAILED", code="2:0")
+    assert log.count("error: ") - log.count("srun: error: ") == 1 and text in log
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("offer, chosen", [("pmix", "srun"), ("none", "mpirun")])
+def test_srun_is_taken_where_it_knows_this_mpi(offer, chosen, cluster, tmp_path):
+    """As many ranks as tasks: three, uneven over two nodes. Run folder and logs have the job's number."""
+    number = cluster.submit("-N", 2, "-n", 3, "slurm/train.sbatch", *FLAGS, "--steps", 2, env={"XC_SRUN_MPI": offer})
+    log = ended(cluster, number)
+    assert f"3 ranks on n[1-2] by {chosen}," in log
+    assert list(losses(cluster.checkout / f"runs/train-{number}")) == [1, 2]
+    assert len(list((cluster.checkout / f"slurm/logs/train-{number}").glob("rank-?.log"))) == 3
+
+
+def test_srun_without_mpi_is_named(cluster, tmp_path):
+    number = cluster.submit(*ONE_NODE, "slurm/train.sbatch", *FLAGS, "--out", tmp_path / "run",
+                            env={"XC_LAUNCHER": "srun", "XC_SRUN_MPI": "none"})
+    log = ended(cluster, number, state="FAILED", code="2:0")
+    assert "srun started 2 tasks without MPI" in log and not (tmp_path / "run").exists()
+
+
+def test_a_sweep_of_two(cluster, tmp_path):
+    lines = tmp_path / "two.lines"
+    lines.write_text(f"--out {tmp_path}/first --steps 4\n--out '{tmp_path}/second run' --steps 3 --seed 5\n")
+    number = cluster.submit("--array=1-2", "slurm/sweep.sbatch", lines, *FLAGS, env={"XC_LAUNCHER": "mpirun"})
+    jobs = cluster.wait(number)
+    assert [job["JobState"] for job in jobs] == ["COMPLETED"] * 2, [read_log(cluster, job) for job in jobs]
+    assert len(losses(tmp_path / "first")) == 4 and len(losses(tmp_path / "second run")) == 3
+    assert losses(tmp_path / "first")[1] != losses(tmp_path / "second run")[1]
+    for task in 1, 2:
+        assert (cluster.checkout / f"slurm/logs/sweep-{number}_{task}/rank-0.log").exists()
+
+
+@pytest.mark.parametrize("arguments, text", [
+    (["--array=3", "slurm/sweep.sbatch", "{lines}"], "has no line 3"),
+    (["--array=1", "slurm/sweep.sbatch", "{lines}.no"], "is no file to read"),
+    (["slurm/sweep.sbatch", "{lines}"], "submit it with --array=1-N"),
+    (["slurm/bench.sbatch", "head_stop"], "there is no benchmark 'head_stop'; there are: best_accuracy.py "),
+])
+def test_a_mistake_about_a_template_is_one_line(arguments, text, cluster, tmp_path):
+    (tmp_path / "lines").write_text("--steps 1\n--steps 2\n")
+    number = cluster.submit(*(a.replace("{lines}", str(tmp_path / "lines")) for a in arguments))
+    log = ended(cluster, number, state="FAILED", code="2:0")
+    assert text in log and len(log.splitlines()) == 1
+
+
+def test_the_other_templates(cluster, tiny_packs, tmp_path):
+    """A benchmark on two nodes, a data set packed, and tests on a node: at once."""
+    bench = cluster.submit(*TWO_NODES, "slurm/bench.sbatch", "head_step", "--head", "knn", "--classes", 2000)
+    pack = cluster.submit("-c", 2, "slurm/pack.sbatch", tiny_packs.parent / "tree", tmp_path / "packs")
+    test = cluster.submit("slurm/test.sbatch", "-q", "tests/test_topk.py", "tests/test_setup.py")
+    assert "2 ranks on n[1-2] by srun" in (log := ended(cluster, bench)) and '"step_ms"' in log.splitlines()[-1]
+    ended(cluster, pack)
+    for name in "train", "test":
+        files = sorted(path.name for path in (tiny_packs / name).iterdir())
+        assert sorted(path.name for path in (tmp_path / "packs" / name).iterdir()) == files
+        for file in files:
+            assert (tmp_path / "packs" / name / file).read_bytes() == (tiny_packs / name / file).read_bytes()
+    assert " passed" in ended(cluster, test)
+
+
+SCRIPTS = [path for folder in ("slurm", ".ci") for path in sorted((ROOT / folder).iterdir()) if path.is_file()]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_sound(path):
+    subprocess.run(["bash", "-n", path], check=True)
+    if not shutil.which("shellcheck"):
+        pytest.skip("no shellcheck here")
+    done = subprocess.run(["shellcheck", "-x", path], cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stdout
