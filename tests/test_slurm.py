@@ -1,5 +1,4 @@
-"""The Slurm templates on a real Slurm of two nodes: whatever happens to a run on the way, it completes or ends for good.
-"""
+"""The Slurm templates on a real Slurm of two nodes: whatever befalls a run, it completes or ends for good."""
 
 import functools
 import json
