@@ -121,7 +121,7 @@ class Cluster:
         lines = self.run("scontrol", "show", "job", "-o", number).splitlines()
         return [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in lines]
 
-    def wait(self, number, seconds=90):
+    def wait(self, number, seconds=150):
         """Wait for the job's end, and those of an array; their records."""
         deadline = time.monotonic() + seconds
         while True:
