@@ -55,7 +55,7 @@ def ended(cluster, number, state="COMPLETED", code="0:0", restarts=0, seconds=15
     """Waits for the end of a job of one record and looks at it; nothing of the job is left running."""
     (job,) = cluster.wait(number, seconds)
     log = read_log(cluster, job)
-    # Now and then a rank of srun dies inside MPI at its start, where two nodes share one host. The job mends that itself.
+    # Now and then a rank of srun dies inside MPI at its start, where two nodes share a host. The job mends that itself.
     crashes = log.count("exit code 139, back into the queue")
     assert (job["JobState"], job["ExitCode"], int(job["Restarts"]) - crashes) == (state, code, restarts), log
     until(lambda: not cluster.processes(number), f"processes of the ended job: {cluster.processes(number)}", seconds=15)
@@ -200,12 +200,12 @@ def test_a_lost_node_does_too(cluster, unbroken, tmp_path):
 def test_ranks_have_the_cores_of_a_task_and_see_all_gpus(launcher, cluster, tmp_path):
     script = tmp_path / "job.sbatch"
     script.write_text("#!/usr/bin/env bash\n. slurm/launch.sh\n"
-                      "run_ranks printenv OMP_NUM_THREADS CUDA_VISIBLE_DEVICES\n")
-    number = cluster.submit("-N", 1, "-n", 2, "-c", 2, "--gpus-per-node=2", "-J", "job", "-o", tmp_path / "log", script,
-                            env={"XC_LAUNCHER": launcher})
+                      "run_ranks bash -c 'hostname; echo $OMP_NUM_THREADS $CUDA_VISIBLE_DEVICES'\n")
+    number = cluster.submit("-N", 2, "--ntasks-per-node", 2, "-c", 2, "--gpus-per-node=2", "-J", "job", "-o",
+                            tmp_path / "log", script, env={"XC_LAUNCHER": launcher})
     ended(cluster, number)
-    for rank in 0, 1:
-        assert (cluster.checkout / f"slurm/logs/job-{number}/rank-{rank}.log").read_text() == "2\n0,1\n"
+    logs = [cluster.checkout / f"slurm/logs/job-{number}/rank-{rank}.log" for rank in range(4)]
+    assert [log.read_text() for log in logs] == [f"{node}\n2 0,1\n" for node in ("n1", "n1", "n2", "n2")]
 
 
 def test_a_job_that_never_gets_on_is_given_up(cluster, tmp_path):
