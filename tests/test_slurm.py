@@ -14,6 +14,7 @@ import pytest
 from tests.launch import ROOT, losses, mpirun
 from tests.slurm_cluster import Cluster, missing
 from tests.test_mpi import SYNTH
+from xc.config import Config
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(300)]
 FLAGS = [*SYNTH[1:], "--eval-every", 0]
@@ -33,8 +34,9 @@ def one_cluster(tmp_path_factory):
 
 
 @pytest.fixture
-def cluster(one_cluster):
+def cluster(one_cluster, monkeypatch):
     """A cluster without jobs. They run in a copy of the checkout, so that nothing of theirs is left in this one."""
+    monkeypatch.setenv("XC_CHECK", "0")  # it has a test of its own, and is one more launch
     yield one_cluster
     one_cluster.cancel_all()
 
@@ -239,6 +241,14 @@ def test_srun_is_taken_where_it_knows_this_mpi(offer, chosen, cluster, tmp_path)
     assert f"3 ranks on n[1-2] by {chosen}," in log
     assert list(losses(cluster.checkout / f"runs/train-{number}")) == [1, 2]
     assert len(list((cluster.checkout / f"slurm/logs/train-{number}").glob("rank-?.log"))) == 3
+
+
+@pytest.mark.skipif(not hasattr(Config, "check"), reason="train.py has no --check yet")
+def test_a_job_is_checked_before_it_trains(cluster, tmp_path):
+    number = cluster.submit(*ONE_NODE, "slurm/train.sbatch", *FLAGS, "--steps", 2, "--out", tmp_path / "run",
+                            env={"XC_LAUNCHER": "srun", "XC_CHECK": "1"})
+    log = ended(cluster, number)
+    assert log.index("0 wrong") < log.index("step 1/2")
 
 
 def test_srun_without_mpi_is_named(cluster, tmp_path):
