@@ -7,5 +7,5 @@
 : "${XC_LAUNCHER=auto}"    # srun, mpirun, or horovodrun, which needs ssh between nodes; auto: srun if its tasks find each
                            # other by MPI, else mpirun
 : "${XC_SRUN_MPI=pmix}"    # what srun offers MPI; srun --mpi=list
-: "${XC_CHECK=1}"          # 1: check ranks, devices and folders (train.py --check 1) before training
+: "${XC_CHECK=1}"          # 1: check ranks, devices and folders (train.py --check) before training
 : "${XC_MAX_RESTARTS=3}"   # restarts in a row without a new checkpoint, after which a job gives up

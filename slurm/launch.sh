@@ -113,8 +113,8 @@ train_until_complete() {
     if [ -n "${SLURM_RESTART_COUNT:-}" ] && [ -n "$before" ]; then flags+=(--resume auto); fi
 
     code=0
-    if [ "$XC_CHECK" = 1 ] && grep -q '^    check: ' xc/config.py; then
-        run_ranks python train.py "${flags[@]}" --check 1
+    if [ "$XC_CHECK" = 1 ]; then
+        run_ranks python train.py "${flags[@]}" --check
     fi
     if [ "$code" = 0 ] && [ "$told" -gt 0 ]; then code=75; fi
     if [ "$code" = 0 ]; then run_ranks python train.py "${flags[@]}"; fi

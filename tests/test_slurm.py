@@ -14,7 +14,6 @@ import pytest
 from tests.launch import ROOT, losses, mpirun
 from tests.slurm_cluster import Cluster, missing
 from tests.test_mpi import SYNTH
-from xc.config import Config
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(300)]
 FLAGS = [*SYNTH[1:], "--eval-every", 0]
@@ -243,7 +242,6 @@ def test_srun_is_taken_where_it_knows_this_mpi(offer, chosen, cluster, tmp_path)
     assert len(list((cluster.checkout / f"slurm/logs/train-{number}").glob("rank-?.log"))) == 3
 
 
-@pytest.mark.skipif(not hasattr(Config, "check"), reason="train.py has no --check yet")
 def test_a_job_is_checked_before_it_trains(cluster, tmp_path):
     number = cluster.submit(*ONE_NODE, "slurm/train.sbatch", *FLAGS, "--steps", 2, "--out", tmp_path / "run",
                             env={"XC_LAUNCHER": "srun", "XC_CHECK": "1"})
