@@ -41,6 +41,7 @@ import numpy as np
 from tqdm import tqdm
 
 from xc import pack as layout
+from xc.message import one_line
 from xc.pack import PackError, open_image, open_splits
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -487,7 +488,7 @@ class Parser(argparse.ArgumentParser):
     """Reports an error in one line."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(' '.join(message.split()))}\n")
 
 
 def between(least, most, kind=int):

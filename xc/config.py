@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass, field
 
 from xc.margin import MARGINS
+from xc.message import one_line
 from xc.schedule import SCHEDULES, interval
 
 
@@ -16,6 +17,9 @@ class UserError(ValueError):
     """A mistake of the user, found by every rank alike: one line from rank 0, and the exit code."""
 
     code = 2
+
+    def __init__(self, text):
+        super().__init__(one_line(text))
 
 
 def _flag(default, help, choices=None):

@@ -42,6 +42,8 @@ import h5py
 import numpy as np
 from PIL import Image
 
+from xc.message import one_line
+
 FORMAT, VERSION = "xc-pack", 1
 INDEX_FILE, SHARD_FILE = "index.h5", "shard-{:05d}.h5"
 PARTIAL = ".partial-"  # part of the name of a folder that is still being written
@@ -60,6 +62,9 @@ Image.MAX_IMAGE_PIXELS = None
 
 class PackError(ValueError):
     """A pack that is missing, damaged, hostile or of another version. The text is one line and names the file."""
+
+    def __init__(self, text):
+        super().__init__(one_line(text))
 
 
 class Pack:

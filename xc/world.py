@@ -27,6 +27,7 @@ import torch
 
 from xc import watchdog
 from xc.config import UserError
+from xc.message import one_line
 from xc.traffic import Traffic, sent_all_gather, sent_all_reduce, sent_reduce_scatter
 
 # Variables that a launcher sets for its ranks; SLURM_PROCID is not among them, since a batch script has it too.
@@ -554,7 +555,7 @@ def run(main):
             raise
         if isinstance(e, ValueError):
             code = 2
-            print(f"error: rank {launched_rank() or 0}: {e}", file=sys.stderr, flush=True)
+            print(f"error: rank {launched_rank() or 0}: {one_line(str(e))}", file=sys.stderr, flush=True)
         else:
             code = e.code if isinstance(e, SystemExit) and isinstance(e.code, int) else 1
             print(f"rank {launched_rank() or 0} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
