@@ -1,9 +1,11 @@
 """Strangers' files: every reader refuses in one line or accepts, whatever is in them."""
 
+import os
 
 import pytest
 
 import data_tools.show
+from xc import config
 from xc.config import UserError
 from xc.message import one_line
 from xc.pack import PackError
@@ -14,6 +16,22 @@ def test_a_message_is_one_short_line_with_both_its_ends():
     assert text.startswith("begin x") and text.endswith(" end") and len(text) <= 1000 and text.isprintable()
     for error in UserError, PackError:
         assert str(error("a\nb" + "x" * 10**5)).startswith("a bxxx") and len(str(error("x" * 10**5))) <= 1000
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"@FILE", "inside of one"),  # itself: RecursionError
+    (b"--data x --out 'y", "No closing quotation"),
+    (b"--data x\xff --out y", "not a text in UTF-8"),
+    (b"--data 'x\0' --out y", "control characters"),
+    (b"--data x --out y\x1b[31m", "control characters"),
+    (b"--data x --out y --seed " + b"9" * 10**5, "--seed"),
+])
+def test_argument_files(content, words, tmp_path):
+    path = tmp_path / "some.args"
+    path.write_bytes(content.replace(b"FILE", os.fsencode(path)))
+    with pytest.raises(UserError, match=words) as error:
+        config.parse([f"@{path}"])
+    assert "\n" not in str(error.value) and len(str(error.value)) <= 1000
 
 
 def test_a_timeline_that_is_no_text(tmp_path, capsys):

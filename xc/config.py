@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field
 
 from xc.margin import MARGINS
-from xc.message import one_line
+from xc.message import is_one_line, one_line
 from xc.schedule import SCHEDULES, interval
 
 
@@ -134,6 +134,9 @@ class Config:
         for f in dataclasses.fields(self):
             if isinstance(value := getattr(self, f.name), float) and not math.isfinite(value):
                 raise UserError(f"{_option(f.name)} {value} is not allowed: give a finite number")
+            if isinstance(value, str) and not is_one_line(value):
+                raise UserError(f"{_option(f.name)} {value!r} is not allowed: give one line of UTF-8 without control "
+                                "characters")
         for name, ok, allowed in [
             ("data", self.data or self.check, "give the folder of a pack, or synth:classes=..."),
             ("out", self.out or self.schedule_plot or self.check, "give the run folder"),
@@ -226,7 +229,13 @@ class _Parser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, line):
         """@file.args: flags on any number of lines, # starts a comment."""
-        return shlex.split(line, comments=True)
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as e:
+            self.error(f"{line} cannot be read as flags ({e})")
+        if any(word.startswith("@") for word in words):  # it could name itself, or grow without bound
+            self.error(f"{line} names an argument file inside of one: give all of them on the command line")
+        return words
 
 
 def _parser():
@@ -249,7 +258,10 @@ def parse(arguments=None):
     """The command line as a Config; raises UserError with one line for anything wrong with it."""
     parser = _parser()
     arguments = sys.argv[1:] if arguments is None else arguments
-    values, unknown = parser.parse_known_args(arguments)
+    try:
+        values, unknown = parser.parse_known_args(arguments)
+    except UnicodeDecodeError as e:
+        raise UserError(f"an argument file is not a text in UTF-8 ({e})") from e
     if unknown:
         flags = [_option(f.name) for f in dataclasses.fields(Config)]
         near = difflib.get_close_matches(unknown[0], flags, n=1)
