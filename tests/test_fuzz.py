@@ -5,7 +5,7 @@ import os
 import pytest
 
 import data_tools.show
-from xc import config
+from xc import config, metrics
 from xc.config import UserError
 from xc.message import one_line
 from xc.pack import PackError
@@ -32,6 +32,14 @@ def test_argument_files(content, words, tmp_path):
     with pytest.raises(UserError, match=words) as error:
         config.parse([f"@{path}"])
     assert "\n" not in str(error.value) and len(str(error.value)) <= 1000
+
+
+@pytest.mark.parametrize("value", ["null", '"5"', "[]", "1e3", "[" * 10**5 + "]" * 10**5])
+def test_odd_lines_of_metrics_are_dropped(value, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": ' + value.encode() + b'}\n\xff\xfe\n{"step": 2}\n')
+    metrics._open_after(path, 2).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_a_timeline_that_is_no_text(tmp_path, capsys):

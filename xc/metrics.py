@@ -129,16 +129,17 @@ class Metrics:
 def _open_after(path, step):
     """The file of metrics, opened to append, without lines of steps after `step`."""
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        kept = [line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
         replace_text(path, "".join(line + "\n" for line in kept))
     return open(path, "a", buffering=1)
 
 
 def _step_of(line):
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf  # the last line of a killed run may be cut
+    return step if isinstance(step, int) else math.inf
 
 
 def _rounded(value):
