@@ -5,7 +5,7 @@ import os
 import pytest
 
 import data_tools.show
-from xc import config, metrics
+from xc import checkpoint, config, metrics
 from xc.config import UserError
 from xc.message import one_line
 from xc.pack import PackError
@@ -40,6 +40,12 @@ def test_odd_lines_of_metrics_are_dropped(value, tmp_path):
     path.write_bytes(b'{"step": 1}\n{"step": ' + value.encode() + b'}\n\xff\xfe\n{"step": 2}\n')
     metrics._open_after(path, 2).close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_deeply_nested_meta_json(tmp_path):
+    (tmp_path / "meta.json").write_text("[" * 10**5 + "]" * 10**5)
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        checkpoint.read_meta(tmp_path)
 
 
 def test_a_timeline_that_is_no_text(tmp_path, capsys):
