@@ -5,7 +5,7 @@ import os
 import pytest
 
 import data_tools.show
-from xc import checkpoint, config, metrics
+from xc import checkpoint, config, metrics, synth
 from xc.config import UserError
 from xc.message import one_line
 from xc.pack import PackError
@@ -46,6 +46,11 @@ def test_a_deeply_nested_meta_json(tmp_path):
     (tmp_path / "meta.json").write_text("[" * 10**5 + "]" * 10**5)
     with pytest.raises(ValueError, match="is not a checkpoint"):
         checkpoint.read_meta(tmp_path)
+
+
+def test_a_negative_dim_of_synthetic_images():
+    with pytest.raises(UserError, match="dim=-1 is not allowed"):
+        synth.Spec.parse("synth:classes=5,dim=-1,images=1")
 
 
 def test_a_timeline_that_is_no_text(tmp_path, capsys):

@@ -68,7 +68,7 @@ class Spec:
             ("images", spec.images in (0, 1), "0 or 1"),
             ("classes", not spec.images or spec.classes <= MAX_IMAGE_CLASSES, f"with images, 1 to {MAX_IMAGE_CLASSES}"),
             ("dim", 1 <= spec.dim <= 4096, "1 to 4096"),
-            ("dim", not spec.images or math.isqrt(spec.dim) ** 2 == spec.dim, "with images, a square number"),
+            ("dim", not spec.images or math.isqrt(max(0, spec.dim)) ** 2 == spec.dim, "with images, a square number"),
             ("levels", 1 <= spec.levels <= 16, "1 to 16"),
             ("branching", 2 <= spec.branching <= MAX_CLASSES, f"2 to {MAX_CLASSES}"),
             ("spread", 0 < spec.spread <= 1, "above 0, at most 1"),
