@@ -1,11 +1,13 @@
 """Strangers' files: every reader refuses in one line or accepts, whatever is in them."""
 
+import io
 import os
 
 import pytest
+from PIL import Image
 
 import data_tools.show
-from xc import checkpoint, config, metrics, synth
+from xc import checkpoint, config, metrics, pack, synth
 from xc.config import UserError
 from xc.message import one_line
 from xc.pack import PackError
@@ -59,3 +61,11 @@ def test_a_timeline_that_is_no_text(tmp_path, capsys):
         data_tools.show.main([str(tmp_path / "timeline.json")])
     text = capsys.readouterr().err
     assert text.count("\n") == 1 and len(text) < 1100
+
+
+@pytest.mark.parametrize("mode", ["LAB"])
+def test_an_image_that_packs_also_decodes(mode):
+    file = io.BytesIO()
+    Image.new("RGB", (3, 3)).convert(mode).save(file, "TIFF")
+    with pytest.raises(ValueError, match="does not convert"):
+        pack.open_image(file.getvalue())

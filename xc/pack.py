@@ -286,6 +286,8 @@ def open_image(data, max_pixels=MAX_PIXELS):
         image.load()
     except Exception as error:
         raise ValueError(f"does not decode: {error}") from error
+    if image.mode in ("LAB", "La"):
+        raise ValueError(f"its colours are of mode {image.mode}, which does not convert to RGB")
     return image
 
 
