@@ -3,14 +3,17 @@
 import io
 import os
 
+import h5py
+import numpy as np
 import pytest
 from PIL import Image
 
+import data_tools.pack
 import data_tools.show
 from xc import checkpoint, config, metrics, pack, synth
 from xc.config import UserError
 from xc.message import one_line
-from xc.pack import PackError
+from xc.pack import Pack, PackError
 
 
 def test_a_message_is_one_short_line_with_both_its_ends():
@@ -61,6 +64,25 @@ def test_a_timeline_that_is_no_text(tmp_path, capsys):
         data_tools.show.main([str(tmp_path / "timeline.json")])
     text = capsys.readouterr().err
     assert text.count("\n") == 1 and len(text) < 1100
+
+
+@pytest.fixture
+def a_pack(tmp_path):
+    """A pack of 3 records in one shard, and a file of it as h5py opens it to write."""
+    for number in range(3):
+        (tmp_path / "tree" / "c").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 4), number, np.uint8)).save(tmp_path / "tree" / "c" / f"{number}.png")
+    data_tools.pack.main([str(tmp_path / "tree"), str(tmp_path / "pack"), "--workers", "0"])
+    return tmp_path / "pack"
+
+
+def test_no_more_records_than_a_file_can_hold(a_pack):
+    """Who orders the records makes a permutation of them: its memory must not go by a number alone."""
+    with h5py.File(a_pack / "index.h5", "r+") as index:
+        index.attrs["num_records"] = np.int64(2**40)
+        index["shard_records"][0] = 2**40
+    with pytest.raises(PackError, match="shard_records"):
+        Pack(a_pack)
 
 
 @pytest.mark.parametrize("mode", ["LAB"])

@@ -51,6 +51,7 @@ SPLITS = ("train", "val", "test")
 SHARD_TABLES = {"bytes": "|u1", "offsets": "<i8", "labels": "<i8", "crc32": "<u4"}
 INDEX_TABLES = {"shard_records": "<i8", "shard_file_bytes": "<i8", "class_names": "|u1",
                 "class_name_offsets": "<i8", "class_counts": "<i8"}
+RECORD_TABLE_BYTES = 8 + 8 + 4  # of a shard's file that a record takes beside its image
 MAX_RECORD_BYTES = 2**28
 MAX_PIXELS = 200_000_000  # of an image that a reader decodes: 600 MB as RGB
 MAX_OPEN_SHARDS = 256  # per Pack; a process may often have 1024 files open
@@ -93,7 +94,8 @@ class Pack:
         self._check_shard_files(index.read("shard_file_bytes", 0, self.num_shards))
         records = index.read("shard_records", 0, self.num_shards)
         self._starts = np.concatenate([[0], np.cumsum(records)])  # (shards + 1,) first record of each shard
-        if (records < 0).any() or (records > self.num_records).any() or self._starts[-1] != self.num_records:
+        most = index.read("shard_file_bytes", 0, self.num_shards) // RECORD_TABLE_BYTES
+        if (records < 0).any() or (records > most).any() or self._starts[-1] != self.num_records:
             raise index.error(f"shard_records do not add up to num_records {self.num_records}")
         self._shards, self._lock = {}, threading.Lock()
 
