@@ -320,7 +320,7 @@ def _write(path, kinds, tables, **attributes):
         os.posix_fallocate(file.fileno(), 0, sum(array.nbytes for array in arrays.values()) + 2**16)
     with h5py.File(path, "w") as file:
         for name, value in {"format": layout.FORMAT, "version": layout.VERSION, **attributes}.items():
-            file.attrs[name] = np.int64(value) if isinstance(value, int) else value
+            file.attrs[name] = np.int64(value) if isinstance(value, int) else np.bytes_(os.fsencode(value))
         for name, array in arrays.items():
             file.create_dataset(name, data=array, track_times=False)
     with open(path, "rb") as file:

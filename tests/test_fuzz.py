@@ -76,6 +76,23 @@ def a_pack(tmp_path):
     return tmp_path / "pack"
 
 
+def test_attributes_that_are_no_scalars_of_fixed_length_are_not_read(a_pack):
+    """HDF5 loops for ever on a damaged heap of texts of variable length; an array of them can outgrow the file."""
+    for value in "xc-pack", np.array(["xc-pack"] * 1000, object), np.full(1000, b"xc-pack"), h5py.Empty("S7"):
+        with h5py.File(a_pack / "index.h5", "r+") as index:
+            del index.attrs["format"]
+            index.attrs["format"] = value
+        with pytest.raises(PackError, match="attribute format must be a text of fixed length, not None"):
+            Pack(a_pack)
+
+
+def test_a_pack_has_no_text_of_variable_length(a_pack):
+    for path in a_pack.glob("*.h5"):
+        with h5py.File(path) as file:
+            assert {file.attrs.get_id(name).dtype.kind for name in file.attrs} == {"i", "S"}
+        assert b"GCOL" not in path.read_bytes()  # the heap's signature
+
+
 def test_no_more_records_than_a_file_can_hold(a_pack):
     """Who orders the records makes a permutation of them: its memory must not go by a number alone."""
     with h5py.File(a_pack / "index.h5", "r+") as index:

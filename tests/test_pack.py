@@ -331,9 +331,9 @@ SHARD_DAMAGE = {
     "group": (replace("labels", lambda f, n, v: f.create_group(n)), "labels"),
     "missing": (lambda f: f.__delitem__("crc32"), "crc32 is missing"),
     "huge and empty": (replace("bytes", lambda f, n, v: f.create_dataset(n, (2**50,), np.uint8)), "claims"),
-    "another version": (lambda f: f.attrs.__setitem__("version", 2), "version 2"),
+    "another version": (lambda f: f.attrs.__setitem__("version", 3), "version 3"),
     "another shard": (lambda f: f.attrs.__setitem__("shard", 1), "not the shard 0"),
-    "another format": (lambda f: f.attrs.__setitem__("format", "x"), "not a pack"),
+    "another format": (lambda f: f.attrs.__setitem__("format", np.bytes_("x")), "not a pack"),
 }
 
 
@@ -358,7 +358,7 @@ def test_bad_offsets_of_one_record(copy, place, value):
 
 
 INDEX_DAMAGE = {
-    "another version": (lambda f: f.attrs.__setitem__("version", 2), "version 2"),
+    "another version": (lambda f: f.attrs.__setitem__("version", 3), "version 3"),
     "no version": (lambda f: f.attrs.__delitem__("version"), "version"),
     "version is a text": (lambda f: f.attrs.__setitem__("version", "1"), "version"),
     "source is a number": (lambda f: f.attrs.__setitem__("source", 1), "source"),

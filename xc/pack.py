@@ -8,7 +8,7 @@
              offsets             int64   (n + 1,)  record i is bytes[offsets[i]:offsets[i + 1]]; offsets[0] = 0
              labels              int64   (n,)      0 … num_classes − 1
              crc32               uint32  (n,)      zlib.crc32 of each record
-             attributes          format = "xc-pack", version = 1, num_records, shard (its own number)
+             attributes          format = "xc-pack", version = 2, num_records, shard (its own number)
     index    shard_records       int64   (shards,) records of each shard; a record's number counts through all shards
              shard_file_bytes    int64   (shards,) size of each shard file: a cut file is seen without reading it
              class_names         uint8   (sum of lengths,)  UTF-8, in the order of the labels
@@ -22,9 +22,10 @@ A data set with splits is a folder of packs, OUT/train and also OUT/val, OUT/tes
 
 Every dataset is one-dimensional, little-endian, contiguous and uncompressed: images are compressed already, and a
 record is then one stretch of the file. HDF5 says where the stretches lie; they are read with pread, which has no
-file position, so threads share a handle without a lock and a fork does no harm. The same source, seed and
---shard-mb give the same bytes, so no file holds a time. All numbers have 64 bits, and opening a pack or reading a
-record costs nothing that grows with the number of classes.
+file position, so threads share a handle without a lock and a fork does no harm. Attributes are integers and texts of
+fixed length in UTF-8: HDF5 keeps texts of variable length in a heap, and can loop for ever on a damaged one. The same
+source, seed and --shard-mb give the same bytes, so no file holds a time. All numbers have 64 bits, and opening a pack
+or reading a record costs nothing that grows with the number of classes.
 
 Packs may come from strangers: links to other files, virtual, external, chunked and oddly typed datasets are refused,
 every offset, label and checksum is checked before use, and no buffer is larger than the file that fills it.
@@ -44,7 +45,7 @@ from PIL import Image
 
 from xc.message import one_line
 
-FORMAT, VERSION = "xc-pack", 1
+FORMAT, VERSION = "xc-pack", 2
 INDEX_FILE, SHARD_FILE = "index.h5", "shard-{:05d}.h5"
 PARTIAL = ".partial-"  # part of the name of a folder that is still being written
 SPLITS = ("train", "val", "test")
@@ -52,6 +53,8 @@ SHARD_TABLES = {"bytes": "|u1", "offsets": "<i8", "labels": "<i8", "crc32": "<u4
 INDEX_TABLES = {"shard_records": "<i8", "shard_file_bytes": "<i8", "class_names": "|u1",
                 "class_name_offsets": "<i8", "class_counts": "<i8"}
 RECORD_TABLE_BYTES = 8 + 8 + 4  # of a shard's file that a record takes beside its image
+ATTRIBUTES = ("format", "version", "num_records", "shard", "num_classes", "num_bytes", "source", "seed", "skipped",
+              "classes_digest")
 MAX_RECORD_BYTES = 2**28
 MAX_PIXELS = 200_000_000  # of an image that a reader decodes: 600 MB as RGB
 MAX_OPEN_SHARDS = 256  # per Pack; a process may often have 1024 files open
@@ -317,6 +320,13 @@ def _slices(offsets):
     return zip(ends[:-1], ends[1:], strict=True)
 
 
+def _scalar(attributes, name):
+    """An attribute's value, None where it is not one integer or text of fixed length (see above), which HDF5 must then
+    not be asked for."""
+    kept = attributes.get_id(name)
+    return attributes[name] if kept.shape == () and kept.dtype.kind in "iuS" else None
+
+
 class _File:
     """An HDF5 file of flat tables. HDF5 says where they lie, pread fetches them; len(file[name]) is a table's length.
 
@@ -332,11 +342,13 @@ class _File:
         weakref.finalize(self, os.close, self._fd)
         try:
             with h5py.File(path, "r", locking=False) as file:
-                self._attributes = dict(file.attrs)
-                if self._attributes.get("format") != FORMAT:
-                    raise self.error(f'not a pack: no attribute format = "{FORMAT}"')
+                self._attributes = {name: _scalar(file.attrs, name) for name in ATTRIBUTES if name in file.attrs}
+                if not {"format", "version"} <= self._attributes.keys():
+                    raise self.error("not a pack: no attributes format and version")
                 if self.integer("version") != VERSION:
                     raise self.error(f"layout version {self.integer('version')}, known is {VERSION}; pack again")
+                if self.text("format") != FORMAT:
+                    raise self.error(f'not a pack: no attribute format = "{FORMAT}"')
                 self._tables = {name: self._find(file, name, np.dtype(dtype)) for name, dtype in tables.items()}
         except PackError:
             raise
@@ -354,9 +366,9 @@ class _File:
 
     def text(self, name):
         value = self._attributes.get(name)
-        if not isinstance(value, str):
-            raise self.error(f"attribute {name} must be a text, not {value!r}")
-        return value
+        if not isinstance(value, bytes):
+            raise self.error(f"attribute {name} must be a text of fixed length, not {value!r}")
+        return value.decode(errors="surrogateescape")
 
     def __getitem__(self, name):
         return self._tables[name][1]
