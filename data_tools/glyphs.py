@@ -30,6 +30,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import secrets
 import shutil
 import signal
@@ -39,6 +40,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +53,8 @@ SUFFIXES = (".ttf", ".otf", ".ttc", ".otc")
 SIZES = range(8, 513)
 OVERSAMPLING = 4  # glyphs are drawn this much larger, which makes hinting and the place on the pixel grid not matter
 JOB_GLYPHS = 500  # what a worker is given at once
+FONT_BYTES = 2**29  # of memory that reading the names and code points of a font may take
+MOST_EMS = 50  # width or height of a glyph; the widest ligatures of Arabic have 20
 MISSING = "\U0010ffff"  # never a character, so a face draws its box for a missing glyph
 
 # Faces whose code points do not show the character: Computer Modern in TeX's own encodings, symbols in the private
@@ -98,7 +102,7 @@ def find_faces(folders):
     """(faces sorted by name, number of faces that cannot be used); of several of one name the first counts."""
     faces, skipped = {}, 0
     for path in (path for folder in folders for path in sorted(Path(folder).rglob("*"))):
-        if path.suffix.lower() not in SUFFIXES:
+        if path.suffix.lower() not in SUFFIXES or not path.is_file():  # reading a pipe or a device may never end
             continue
         try:
             content = path.read_bytes()
@@ -108,12 +112,26 @@ def find_faces(folders):
             skipped += 1
             continue
         for index, member in enumerate(getattr(font, "fonts", [font])):
-            face = read_face(member, str(path), index)
+            with at_most(FONT_BYTES):
+                face = read_face(member, str(path), index)
             if face is None:
                 skipped += 1
             else:
                 faces.setdefault(face.name, face)
     return sorted(faces.values()), skipped
+
+
+@contextmanager
+def at_most(num_bytes):
+    """MemoryError for what takes more than so much memory: the entries of a font's tables can all mean the same bytes,
+    and fontTools copies them for every entry."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (min(n for n in (used + num_bytes, soft, hard) if n >= 0), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def read_face(font, path, index):
@@ -139,7 +157,7 @@ def open_face(path, index, em):
 
 
 def draw(font, character, size):
-    """PNG bytes of one glyph, b"" if it has no ink.
+    """PNG bytes of one glyph, b"" if it has no ink or is larger than a writing system's glyph is.
 
     font  opened at OVERSAMPLING · inner_side(size) pixels per em
     size  side of the image in pixels
@@ -148,10 +166,13 @@ def draw(font, character, size):
         left, top, right, bottom = font.getbbox(character)
     except OSError:  # a broken outline
         return b""
-    if right <= left or bottom <= top:
+    if right <= left or bottom <= top or max(right - left, bottom - top) > MOST_EMS * font.size:
         return b""
     glyph = Image.new("L", (right - left, bottom - top))
-    ImageDraw.Draw(glyph).text((-left, -top), character, fill=255, font=font)
+    try:
+        ImageDraw.Draw(glyph).text((-left, -top), character, fill=255, font=font)
+    except OSError:
+        return b""
     glyph = glyph.crop(glyph.getbbox())
     inner = OVERSAMPLING * inner_side(size)
     if max(glyph.size) > inner:

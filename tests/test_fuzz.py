@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 
 import h5py
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 import data_tools.pack
 import data_tools.show
+from data_tools import glyphs
 from xc import checkpoint, config, metrics, pack, synth
 from xc.config import UserError
 from xc.message import one_line
@@ -108,3 +110,49 @@ def test_an_image_that_packs_also_decodes(mode):
     Image.new("RGB", (3, 3)).convert(mode).save(file, "TIFF")
     with pytest.raises(ValueError, match="does not convert"):
         pack.open_image(file.getvalue())
+
+
+def a_font(path, **changes):
+    """A font with a square for A; `changes` {table: raw bytes}."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+    from fontTools.ttLib.tables.DefaultTable import DefaultTable
+
+    builder, pen = FontBuilder(changes.pop("units", 1000), isTTF=True), TTGlyphPen(None)
+    side = changes.pop("side", 500)
+    pen.moveTo((0, 0))
+    for corner in (0, side), (side, side), (side, 0):
+        pen.lineTo(corner)
+    pen.closePath()
+    glyph = pen.glyph()
+    builder.setupGlyphOrder([".notdef", "A"])
+    builder.setupCharacterMap({65: "A"})
+    builder.setupGlyf({".notdef": glyph, "A": glyph})
+    builder.setupHorizontalMetrics({name: (600, 0) for name in (".notdef", "A")})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"psName": "Some", "familyName": "Some"})
+    builder.setupOS2()
+    builder.setupPost()
+    for name, content in changes.items():
+        builder.font[name] = DefaultTable(name)
+        builder.font[name].data = content
+    builder.save(path)
+    return path
+
+
+def test_fonts_that_never_end_or_claim_all_memory(tmp_path):
+    a_font(tmp_path / "good.ttf")
+    os.mkfifo(tmp_path / "pipe.ttf")
+    os.symlink("/dev/zero", tmp_path / "endless.ttf")
+    count, length = 20_000, 60_000  # names that all lie in the same place: 1.2 GB in 300 kB
+    names = b"".join(struct.pack(">6H", 3, 1, 0x409, number, length, 0) for number in range(count))
+    a_font(tmp_path / "huge.ttf", name=struct.pack(">3H", 0, count, 6) + names)
+    faces, skipped = glyphs.find_faces([tmp_path])
+    assert [os.path.basename(face.path) for face in faces] == ["good.ttf"] and skipped == 1
+
+
+def test_a_glyph_without_bounds_is_not_drawn(tmp_path):
+    good = glyphs.open_face(str(a_font(tmp_path / "good.ttf")), 0, 64)
+    assert glyphs.draw(good, "A", 32)
+    wide = glyphs.open_face(str(a_font(tmp_path / "wide.ttf", units=16, side=32767)), 0, 64)
+    assert glyphs.draw(wide, "A", 32) == b""
