@@ -11,9 +11,11 @@ import sys
 import h5py
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 import data_tools.pack
 import data_tools.show
@@ -64,6 +66,15 @@ def test_a_deeply_nested_meta_json(tmp_path):
     (tmp_path / "meta.json").write_text("[" * 10**5 + "]" * 10**5)
     with pytest.raises(ValueError, match="is not a checkpoint"):
         checkpoint.read_meta(tmp_path)
+
+
+@pytest.mark.parametrize("name, shape", [("u.0", ()), ("u.0", (1, 1)), ("w.0", (1,)), ("u.x", (1,)), ("u", (1,))])
+def test_residuals_that_do_not_fit(name, shape, tmp_path):
+    fuzz.make_runs(tmp_path)
+    folder = tmp_path / "dgc/checkpoints/step-00000004"
+    save_file({name: torch.ones(shape)}, next(folder.glob("residuals-*")))
+    with pytest.raises(ValueError, match="cannot be used"):
+        checkpoint.load(folder, fuzz.a_state(fuzz.SETTINGS["dgc"], begun=False), fuzz.IDENTITY)
 
 
 def test_a_negative_dim_of_synthetic_images():

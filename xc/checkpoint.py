@@ -154,7 +154,7 @@ def load(folder, state, identity):
         for owner, values in zip(_number_owners(state), numbers, strict=True):
             if values.get("active") == vars(owner).get("active"):  # losses are scaled now as they were then
                 vars(owner).update(values)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as e:
         raise ValueError(f"checkpoint file {path} cannot be used ({' '.join(str(e).split())}): resume with the "
                          "settings it was written with, or take another checkpoint") from e
     return position
