@@ -549,7 +549,7 @@ def change_tensors(random, path):
         tensor, kind = tensors[name].clone(), random.randrange(6)
         if kind == 0:
             del tensors[name]
-            other = random.choice((*TEXTS, "residual.0", "residual.-5", "momentum.99999999999", "x.y", "a.b.c"))
+            other = random.choice((*TEXTS, "u.0", "v.-5", "u.99999999999", "x.y", "a.b.c"))
             tensors[other.encode(errors="replace").decode()] = tensor
         elif kind == 1:
             shape = random.choice(((), (0,), (0, 0), (1,), (1, 1), (5,), (2**20,), (*tensor.shape, 1),
@@ -772,6 +772,7 @@ def main():
     torch.set_num_threads(1)
     if args.case:
         with tempfile.TemporaryDirectory() as folder:
+            Cases(args.target, Path(folder) / "made")  # imports what makes folders of its own
             subprocess.run(["cp", "-a", args.case / "in", folder], check=True)
             print(attempt(TARGETS[args.target], Path(folder)))
         return
