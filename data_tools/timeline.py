@@ -2,8 +2,11 @@
 
 import json
 
+from xc.message import one_line
+
 _COLORS = {"forward": "tab:blue", "head": "tab:green", "backward": "tab:orange", "select": "tab:olive",
            "wait": "lightgrey", "exchange": "silver", "update": "tab:purple", "data": "tab:brown"}
+_MOST_ROWS = 2000  # of a picture, whose pixels then take 570 MB
 
 
 class TimelineError(ValueError):
@@ -15,9 +18,9 @@ def read(path):
     try:
         with open(path) as file:
             events = json.load(file)["traceEvents"]
-        return [(int(e["pid"]), str(e["cat"]), e["tid"] % 1000, str(e["name"]), e["ts"] / 1e3,
-                 (e["ts"] + e["dur"]) / 1e3) for e in events if e["ph"] == "X"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        return [(int(e["pid"]), one_line(str(e["cat"])), int(e["tid"]) % 1000, one_line(str(e["name"])),
+                 e["ts"] / 1e3, (e["ts"] + e["dur"]) / 1e3) for e in events if e["ph"] == "X"]
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise TimelineError(f"{path} is not a timeline that train.py --timeline-steps wrote ({error!r})") from error
 
 
@@ -68,15 +71,19 @@ def draw(spans, title, path):
     from matplotlib import pyplot as plt
 
     rows = sorted({(rank, lane, number) for rank, lane, number, *_ in spans}, key=lambda row: (row[0], row[1], row[2]))
+    if len(rows) > _MOST_ROWS:
+        raise TimelineError(f"{title} has {len(rows)} lanes over all ranks, at most {_MOST_ROWS} are drawn: leave out "
+                            "--plot")
     figure, axes = plt.subplots(figsize=(12, 0.6 + 0.35 * len(rows)))
     for rank, lane, number, name, begin, end in spans:
         row = rows.index((rank, lane, number))
         axes.barh(row, end - begin, left=begin, height=0.8, color=_COLORS.get(name, "tab:red"), edgecolor="white")
         if end - begin > 0.04 * max(span[5] for span in spans):
-            axes.text((begin + end) / 2, row, name, ha="center", va="center", fontsize=6)
-    axes.set_yticks(range(len(rows)), [f"rank {rank} {lane}" for rank, lane, _ in rows], fontsize=7)
+            axes.text((begin + end) / 2, row, name, ha="center", va="center", fontsize=6, parse_math=False)
+    axes.set_yticks(range(len(rows)), [f"rank {rank} {lane}" for rank, lane, _ in rows], fontsize=7,
+                    parse_math=False)
     axes.invert_yaxis()
     axes.set_xlabel("ms")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

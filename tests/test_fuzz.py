@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import data_tools.pack
 import data_tools.show
 from benchmarks import soak
-from data_tools import glyphs
+from data_tools import glyphs, timeline
 from tests import fuzz
 from tests.launch import run
 from xc import checkpoint, config, metrics, pack, synth
@@ -88,6 +88,36 @@ def test_a_timeline_that_is_no_text(tmp_path, capsys):
         data_tools.show.main([str(tmp_path / "timeline.json")])
     text = capsys.readouterr().err
     assert text.count("\n") == 1 and len(text) < 1100
+
+
+@pytest.mark.parametrize("key, value", [("pid", float("inf")), ("ts", 10**400), ("tid", "%s"), ("tid", None)],
+                         ids=["rank", "time", "format", "none"])
+def test_a_timeline_of_odd_numbers(key, value, tmp_path):
+    fuzz.make_timeline(tmp_path)
+    events = json.loads((tmp_path / "timeline.json").read_text())
+    events["traceEvents"][2][key] = value
+    (tmp_path / "timeline.json").write_text(json.dumps(events))
+    with pytest.raises(timeline.TimelineError, match="is not a timeline"):
+        timeline.read(tmp_path / "timeline.json")
+
+
+def test_a_picture_does_not_grow_without_bound(tmp_path):
+    spans = [(0, "compute", number, "a", 0.0, 1.0) for number in range(2001)]
+    with pytest.raises(timeline.TimelineError, match="2001 lanes"):
+        timeline.draw(spans, "step 1", tmp_path / "steps.png")
+
+
+@pytest.mark.parametrize("text", ["\udc80", "$\\frac$", "a\nb", "x" * 2000])
+def test_a_timeline_with_odd_names_is_drawn(text, tmp_path):
+    fuzz.make_timeline(tmp_path)
+    path = tmp_path / "timeline.json"
+    events = json.loads(path.read_text())
+    for event in events["traceEvents"]:
+        event["name"] = text
+        event["cat"] = text if event.get("cat") == "network" else event.get("cat")
+    path.write_text(json.dumps(events))
+    data_tools.show.main([str(path), "--plot", str(tmp_path / "steps.png")])
+    assert Image.open(tmp_path / "steps.png").width == 12 * 130
 
 
 @pytest.fixture
