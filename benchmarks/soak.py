@@ -1,8 +1,9 @@
 """Long searches for failures, which must find none: a table, one JSON line, exit code 1 on findings.
 
     python benchmarks/soak.py fuzz --minutes 10          every reader of strangers' files (tests/fuzz.py), fresh seeds
+    python benchmarks/soak.py kill --kills 200 --ranks 4 a run whose ranks are killed at random moments (tests/kills.py)
 
-Where a case fails, its files stay in --findings, with a line that reads them again.
+Where a case of fuzz fails, its files stay in --findings, with a line that reads them again; of kill, the run stays.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import secrets
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests.fuzz import TARGETS
+from tests.kills import kill_again_and_again
 
 CASE_SECONDS = 60  # of silence, after which a child hangs; its first line comes after its imports
 MOST_FINDINGS = 5  # of one target: the rest of its time would tell little more
@@ -60,7 +63,7 @@ def watch(command, silence):
 
 
 def fuzz(args):
-    """The rows of the table, by target, and all findings."""
+    """The rows of the table, by target, and what there is to say of all of them."""
     rows, findings = {}, []
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.targets:
@@ -80,7 +83,32 @@ def fuzz(args):
                     findings.append(_saved(name, found, seed + max(0, told["case"] - 1), work / "case", args.findings))
                     print(f"{name}: {found}\n  {findings[-1]}", flush=True)
                 shutil.rmtree(work, ignore_errors=True)
-    return rows, findings
+    return rows, {**sum(map(Counter, rows.values()), Counter()), "findings": len(findings), "targets": len(rows)}
+
+
+def kill(args):
+    """The same by the moments that ranks were killed in."""
+    work, kills, finding = Path(tempfile.mkdtemp(prefix="kill-")), [], None
+
+    def progress(one):
+        kills.append(one)
+        print(f"kill {len(kills)} of {args.kills} ({one.moment}): over in {one.seconds:.1f} s, {one.lost} steps lost",
+              flush=True)
+
+    try:
+        kill_again_and_again(work, args.kills, args.ranks, args.seed, progress)
+        shutil.rmtree(work)
+    except AssertionError as error:
+        finding = str(error)
+        print(f"after {len(kills)} kills, in {work}: {finding}", flush=True)
+    rows = {}
+    for moment in dict.fromkeys(one.moment for one in kills):
+        some = [one for one in kills if one.moment == moment]
+        rows[moment] = {"kills": len(some), "median_s": statistics.median(one.seconds for one in some),
+                        "longest_s": max(one.seconds for one in some), "most_lost": max(one.lost for one in some)}
+    return rows, {"kills": len(kills), "ranks": args.ranks, "seed": args.seed, "findings": int(finding is not None),
+                  "longest_s": round(max((one.seconds for one in kills), default=0), 2),
+                  "most_lost": max((one.lost for one in kills), default=0)}
 
 
 def _saved(name, found, number, case, folder):
@@ -103,16 +131,21 @@ def main():
                      help=f"of {', '.join(TARGETS)}; all")
     one.add_argument("--findings", type=Path, default=Path("findings"), help="folder for what fails (%(default)s)")
     one.set_defaults(run=fuzz)
+    one = commands.add_parser("kill", help="ranks that are killed")
+    one.add_argument("--kills", type=int, default=200, help="%(default)s")
+    one.add_argument("--ranks", type=int, default=4, help="%(default)s")
+    one.add_argument("--seed", type=int, default=secrets.randbits(31), help="of the moments; a fresh one")
+    one.set_defaults(run=kill)
     args = parser.parse_args()
     started = time.monotonic()
-    rows, findings = args.run(args)
-    columns = list(next(iter(rows.values())))
+    rows, result = args.run(args)
+    columns = list(next(iter(rows.values()), ()))
     print("".join(f"{text:>12}" for text in (args.command, *columns)))
     for name, row in rows.items():
-        print("".join(f"{text:>12}" for text in (name, *(f"{row[column]:,}" for column in columns))))
-    print(json.dumps({**sum(map(Counter, rows.values()), Counter()), "findings": len(findings), "targets": len(rows),
-                      "seconds": round(time.monotonic() - started)}))
-    sys.exit(bool(findings))
+        shown = (f"{row[column]:,.1f}" if isinstance(row[column], float) else f"{row[column]:,}" for column in columns)
+        print("".join(f"{text:>12}" for text in (name, *shown)))
+    print(json.dumps(result | {"seconds": round(time.monotonic() - started)}))
+    sys.exit(bool(result["findings"]))
 
 
 if __name__ == "__main__":
