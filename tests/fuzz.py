@@ -41,7 +41,7 @@ from safetensors.torch import load_file, save_file
 import data_tools.pack
 import data_tools.show
 from data_tools import glyphs
-from xc import backbone, checkpoint, config, data, exchange, heads, metrics, pack, run_folder, schedule, synth
+from xc import backbone, checkpoint, config, data, exchange, heads, metrics, pack, run_folder, saver, schedule, synth
 from xc.noise_scale import NoiseScale
 from xc.optim import RowSGD, backbone_optimizer
 from xc.world import World
@@ -501,10 +501,10 @@ def a_state(flags, begun):
 
 def make_runs(folder):
     for name, flags in SETTINGS.items():
-        saver = checkpoint.Saver(folder / name, World(), IDENTITY, keep=2)
+        writer = saver.Saver(folder / name, World(), IDENTITY, keep=2)
         for step in 3, 4:
-            saver.save(a_state(flags, begun=True), schedule.Position(step, 7 * step, 7), 0.5)
-        saver.finish(last=True)
+            writer.save(a_state(flags, begun=True), schedule.Position(step, 7 * step, 7), 0.5)
+        writer.finish(last=True)
 
 
 def change_meta(random, folder):
@@ -590,7 +590,7 @@ def read_run(folder, out):
         with World().agreed():
             checkpoint.load(newest, state, IDENTITY)
         state.head.select(torch.tensor([0, 5, 22]), 3)  # looks into the graph
-        checkpoint._files(state, World())  # what was read can be written
+        checkpoint.files_of(state, World())  # what was read can be written
 
 
 def make_metrics(folder):
