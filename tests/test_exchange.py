@@ -1,6 +1,8 @@
 """The exchange: dense equals the plain sum over ranks; of what DGC is given, nothing is lost."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -287,3 +289,11 @@ def test_nothing_sparse_inside_one_host(size, per_host, warned, capsys):
     residuals = run_ranks(size, body, ranks_per_host=per_host)
     assert capsys.readouterr().err.count(warned or "warning") == bool(warned)
     assert all((residual == 0) == bool(warned) for residual in residuals)
+
+
+def test_what_is_no_longer_used_is_freed():
+    net = nn.Linear(3, 2)
+    seen = [weakref.ref(net), weakref.ref(AllReduce(net, World()))]
+    del net
+    gc.collect()
+    assert [one() for one in seen] == [None, None]

@@ -2,6 +2,8 @@
 
 import torch
 
+from xc import watchdog
+
 
 @torch.no_grad()
 def evaluate(backbone, head, batches, world):
@@ -16,6 +18,7 @@ def evaluate(backbone, head, batches, world):
     backbone.eval()
     hits = torch.zeros(3, dtype=torch.int64)  # best, among the five best, examples
     for images, labels in batches:
+        watchdog.note("evaluation")
         # Not every network takes an empty batch.
         features = backbone(images) if len(images) else torch.zeros(0, head.feature_dim, device=world.device)
         places = head.label_places(features, labels)

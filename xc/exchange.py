@@ -2,6 +2,7 @@
 
 import math
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -264,9 +265,15 @@ class _Bucket:
         self.flat = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
         self._num_parameters = len(parameters)
         self.missing, self._last_pass, self._wait = len(parameters), False, None
+        ready = weakref.WeakMethod(self._ready)  # or nothing would ever be freed: gc sees no cycles through autograd
+
+        def hook(parameter):
+            if method := ready():
+                method(parameter)
+
         for parameter, piece in zip(parameters, self.flat.split(sizes), strict=True):
             parameter.grad = piece.view_as(parameter)
-            parameter.register_post_accumulate_grad_hook(self._ready)
+            parameter.register_post_accumulate_grad_hook(hook)
 
     def begin(self, now):
         self._last_pass = True

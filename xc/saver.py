@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from xc import checkpoint
+from xc import checkpoint, watchdog
 from xc.config import UserError
 
 
@@ -46,6 +46,7 @@ class Saver:
         """Wait until what was begun is on the disk, or given up; the last one of a run must not be. Collective."""
         if self._thread is None:
             return
+        watchdog.note("a checkpoint's writing")
         self._thread.join()
         self._thread, error, self._error = None, self._error, None
         if isinstance(error, UserError):
