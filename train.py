@@ -39,6 +39,7 @@ def main():
     start = time.perf_counter()
     cfg = config.parse()
     world = open_world(cfg.device, cfg.model_parallel_size)
+    watch = watchdog.Watchdog(world, cfg.stall_seconds)
     if cfg.check:
         raise Leave(*doctor.check(cfg, world))
     with world.agreed():
@@ -81,8 +82,7 @@ def main():
     timer, losses = Timer(), Losses(world.device)
     timeline = Timeline(cfg.timeline_steps, position.step, schedule.least_steps, cfg.out, world, timer)
     stopping = stop.Stop(world)
-    rollbacks = Rollbacks(cfg.max_rollbacks)
-    watch = watchdog.Watchdog(world, cfg.stall_seconds)
+    rollbacks = Rollbacks(cfg.max_rollbacks, cfg.out, world)
     first = begun = logged = position
     now = labels = features = found = None  # of the last step, and of the last evaluation
 
@@ -99,7 +99,7 @@ def main():
                 losses.look()
                 if losses.bad_step is not None:  # looked for before a save: there must be one to go on from
                     saver.finish()
-                    folder = rollbacks.folder(losses, cfg.out, world)
+                    folder = rollbacks.folder(losses)
                     with world.agreed():
                         position = begun = logged = schedule.resume(checkpoint.load(folder, state, identity))
                     batches = loader.train(position.examples, schedule.examples, cfg.global_batch // cfg.micro_batches)
@@ -117,12 +117,15 @@ def main():
             with world.traffic.uncounted():
                 if log or eval or save:
                     exchange.average_buffers()
-                if eval:
-                    found = evaluate(backbone, head, test.test(cfg.global_batch), world)
-                    metrics.log(position, **found, train_seconds=timer.total,
+                found = None
+                if eval and not stopped:
+                    found = evaluate(backbone, head, test.test(cfg.global_batch), world, stopping.asked)
+                    stopped = found is None
+                if save or stopped:
+                    saver.save(state, position, found and found["top1"])
+                if found:
+                    metrics.log(position, **found, train_seconds=timer.total, bad_test_records=test.bad_records(),
                                 **head.audit(features, labels[: len(features)]))
-                if save:
-                    saver.save(state, position, found["top1"] if eval else None)
             if stopped:
                 saver.finish(last=True)
                 raise Leave(stop.EXIT_CODE, f"told to stop after {position.step} steps, all of which are saved; go on "
@@ -174,9 +177,9 @@ def main():
     if test and position == first:  # there was nothing left to train
         found = evaluate(backbone, head, test.test(cfg.global_batch), world)
     result = found or {"top1": None, "top5": None}
-    watch.close()
     metrics.close()
     peak = world.everyone.all_reduce(torch.tensor(peak_rss_mb(), device=world.device), "max").item()
+    watch.close()
     result |= {"images_per_second": round(timer.images_per_second, 1), "peak_rss_mb": round(peak),
                "steps": position.step, "seconds": round(time.perf_counter() - start, 1), "run": cfg.out}
     if world.rank == 0:

@@ -182,8 +182,7 @@ def reshard(folder, out, num_files):
     for name in meta["files"].keys() - ranged_files:
         shutil.copyfile(folder / name, out / name)
         files[name] = facts_of(out / name)
-    with open(out / "meta.json", "w") as file:
-        json.dump(meta | {"rows": checkpoint.rows_among(files), "files": files}, file, indent=1)
+    checkpoint.write_meta(out, meta | {"rows": checkpoint.rows_among(files), "files": files})
     sync(out / "meta.json")
     return f"{len(files)} files; train.py goes on from it by --resume"
 

@@ -76,10 +76,10 @@ told_to_stop() {
 trap told_to_stop USR1 TERM
 
 run_ranks() {  # run_ranks COMMAND...: on all ranks; sets $code
-    local before
-    [ -v launch ] || choose_launcher
+    local before=$told
     "${launch[@]}" "$@" &
     pid=$!
+    if [ "$told" != "$before" ]; then kill -USR1 "$pid" || true; fi
     while
         before=$told code=0
         wait "$pid" || code=$?
@@ -109,19 +109,23 @@ train_until_complete() {
     flags=(--out "runs/$SLURM_JOB_NAME-$id" --resume auto "$@")  # of a flag given twice the last one counts
     run=$(python -c "$out_of_flags" "${flags[@]}") || exit
     before=$(newest)
-    # The user may have named a checkpoint to begin with. That is done once there is one of this job.
-    if [ -n "${SLURM_RESTART_COUNT:-}" ] && [ -n "$before" ]; then flags+=(--resume auto); fi
-
-    code=0
-    if [ "$XC_CHECK" = 1 ]; then
-        run_ranks python train.py "${flags[@]}" --check
+    # The user may have named a checkpoint to begin with. That is done once there is a newer one than there was.
+    if [ -e "$XC_LOGS/begun-from" ]; then
+        if [ -n "$before" ] && [ "$(cat "$XC_LOGS/begun-from")" != "$before" ]; then flags+=(--resume auto); fi
+    else
+        echo "$before" >"$XC_LOGS/begun-from"
     fi
+
+    choose_launcher
+    code=0
+    # What is wrong at a restart may pass by itself, and the run has shown that it can be.
+    if [ "$XC_CHECK" = 1 ] && [ -z "${SLURM_RESTART_COUNT:-}" ]; then run_ranks python train.py "${flags[@]}" --check; fi
     if [ "$code" = 0 ] && [ "$told" -gt 0 ]; then code=75; fi
     if [ "$code" = 0 ]; then run_ranks python train.py "${flags[@]}"; fi
     case $code in 0 | 2) exit "$code" ;; esac
 
     # A job that scancel ended is still here for a moment, but must not come back.
-    [ "$(squeue -h -j "$id" -o %T)" = RUNNING ] || exit "$code"
+    [ "$(patiently squeue -h -j "$id" -o %T)" = RUNNING ] || exit "$code"
     if [ "$(newest)" = "$before" ]; then restarts=$(($(cat "$XC_LOGS/restarts" 2>/dev/null || echo 0) + 1)); fi
     if [ "$restarts" -gt "$XC_MAX_RESTARTS" ]; then
         echo "error: exit code $code, and $XC_MAX_RESTARTS restarts in a row brought no new checkpoint: look into" \
@@ -130,6 +134,17 @@ train_until_complete() {
     fi
     echo "$restarts" >"$XC_LOGS/restarts"
     echo "job $id: exit code $code, back into the queue; goes on from: $(newest)"
-    scontrol requeue "$id"
+    patiently scontrol requeue "$id"
     exit "$code"
+}
+
+# patiently COMMAND...: again and again for ten minutes, as Slurm's controller may be away for a moment.
+patiently() {
+    local try
+    for try in {1..60}; do
+        if "$@"; then return 0; fi
+        sleep 10
+    done
+    echo "error: $* has failed $try times" >&2
+    return 1
 }

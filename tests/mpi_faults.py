@@ -7,6 +7,7 @@ the time into the file $FAULT_AT:
     sleep      never comes back from reading data
     stop       frozen, all threads of it
     spin       the same, by a call that holds the interpreter
+    slow-disk  rank 0 needs three seconds for every file that it writes into a checkpoint
     slow       works for a long time, but moves on
     nan        all ranks: the inputs of step 21, counted from 0, are no numbers
     without    all ranks: the batches of steps 20 and 21 are left out
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from xc import data, exchange, pipeline, rollback, watchdog, world
+from xc import data, exchange, pipeline, rollback, saver, watchdog, world
 
 FAULTY_RANK, AT_CALL, BAD_STEP = 1, 12, 21
 
@@ -64,6 +65,15 @@ def at_a_call_of(function, fault):
     return call
 
 
+def slow_on_rank_0(sync):
+    def slow_sync(path):
+        if world.launched_rank() == 0:
+            time.sleep(3)
+        sync(path)
+
+    return slow_sync
+
+
 def spoiled(function):
     def run(backbone, head, exchange, batch, *arguments):
         if head.step == BAD_STEP:
@@ -84,7 +94,9 @@ if __name__ == "__main__":
     elif name == "nan":
         pipeline.run = spoiled(pipeline.run)
     elif name == "without":
-        rollback.Rollbacks.__init__ = lambda self, most: vars(self).update(skipped={BAD_STEP - 1, BAD_STEP})
+        rollback.Rollbacks.skipped = {BAD_STEP - 1, BAD_STEP}
+    elif name == "slow-disk":
+        saver.sync = slow_on_rank_0(saver.sync)
     else:
         data.Queue.take = at_a_call_of(data.Queue.take, globals()[name])
     import train

@@ -182,11 +182,11 @@ def test_training_goes_on_after_a_save_that_failed(error, tmp_path, monkeypatch,
     def body(world):
         saver = savers.Saver(tmp_path, world, IDENTITY, keep=9)
 
-        def failing(path, tables):
+        def failing(path, *rest):
             if world.rank == 1 and int(path.parent.name[6:14]) in fails:
                 path.write_bytes(b"half")
                 raise error
-            return write(path, tables)
+            return write(path, *rest)
 
         checkpoints[world.rank] = failing
         for step in range(1, 8):
@@ -194,8 +194,8 @@ def test_training_goes_on_after_a_save_that_failed(error, tmp_path, monkeypatch,
         saver.finish()
 
     checkpoints = {}
-    monkeypatch.setattr(savers, "_write", lambda path, tables: checkpoints[
-        1 if path.name.startswith("rows-000000000004") else 0](path, tables))
+    monkeypatch.setattr(savers, "_write", lambda path, *rest: checkpoints[
+        1 if path.name.startswith("rows-000000000004") else 0](path, *rest))
     with pytest.raises(UserError, match="3 checkpoint.* in a row .*No space left"):
         run_ranks(3, body)
     assert capsys.readouterr().err.count("warning: a checkpoint could not be written") == 4
@@ -220,9 +220,9 @@ def test_what_is_no_number_is_not_saved(tmp_path, capsys):
 def test_the_state_may_change_while_it_is_written(tmp_path, monkeypatch):
     begun, write = threading.Event(), savers._write
 
-    def slow(path, tables):
+    def slow(path, *rest):
         begun.wait(20)
-        return write(path, tables)
+        return write(path, *rest)
 
     monkeypatch.setattr(savers, "_write", slow)
 
@@ -279,13 +279,13 @@ def spoil(folder, what):
         case "meta is no json":
             (folder / "meta.json").write_text("{")
         case "version":
-            (folder / "meta.json").write_text(json.dumps(meta | {"version": 2}))
+            checkpoint.write_meta(folder, meta | {"version": 2})
         case "gap":
-            (folder / "meta.json").write_text(json.dumps(meta | {"rows": meta["rows"][1:]}))
+            checkpoint.write_meta(folder, meta | {"rows": meta["rows"][1:]})
         case "path":
-            (folder / "meta.json").write_text(json.dumps(meta | {"rows": ["../" + name for name in meta["rows"]]}))
+            checkpoint.write_meta(folder, meta | {"rows": ["../" + name for name in meta["rows"]]})
         case "rows are no list":
-            (folder / "meta.json").write_text(json.dumps(meta | {"rows": 5}))
+            checkpoint.write_meta(folder, meta | {"rows": 5})
         case "no momentum":
             momentum = load_file(folder / "optimizer.safetensors")
             save_file(dict(list(momentum.items())[1:]), folder / "optimizer.safetensors")
@@ -293,7 +293,9 @@ def spoil(folder, what):
             momentum = load_file(folder / "optimizer.safetensors")
             save_file({name: m.flatten()[:1].clone() for name, m in momentum.items()}, folder / "optimizer.safetensors")
         case "position":
-            (folder / "meta.json").write_text(json.dumps(meta | {"step": -1}))
+            checkpoint.write_meta(folder, meta | {"step": -1})
+        case "bit of meta":
+            (folder / "meta.json").write_text(json.dumps(meta | {"examples": meta["examples"] ^ 4}))
         case "cut rows":
             rows.write_bytes(rows.read_bytes()[:-20])
         case "cut backbone":
@@ -305,12 +307,12 @@ def spoil(folder, what):
 
 
 @pytest.mark.parametrize("what, text", [
-    ("no meta", "not a checkpoint"), ("meta is no json", "not a checkpoint"), ("version", "version 3"),
+    ("no meta", "not a checkpoint"), ("meta is no json", "not a checkpoint"), ("version", "version 4"),
     ("gap", "cover the class rows"), ("path", "cover the class rows"), ("position", "no position"),
     ("rows are no list", "cover the class rows"),
     ("no momentum", "optimizer.safetensors"), ("other momentum", "optimizer.safetensors"),
     ("cut rows", "rows-000000000000"), ("cut backbone", "backbone.safetensors"), ("no rows", "rows-000000000000"),
-    ("stranger", "was written without neighbors-"),
+    ("bit of meta", "meta.json is damaged"), ("stranger", "was written without neighbors-"),
 ])
 def test_a_broken_checkpoint_is_named(what, text, tmp_path):
     run_ranks(3, lambda w: save(w, tmp_path))

@@ -188,7 +188,7 @@ def test_what_is_inside_is_told(made, tmp_path, capsys):
 def test_epochs_are_told_where_the_data_are_known(made, capsys):
     folder = made()
     meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps(meta | {"num_records": 14}))
+    checkpoint.write_meta(folder, meta | {"num_records": 14})
     done("info", folder)
     assert "step 3, 21 examples, epoch 1.50" in capsys.readouterr().out
 
@@ -203,7 +203,7 @@ def own(folder, name):
     meta = json.loads((folder / "meta.json").read_text())
     path = folder / name
     meta["files"][name] = {"bytes": path.stat().st_size, "crc32": checkpoint.crc32(path)}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    checkpoint.write_meta(folder, meta)
 
 
 FIRST = "rows-000000000000-000000000004.safetensors"
@@ -213,7 +213,7 @@ def spoil(folder, what):
     meta = json.loads((folder / "meta.json").read_text())
 
     def changed(**values):
-        (folder / "meta.json").write_text(json.dumps(meta | values))
+        checkpoint.write_meta(folder, meta | values)
 
     match what:
         case "path":

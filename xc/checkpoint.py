@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from xc import watchdog
 from xc.config import UserError
 from xc.exchange import AllReduce
 from xc.heads import Head
@@ -32,7 +33,7 @@ from xc.noise_scale import NoiseScale
 from xc.optim import RowSGD
 from xc.schedule import Position
 
-_FORMAT, _VERSION = "xc-checkpoint", 3
+_FORMAT, _VERSION = "xc-checkpoint", 4
 _MOST_META = 2**26  # characters of a meta.json, of which a file takes a hundred: it may come from anywhere
 _FOLDER = re.compile(r"step-(\d{8,})")
 _FILE = re.compile(r"[a-z]+(-\d+)*\.safetensors")
@@ -73,13 +74,19 @@ def rows_among(names):
 
 
 def to_resume(resume, run, world):
-    """Folder of the checkpoint that --resume means, None to begin anew. With auto the newest one whose files are
-    whole; those that are not are named. UserError where there are some but none is whole. Collective.
+    """Folder of the checkpoint that --resume means, None to begin anew; with auto the newest whole one. Collective."""
+    if resume == "auto":
+        return newest_whole(run, world)
+    return Path(resume) if resume else None
+
+
+def newest_whole(run, world, most_steps=10**18):
+    """The newest checkpoint of a run, of at most so many steps, whose files are whole; those that are not are named.
+    None where there is none; UserError where there are some but none is whole. Collective.
     """
-    if resume != "auto":
-        return Path(resume) if resume else None
     broken = []
-    for folder in reversed(folders(Path(run) / "checkpoints")):
+    found = world.everyone.all_gather_object(folders(Path(run) / "checkpoints"))[0]  # not all hosts see them at once
+    for folder in reversed([folder for folder in found if int(folder.name[5:]) <= most_steps]):
         try:
             with world.agreed():
                 check(folder, world.rank, world.size)
@@ -92,6 +99,24 @@ def to_resume(resume, run, world):
         raise UserError(f"{broken[0]}, and no older one is whole: name another checkpoint by --resume, or begin anew "
                         "in another --out")
     return None
+
+
+def write_meta(folder, meta):
+    """Write meta.json, with a checksum of all that it says."""
+    with open(Path(folder) / "meta.json", "w") as file:
+        json.dump(meta | {"crc32": _crc32_of(meta)}, file, indent=1)
+
+
+def _crc32_of(meta):
+    text = json.dumps({name: value for name, value in meta.items() if name != "crc32"}, sort_keys=True)
+    return zlib.crc32(text.encode())
+
+
+def _is_sealed(meta):
+    try:
+        return meta.get("crc32") == _crc32_of(meta)
+    except RecursionError:
+        return False
 
 
 def check(folder, part=0, num_parts=1):
@@ -130,6 +155,7 @@ def load(folder, state, identity):
     folder, head = Path(folder), state.head
     position, ranges, numbers = _fitting(folder, {**_shape(head), **identity}, state)
     path = folder / "backbone.safetensors"
+    watchdog.note("reading a checkpoint")
     try:
         state.backbone.load_state_dict(load_file(path))
         path = folder
@@ -140,6 +166,7 @@ def load(folder, state, identity):
             start, stop = max(first, head.shard.first), min(last, head.shard.last)
             if start >= stop:
                 continue
+            watchdog.note("reading a checkpoint")
             path = folder / rows_name(first, last)
             with safe_open(path, "pt") as file:
                 if "momentum" not in file.keys() and state.head_optimizer.momentum:
@@ -174,6 +201,8 @@ def read_meta(folder):
     if not isinstance(meta, dict) or (meta.get("format"), meta.get("version")) != (_FORMAT, _VERSION):
         raise ValueError(f"{folder} is not a checkpoint of format {_FORMAT}, version {_VERSION}: resume it with the "
                          "code that wrote it")
+    if not _is_sealed(meta):
+        raise ValueError(f"checkpoint file {folder / 'meta.json'} is damaged: its checksum is not that of what it says")
     files = meta.get("files")
     if not isinstance(files, dict) or not all(
             _FILE.fullmatch(name) and isinstance(facts, dict) and _types(facts) == {"bytes": int, "crc32": int}
@@ -207,7 +236,7 @@ def _fitting(folder, expected, state):
     if strangers:
         raise ValueError(f"checkpoint {folder} was written without {min(strangers)}: take that file away")
     position = Position(*(meta.get(field.name) for field in fields(Position)))
-    if not all(type(n) is int and n >= 0 for n in asdict(position).values()):
+    if not all(type(n) is int and 0 <= n < 2**62 for n in asdict(position).values()):
         raise ValueError(f"checkpoint {folder} names no position: take another checkpoint")
     numbers = [meta.get(name) for name in _numbers(state)]
     for found, known in zip(numbers, _numbers(state).values(), strict=True):
@@ -276,6 +305,7 @@ def crc32(path, progress=None):
     crc = 0
     with open(path, "rb") as file:
         while piece := file.read(2**22):
+            watchdog.note("reading a checkpoint")
             crc = zlib.crc32(piece, crc)
             if progress:
                 progress(len(piece))

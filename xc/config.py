@@ -154,7 +154,7 @@ class Config:
             ("epochs", self.epochs > 0, "above 0"),
             ("steps", self.steps >= 0, "0 or more"),
             ("global_batch", self.global_batch >= 1, "at least 1"),
-            ("lr", self.lr > 0, "above 0"),
+            ("lr", 0 < self.lr <= 1e30, "above 0 and at most 1e30"),
             ("head_lr_scale", self.head_lr_scale >= 0, "0 or more"),
             ("momentum", 0 <= self.momentum < 1, "0 to below 1"),
             ("head_momentum", 0 <= self.head_momentum < 1, "0 to below 1"),

@@ -5,7 +5,8 @@ A split is what the Loader takes examples from, `Images` of a pack or a `synth.S
     num_classes, classes_digest, input_shape   (channels, size, size) or (dim,): one example as the backbone sees it
     len(split)                                 examples of an epoch
     split.order(seed).records(first, count)    record numbers of examples of the endless training sequence
-    split.examples(records)                    float inputs (n, *input_shape) and labels (n,), as tensors
+    split.examples(records, replace=True)      float inputs (n, *input_shape) and labels (n,), as tensors; of records
+                                               that cannot be used others, or (replace=False) none
     split.bad_records                          set of the records that this rank could not use and left out
 
 The order of examples over all ranks is one endless sequence, epoch after epoch, fixed by the seed. A step takes the
@@ -41,8 +42,8 @@ def open_splits(cfg):
 class Images:
     """The split of a pack, decoded.
 
-    A record that cannot be used is named, and the next one that can be is taken in its place, on any rank and any
-    number of threads the same one.
+    A record that cannot be used is named. Training takes the next one that can be in its place, on any rank and any
+    number of threads the same one; a test does without.
     """
 
     def __init__(self, pack, channels, image_size, max_bad_records=0):
@@ -56,14 +57,14 @@ class Images:
     def order(self, seed):
         return Order(len(self), seed)
 
-    def examples(self, records):
+    def examples(self, records, replace=True):
         try:
             return self._decoded(records)
         except ValueError:
             if not self.max_bad_records:
                 raise
-        pairs = [self._next_good(int(record)) for record in records]
-        return tuple(torch.cat(parts) for parts in zip(*pairs, strict=True))
+        pairs = [self._first_good(int(record), len(self) if replace else 1) for record in records]
+        return tuple(torch.cat(parts) for parts in zip(self._decoded([]), *pairs, strict=True))
 
     def _decoded(self, records):
         channels, size, _ = self.input_shape
@@ -77,15 +78,16 @@ class Images:
                                  "the run leave out some by --max-bad-records") from e
         return torch.from_numpy(images).float().div_(127.5).sub_(1), torch.from_numpy(labels)  # [-1, 1]
 
-    def _next_good(self, record):
-        """Image and label of a record, or of the first one behind it that can be used."""
-        while True:
-            if record not in self.bad_records:
+    def _first_good(self, record, tries):
+        """Image and label of the first of so many records that can be used, none where none can be."""
+        for tried in range(record, record + tries):
+            tried %= len(self)
+            if tried not in self.bad_records:
                 try:
-                    return self._decoded([record])
+                    return self._decoded([tried])
                 except ValueError as e:
-                    self._leave_out(record, e)
-            record = (record + 1) % len(self)
+                    self._leave_out(tried, e)
+        return self._decoded([])
 
     def _leave_out(self, record, error):
         with self._lock:
@@ -94,7 +96,7 @@ class Images:
             self.bad_records.add(record)
             if len(self.bad_records) > self.max_bad_records:
                 raise ValueError(_too_many_bad(len(self.bad_records), self.max_bad_records, error))
-        print(f"warning: the next record is taken in place of one ({error})", file=sys.stderr, flush=True)
+        print(f"warning: left out: {error}", file=sys.stderr, flush=True)
 
 
 def _too_many_bad(num_bad, most, which):
@@ -157,8 +159,8 @@ class Loader:
         num_records = len(self.split)
         batches = ((first, Shard.of(min(global_batch, num_records - first), self.world.size, self.world.rank))
                    for first in range(0, num_records, global_batch))
-        queue = Queue(((0, first + np.arange(mine.first, mine.last), 0.0) for first, mine in batches), self._load,
-                      self.cfg, self.world.device)
+        queue = Queue(((first + np.arange(mine.first, mine.last), False) for first, mine in batches),
+                      self.split.examples, self.cfg, self.world.device)
         while batch := queue.take(1):
             yield batch[0]
 

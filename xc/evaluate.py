@@ -6,11 +6,12 @@ from xc import watchdog
 
 
 @torch.no_grad()
-def evaluate(backbone, head, batches, world):
+def evaluate(backbone, head, batches, world, stopped=lambda: False):
     """Shares of the examples whose label is the best or among the five best of ALL classes; the same at any W.
 
     batches  of (images, labels), as many on every rank; a rank's may be empty
-    returns  dict of top1, top5 (shares) and examples
+    stopped  asked before every batch, answers alike on all ranks; where it is true, there is no result
+    returns  dict of top1, top5 (shares) and examples; or None
 
     Collective.
     """
@@ -19,6 +20,9 @@ def evaluate(backbone, head, batches, world):
     hits = torch.zeros(3, dtype=torch.int64)  # best, among the five best, examples
     for images, labels in batches:
         watchdog.note("evaluation")
+        if stopped():
+            backbone.train(training)
+            return None
         # Not every network takes an empty batch.
         features = backbone(images) if len(images) else torch.zeros(0, head.feature_dim, device=world.device)
         places = head.label_places(features, labels)

@@ -1,7 +1,9 @@
 """The run folder: one run's settings, where they came from, and what it wrote."""
 
 import dataclasses
+import fcntl
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 
 from xc.config import UserError, as_arguments
 
+_locks = []  # open files, which would lose their locks when they are closed
 _PACKAGES = ("torch", "horovod", "mpi4py", "h5py", "numpy", "safetensors")
 
 
@@ -28,9 +31,11 @@ def check(cfg):
 
 
 def create(cfg, world_size):
-    """Write the settings of this run, or of this continuation of it. Only rank 0 calls this."""
+    """Write the settings of this run, or of this continuation of it. Only rank 0 calls this. UserError where another
+    process has the run."""
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
+    _lock(out)
     launch = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join(sys.argv),
@@ -43,6 +48,23 @@ def create(cfg, world_size):
     replace_text(out / "run.args", as_arguments(dataclasses.replace(cfg, resume="")))
     with open(out / "launches.jsonl", "a") as lines:
         lines.write(json.dumps(launch) + "\n")
+
+
+def _lock(out):
+    """The run is this process's until that ends, in whatever way; nobody's where the file system knows no locks."""
+    file = open(out / ".lock", "a+")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        file.seek(0)
+        raise UserError(f"--out {out} belongs to {file.read().strip()}, which trains there: wait for its end, or name "
+                        "another folder") from e
+    except OSError:
+        return
+    _locks.append(file)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
 
 
 def replace_text(path, text):

@@ -1,6 +1,5 @@
 """Writes checkpoints behind the steps and deletes those that are not to be kept; checkpoint.py says what is in them."""
 
-import json
 import os
 import shutil
 import sys
@@ -13,6 +12,15 @@ from safetensors.torch import save_file
 
 from xc import checkpoint, watchdog
 from xc.config import UserError
+
+
+class SaveError(UserError):
+    """All ranks raise it alike; no mistake of the user: the same command may go on where there is room again."""
+
+    code = 1
+
+
+_LOOK_SECONDS = 0.2  # between looks at how far the writing is
 
 
 class Saver:
@@ -32,6 +40,7 @@ class Saver:
         """
         self._folder, self._world, self._identity, self._keep = Path(run) / "checkpoints", world, identity, keep
         self._most_failures, self._failures, self._thread, self._error = most_failures, 0, None, None
+        self._moved = 0, False  # how far the thread is, and whether it waits for other ranks
 
     def save(self, state, position, top1=None):
         """Begin to write the state at a schedule.Position, where an evaluation gave `top1`. Collective."""
@@ -39,6 +48,7 @@ class Saver:
         files = {name: {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tables.items()}
                  for name, tables in checkpoint.files_of(state, self._world).items()}
         meta = checkpoint.meta_of(state, position) | self._identity | {"top1": top1}
+        self._moved = 0, False
         self._thread = threading.Thread(target=self._write, args=(files, meta), name="checkpoint")
         self._thread.start()
 
@@ -46,13 +56,17 @@ class Saver:
         """Wait until what was begun is on the disk, or given up; the last one of a run must not be. Collective."""
         if self._thread is None:
             return
-        watchdog.note("a checkpoint's writing")
-        self._thread.join()
+        seen = None
+        while self._thread.is_alive():
+            if self._moved != seen:
+                seen = self._moved
+                watchdog.note("writing a checkpoint", waits=seen[1])
+            self._thread.join(_LOOK_SECONDS)
         self._thread, error, self._error = None, self._error, None
         if isinstance(error, UserError):
             self._failures += 1
             if self._failures >= self._most_failures or last:
-                raise UserError(f"{self._failures} checkpoint(s) in a row could not be written ({error}): make room "
+                raise SaveError(f"{self._failures} checkpoint(s) in a row could not be written ({error}): mend that, "
                                 "and go on from the last one by --resume auto")
             if self._world.rank == 0:
                 print(f"warning: a checkpoint could not be written ({error}); training goes on, what was saved before "
@@ -70,23 +84,26 @@ class Saver:
         try:
             with _agreed(group):
                 if rank == 0:
-                    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+                    for left in self._folder.glob(".step-*"):  # by a run that was killed
+                        shutil.rmtree(left, ignore_errors=True)
                     partial.mkdir(parents=True)
             written = {}
             with _agreed(group):
                 for name, tables in files.items():
                     _check_finite(name, tables)
-                    written[name] = _write(partial / name, tables)
+                    written[name] = _write(partial / name, tables, self._moves_on)
+                self._moved = self._moved[0] + 1, True
             files = {name: facts for of_rank in group.all_gather_object(written) for name, facts in of_rank.items()}
             with _agreed(group):
                 if rank == 0:
                     rows = checkpoint.rows_among(files)
-                    with open(partial / "meta.json", "w") as file:
-                        json.dump(meta | {"rows": rows, "files": files}, file, indent=1)
-                    sync(partial / "meta.json")
-                    sync(partial)
+                    checkpoint.write_meta(partial, meta | {"rows": rows, "files": files})
+                    for path in partial / "meta.json", partial:
+                        self._moves_on()
+                        sync(path)
+                    self._moves_on()
                     if folder.exists():  # an earlier launch's, which was then resumed from an older one
-                        shutil.rmtree(folder)
+                        _remove(folder)
                     partial.rename(folder)
                     sync(self._folder)
                     self._prune(folder)
@@ -95,6 +112,9 @@ class Saver:
             if rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
 
+    def _moves_on(self, num_bytes=0):
+        self._moved = self._moved[0] + 1, False
+
     def _prune(self, newest):
         """Delete what is not to be kept, and what is of later steps: of a course given up by resuming from before."""
         folders = checkpoint.folders(self._folder)
@@ -102,7 +122,7 @@ class Saver:
         kept = {*earlier[-self._keep :], checkpoint.best_of(earlier)}
         for folder in folders:
             if folder not in kept:
-                shutil.rmtree(folder)
+                _remove(folder)
 
 
 @contextmanager
@@ -116,6 +136,13 @@ def _agreed(group):
             raise OSError(" ".join(str(error).split()) or repr(error)) from error
 
 
+def _remove(folder):
+    """A folder that bears its name is whole, also where this is killed."""
+    hidden = folder.with_name(f".{folder.name}.removed")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
 def _check_finite(name, tensors):
     """An update may have spoiled what the last finite loss was computed from: that must not replace what is good."""
     for key, tensor in tensors.items():
@@ -123,16 +150,20 @@ def _check_finite(name, tensors):
             raise ValueError(f"{key} of {name} is not finite")
 
 
-def _write(path, tensors):
+def _write(path, tensors, progress):
     """Facts of the file written: what of it is on the disk, not what was meant to be."""
     save_file(tensors, path)
-    return facts_of(path)
+    progress()
+    return facts_of(path, progress)
 
 
-def facts_of(path):
-    """{bytes, crc32} of a file as meta.json has them, once it is on the disk."""
+def facts_of(path, progress=None):
+    """{bytes, crc32} of a file as meta.json has them, once it is on the disk.
+
+    progress  called with every number of bytes read
+    """
     sync(path)
-    return {"bytes": path.stat().st_size, "crc32": checkpoint.crc32(path)}
+    return {"bytes": path.stat().st_size, "crc32": checkpoint.crc32(path, progress)}
 
 
 def sync(path):

@@ -115,7 +115,7 @@ class Split:
         """The sequence as `data.Loader` asks for it: a seed is a place to begin."""
         return _Consecutive(int(mix(np.array([seed], np.uint64))[0] >> np.uint64(30)) * self.num_classes)
 
-    def examples(self, records):
+    def examples(self, records, replace=True):
         """Inputs (n, *input_shape) float32 and labels (n,) int64, as tensors; records (n,) may be any from 0 up."""
         labels = self.labels(records)
         noise = gaussians(_keys(self.spec.seed, self._stream + 1, records), math.prod(self.input_shape))

@@ -26,9 +26,10 @@ _doing = _Doing("set-up", False, time.monotonic())
 _step = 0
 
 
-def note(what):
-    """The main thread moves on, and does this now. Cheap: for every phase of a step, every block of long work."""
-    _set(what, waits=False)
+def note(what, waits=False):
+    """The main thread moves on, and does this now, or waits for other ranks in it. Cheap: for every phase of a step,
+    every block of long work."""
+    _set(what, waits)
 
 
 def at(step):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from xc import watchdog
 from xc.collective import gather_rows, group_logsumexp
 from xc.margin import MARGINS
 from xc.shard import Shard
@@ -167,8 +168,8 @@ class Head:
         for block in self.blocks(len(self.weight), len(labels)):
             scores = features @ self._unit(self.weight[block]).T  # (G, block)
             ids = torch.arange(block.start, block.stop, device=labels.device) + self.shard.first
-            ahead = (scores > score) | ((scores == score) & (ids < labels[:, None]))
-            places += (ahead & (ids != labels[:, None])).sum(1)
+            behind = (scores < score) | ((scores == score) & (ids > labels[:, None]))  # which no nan is
+            places += (~behind & (ids != labels[:, None])).sum(1)
         return group.all_reduce(places)[mine]
 
     @torch.no_grad()
@@ -384,6 +385,7 @@ def initial_rows(shard, feature_dim, seed, dtype=torch.float32):
     """
     rows = torch.empty(len(shard), feature_dim, dtype=dtype)
     for block in range(shard.first // _INIT_BLOCK, -(-shard.last // _INIT_BLOCK)):
+        watchdog.note("making the class rows")
         first = block * _INIT_BLOCK
         # numpy's: torch's generator heeds 32 bits of its seed only.
         drawn = np.random.default_rng([seed, block]).standard_normal((_INIT_BLOCK, feature_dim), np.float32)

@@ -65,9 +65,9 @@ class KnnHead(PartialHead):
         return {} if self.graph is None else {self.graph.file_name: self.graph.tables()}
 
     def load(self, folder):
-        if paths := sorted(Path(folder).glob("neighbors-*.safetensors")):
-            # Of another K it serves until the next build.
-            self.graph = KnnGraph.read(paths, self.shard, self.num_classes, self.world.device)
+        paths = sorted(Path(folder).glob("neighbors-*.safetensors"))
+        # Of another K it serves until the next build.
+        self.graph = KnnGraph.read(paths, self.shard, self.num_classes, self.world.device) if paths else None
 
 
 def num_neighbors(cfg, num_classes):

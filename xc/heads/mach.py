@@ -88,8 +88,8 @@ class MachHead(Head):
         for block in self.parts[0].blocks(len(classes), len(labels)):
             ids = torch.arange(block.start, block.stop, device=labels.device)[:, None] + classes.first  # (block, 1)
             found = scores(ids[:, 0])
-            ahead = (found > right) | ((found == right) & (ids < labels))
-            places += (ahead & (ids != labels)).sum(0)
+            behind = (found < right) | ((found == right) & (ids > labels))  # which no nan is
+            places += (~behind & (ids != labels)).sum(0)
         return group.all_reduce(places)[mine]
 
     def audit(self, features, labels):
