@@ -28,7 +28,7 @@ import torch
 from benchmarks.measure import median_step, report, rss_mb
 from xc.config import Config, UserError
 from xc.heads import HEADS
-from xc.knn_graph import KnnGraph
+from xc.knn_graph import Indexed, KnnGraph
 from xc.metrics import peak_rss_mb
 from xc.optim import RowSGD
 from xc.shard import Shard
@@ -109,7 +109,7 @@ def random_graph(head):
     places = torch.arange(group.rank, K, group.size)[:here].to(torch.uint8 if K <= 256 else torch.int16)
     neighbors = torch.randint(len(head.shard), (head.num_classes * here,), dtype=torch.int32)
     return KnnGraph(head.shard, K, torch.arange(0, len(neighbors) + 1, here, dtype=torch.int32), neighbors,
-                    places.repeat(head.num_classes), None)
+                    places.repeat(head.num_classes), Indexed(torch.empty(len(head.shard), 0, dtype=torch.int8)))
 
 
 def roofline_ms(rows, global_batch, args):

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from xc.shard import Shard
-
 CHUNK = 2**18  # elements of a temporary, to stay in the cache
 
 
@@ -69,7 +67,7 @@ class KnnGraph:
 
         ValueError for a file that is cut, of another number of classes, or missing.
         """
-        parts, indexed, covered, num_neighbors = [], None, 0, None
+        parts, same, indexed, covered, num_neighbors = [], None, None, 0, None
         for path in sorted(paths, key=str):
             try:
                 with safe_open(path, "pt", device=str(device)) as file:
@@ -83,14 +81,20 @@ class KnnGraph:
                     if start < stop:
                         indexed.fill(file, slice(start - first, stop - first),
                                      slice(start - shard.first, stop - shard.first))
-                        parts.append(_edges_within(file, Shard(first, last), shard, *found))
+                        tables = _checked_tables(file, last - first, *found)
                         covered += stop - start
+                        if (first, last) == (shard.first, shard.last):
+                            same = [table.clone() for table in tables]  # not what is mapped from a file that will go
+                        else:
+                            parts.append(_edges_within(*tables, first, shard))
             except (OSError, ValueError, TypeError, IndexError, RuntimeError, SafetensorError) as e:
                 raise ValueError(f"file of neighbours {path} cannot be used ({' '.join(str(e).split())}): build the "
                                  f"graph of these {num_classes} classes anew") from e
         if indexed is None or covered != len(shard):
             raise ValueError(f"the {len(paths)} files of neighbours hold {covered} of the {len(shard)} classes "
                              f"{shard.first} to {shard.last - 1}: build the graph anew")
+        if same and not parts:  # it was written by as many ranks
+            return cls(shard, num_neighbors, *same[:2], same[2].to(place_type(num_neighbors)), indexed)
         none = torch.empty(0, dtype=torch.int64, device=device)
         classes, neighbors, places = (torch.cat(c) for c in zip((none, none.int(), none.int()), *parts, strict=True))
         order = (classes * num_neighbors + places).argsort()
@@ -166,18 +170,22 @@ def join(parts):
     return offsets, neighbors, places
 
 
-def _edges_within(file, part, shard, num_classes, num_neighbors):
-    """classes, neighbors, places (E,) of the edges of a file of the classes `part` that end in `shard`."""
+def _checked_tables(file, num_rows, num_classes, num_neighbors):
+    """offsets, neighbors, places of a file of so many rows."""
     offsets, neighbors, places = (file.get_tensor(name) for name in ("offsets", "neighbors", "places"))
-    counts, places = offsets.diff(), places.int()
     if (offsets.shape != (num_classes + 1,) or len(neighbors) != len(places) or offsets[0] != 0
-            or offsets[-1] != len(neighbors) or (counts < 0).any() or (places >= num_neighbors).any()
-            or ((neighbors < 0) | (neighbors >= len(part))).any()):
+            or offsets[-1] != len(neighbors) or (offsets.diff() < 0).any() or len(places) and (
+                places.max() >= num_neighbors or neighbors.min() < 0 or neighbors.max() >= num_rows)):
         raise ValueError("its edges do not fit its shape")
-    local = neighbors + (part.first - shard.first)
+    return offsets, neighbors, places
+
+
+def _edges_within(offsets, neighbors, places, first, shard):
+    """classes, neighbors, places (E,) of the edges of a file whose first row is `first` that end in `shard`."""
+    local = neighbors + (first - shard.first)
     here = (local >= 0) & (local < len(shard))
-    classes = torch.arange(num_classes, device=offsets.device).repeat_interleave(counts)
-    return classes[here], local[here], places[here]
+    classes = torch.arange(len(offsets) - 1, device=offsets.device).repeat_interleave(offsets.diff())
+    return classes[here], local[here], places[here].int()
 
 
 def code_of(rows):
