@@ -709,19 +709,25 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, args, words):
     assert words in fails(capsys, *args)
 
 
-def slow_pack(tmp_path, *args):
-    """A real process that packs a tenth of a second per shard, by way of a slow fsync; returned when it is at work."""
-    write_tree(tmp_path / "src", {"a": 60})
+def slow(module, *args, until):
+    """A real process of a tool whose fsync takes a tenth of a second; returned when `until` is true."""
     code = ("import os, runpy, signal, time; os.fsync = lambda fd: time.sleep(0.1); "
             "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a job in the background may ignore it
-            "runpy.run_module('data_tools.pack', run_name='__main__', alter_sys=True)")
-    process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "src", tmp_path / "pack", "--shard-mb", "1e-6",
-                                *args], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    until = time.monotonic() + 30
-    while not list(tmp_path.glob(".pack.partial-*/shard-00002.h5")):
-        assert process.poll() is None and time.monotonic() < until
+            f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)")
+    process = subprocess.Popen([sys.executable, "-c", code, *args], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    deadline = time.monotonic() + 30
+    while not until():
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     return process
+
+
+def slow_pack(tmp_path, *args):
+    """A process that packs a tenth of a second per shard, one image each; returned when it is at work."""
+    write_tree(tmp_path / "src", {"a": 60})
+    return slow("data_tools.pack", tmp_path / "src", tmp_path / "pack", "--shard-mb", "1e-6", *args,
+                until=lambda: list(tmp_path.glob(".pack.partial-*/shard-00002.h5")))
 
 
 def test_a_killed_pack_leaves_nothing_that_looks_whole(tmp_path, capsys):
