@@ -1,50 +1,66 @@
 """Prints what is inside a pack, or a folder of packs, and checks it: python -m data_tools.show PACK
 
+Counts, how the images spread over the classes, and sizes and formats of a random sample of the images, which are
+decoded for it. --plot draws images by class, the most frequent first, on log axes; --sheet some random images with the
+names of their classes. Opening checks the index and the sizes of the shard files; --verify reads every byte and checks
+every checksum. Memory: some numbers for each class.
+
 Of a timeline.json, which train.py --timeline-steps writes, it prints and draws one step instead.
 
-Opening checks the index and the sizes of the shard files, the statistics decode a sample of the images; --verify
-reads every byte and checks every checksum. Exit code 2 and one line on stderr where something is wrong.
+Exit code 2 and one line on stderr where something is wrong.
 """
 
 import json
 import os
+import signal
+from collections import Counter
 
 import numpy as np
-from PIL import Image
 
-from data_tools import timeline
-from data_tools.pack import Parser, Progress
-from xc.pack import PackError, decode, open_image, open_splits
+from data_tools import pack_pictures, timeline
+from data_tools.pack import Parser, Progress, between
+from xc.pack import PackError, open_image, open_splits
 
-SAMPLE = 256  # images
-SHEET_SIDE, SHEET_IMAGE = 8, 64  # images per row and column of the contact sheet; pixels of each
+BAR = 40  # most characters of a bar
 
 
-def describe(pack):
-    """Facts of one pack as a dict for JSON. Records are in random order, so the first ones are a fair sample."""
+def describe(pack, num_sampled):
+    """Facts of one pack as a dict for JSON, sizes and formats by a sample of so many records."""
     counts = pack.class_counts
-    images = [open_record(pack, record, look) for record in range(min(SAMPLE, len(pack)))]
-    widths, heights, formats, modes = zip(*images, strict=True)
+    records = sample(pack, num_sampled)
+    with Progress("sampling", len(records)) as progress:
+        images = []
+        for record in records:
+            images.append(open_record(pack, record, look))
+            progress.add(1)
+    sizes, widths, heights, formats, modes = zip(*images, strict=True)
     return {
         "records": pack.num_records, "classes": pack.num_classes, "bytes": pack.num_bytes, "shards": pack.num_shards,
         "source": pack.source, "seed": pack.seed, "skipped": pack.skipped,
         "classes_without_images": int((counts == 0).sum()), "images_per_class": spread(counts),
-        "sample": {"images": len(images), "width": spread(widths), "height": spread(heights),
-                   "formats": sorted(set(formats)), "modes": sorted(set(modes))},
+        "long_tail": long_tail(counts),
+        "sample": {"images": len(images), "bytes": spread(sizes), "width": spread(widths), "height": spread(heights),
+                   "longer_side": doubling(np.maximum(widths, heights)),
+                   "formats": dict(Counter(formats).most_common()), "modes": dict(Counter(modes).most_common())},
         "first_classes": pack.class_names(0, min(5, pack.num_classes)),
     }
 
 
+def sample(pack, count):
+    """(n,) int64: up to so many record numbers, in order, always the same of a pack."""
+    return np.sort(np.random.default_rng(0).choice(len(pack), min(count, len(pack)), replace=False))
+
+
 def look(data):
     image = open_image(data)
-    return image.width, image.height, image.format, image.mode
+    return len(data), image.width, image.height, image.format, image.mode
 
 
-def open_record(pack, record, opener, *arguments):
-    """opener(image bytes, …) of one record; PackError with its number where the image is broken."""
+def open_record(pack, record, opener):
+    """opener(image bytes) of one record; PackError with its number where the image is broken."""
     [data], _ = pack.read([record])
     try:
-        return opener(data, *arguments)
+        return opener(data)
     except ValueError as error:
         raise PackError(f"{pack.path}: record {record}: {error}") from error
 
@@ -53,29 +69,74 @@ def spread(values):
     return {"min": int(np.min(values)), "median": float(np.median(values)), "max": int(np.max(values))}
 
 
+def doubling(values):
+    """How many of the values (n,), integers from 0 up, are 0, 1, 2 to 3, 4 to 7, …; and what these add up to."""
+    bins = np.frexp(values)[1]  # of v: how many bits it has
+    counts, sums = np.bincount(bins), np.bincount(bins, weights=values)
+    first = int(np.flatnonzero(counts)[0])
+    return [{"from": 2 ** (bits - 1) if bits else 0, "to": 2**bits - 1, "count": int(counts[bits]),
+             "sum": int(sums[bits])} for bits in range(first, len(counts))]
+
+
+def long_tail(counts):
+    """Of the images of each class (C,): how many classes have how many, and what the frequent ones hold."""
+    ordered = np.sort(counts[counts > 0])[::-1]
+    held = np.cumsum(ordered)
+    top = -(-len(ordered) // 100)
+    return {"classes_by_images": doubling(counts), "top_percent_classes": top,
+            "top_percent_share": float(held[top - 1] / held[-1]),
+            "classes_with_half": int(np.searchsorted(held, held[-1] / 2)) + 1}
+
+
 def print_facts(split, facts):
     def of(spread):
         return f"{spread['min']} / {spread['median']:g} / {spread['max']}"
 
-    sample = facts["sample"]
+    sample, tail = facts["sample"], facts["long_tail"]
     print(f"{split}: {facts['records']} images of {facts['classes']} classes, {facts['bytes'] / 1e6:.1f} MB in "
           f"{facts['shards']} shards")
     print(f"  source {facts['source']!r}, seed {facts['seed']}, {facts['skipped']} images skipped")
+    print(f"  classes {', '.join(map(repr, facts['first_classes']))}{', …' if facts['classes'] > 5 else ''}")
     print(f"  images per class {of(facts['images_per_class'])} (min / median / max), "
           f"{facts['classes_without_images']} classes without images")
+    print_bins("images", "classes", tail["classes_by_images"])
+    print(f"  the most frequent 1 % of the classes with images, {tail['top_percent_classes']}, "
+          f"{'has' if tail['top_percent_classes'] == 1 else 'have'} {tail['top_percent_share']:.1%} of the images; "
+          f"half of them are in {tail['classes_with_half']}")
     print(f"  of {sample['images']} images: width {of(sample['width'])}, height {of(sample['height'])}, "
-          f"{' '.join(sample['formats'])}, modes {' '.join(sample['modes'])}")
-    print(f"  classes {', '.join(map(repr, facts['first_classes']))}{', …' if facts['classes'] > 5 else ''}")
+          f"bytes {of(sample['bytes'])}")
+    print(f"  {shares(sample['formats'], sample['images'])}; modes {shares(sample['modes'], sample['images'])}")
+    print_bins("pixels", "images by their longer side", sample["longer_side"])
 
 
-def contact_sheet(pack):
-    """A Pillow image of the first records, each SHEET_IMAGE pixels wide and high."""
-    sheet = Image.new("RGB", (SHEET_SIDE * SHEET_IMAGE,) * 2)
-    for record in range(min(SHEET_SIDE**2, len(pack))):
-        row, column = divmod(record, SHEET_SIDE)
-        pixels = open_record(pack, record, decode, SHEET_IMAGE, 3)
-        sheet.paste(Image.fromarray(pixels.transpose(1, 2, 0)), (column * SHEET_IMAGE, row * SHEET_IMAGE))
-    return sheet
+def shares(counts, total):
+    return ", ".join(f"{name} {count / total:.1%}" for name, count in counts.items())
+
+
+def print_bins(what, of, bins):
+    most = max(one["count"] for one in bins)
+    print(f"    {what:>21} {of}")
+    for one in bins:
+        between = f"{one['from']}" if one["from"] == one["to"] else f"{one['from']} to {one['to']}"
+        print(f"    {between:>21} {one['count']:>12,} {'#' * -(-one['count'] * BAR // most)}".rstrip())
+
+
+def sheet(pack):
+    """A PNG, as bytes, of random records and their classes' names."""
+    records = sample(pack, pack_pictures.SIDE**2)
+    names = [pack.class_name(label) for label in pack.read(records)[1]]
+    return pack_pictures.contact_sheet([open_record(pack, record, pack_pictures.square) for record in records], names)
+
+
+def write_new(path, data):
+    """A new file with these bytes; nothing is left of one that could not be written."""
+    with open(path, "xb") as file:
+        try:
+            file.write(data)
+            file.flush()
+        except BaseException:
+            os.unlink(path)
+            raise
 
 
 def show_timeline(parser, args):
@@ -106,29 +167,37 @@ def main(argv=None):
     parser = Parser(prog="data_tools.show", description=__doc__.partition("\n")[0])
     parser.add_argument("pack", metavar="PACK", help="a pack, a folder with packs train, val, test, or a timeline.json")
     parser.add_argument("--verify", action="store_true", help="read everything and check every checksum")
+    parser.add_argument("--sample", type=between(1, 10**7), default=256,
+                        help="images that sizes and formats are found of (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument("--sheet", metavar="PNG", help="write a contact sheet of some images (of train)")
-    parser.add_argument("--plot", metavar="PNG", help="of a timeline.json: draw one step")
+    parser.add_argument("--sheet", metavar="PNG", help="write a contact sheet of random images (of train)")
+    parser.add_argument("--plot", metavar="PNG", help="draw images by class; of a timeline.json, one step")
     args = parser.parse_args(argv)
     if args.pack.endswith(".json"):
         show_timeline(parser, args)
         return
     try:
-        if args.plot:
-            raise PackError(f"--plot is for a timeline.json, {args.pack} is none")
-        if args.sheet and os.path.lexists(args.sheet):
-            raise PackError(f"--sheet {args.sheet} exists; remove it or give another name")
+        for flag, path in ("--sheet", args.sheet), ("--plot", args.plot):
+            if path and not path.endswith(".png"):
+                raise PackError(f"{flag} {path} is not allowed: give a name that ends in .png")
+            if path and os.path.lexists(path):
+                raise PackError(f"{flag} {path} exists; remove it or give another name")
+            if path and not os.path.isdir(os.path.dirname(path) or "."):
+                raise PackError(f"{flag} {path}: no such folder as {os.path.dirname(path)}; make it first")
         packs = open_splits(args.pack)
-        facts = {split: describe(pack) for split, pack in packs.items()}
+        facts = {split: describe(pack, args.sample) for split, pack in packs.items()}
         for split, pack in packs.items() if args.verify else ():
             with Progress(f"verifying {split}", len(pack)) as progress:
                 facts[split]["verified"] = pack.verify(progress.add)
         if args.sheet:
-            contact_sheet(packs["train"]).save(args.sheet, "PNG")
+            write_new(args.sheet, sheet(packs["train"]))
+        if args.plot:
+            counts = {split: pack.class_counts for split, pack in packs.items()}
+            write_new(args.plot, pack_pictures.rank_frequency(counts))
     except (PackError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        parser.exit(130)
+        parser.exit(130, f"{parser.prog}: interrupted\n")
     if args.json:
         print(json.dumps(facts))
         return
@@ -139,4 +208,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as after Ctrl-C
     main()

@@ -825,23 +825,3 @@ def test_no_warning_for_large_images_that_are_allowed():
         warnings.simplefilter("error")
         with pytest.raises(ValueError, match="does not decode"):  # the header passes, there is just no data
             decode(png(20000, 20000, 1000), 8, 1, max_pixels=10**9)
-
-
-# Show.
-
-
-def test_show(whole, tmp_path, capsys):
-    data_tools.show.main([str(whole[0]), "--verify", "--sheet", str(tmp_path / "sheet.png")])
-    text = capsys.readouterr().out
-    for words in ("28 images of 5 classes", "1 / 5 / 11", "'a/x'", "'src'", "width 6 / 6 / 6, height 5 / 5 / 5", "PNG",
-                  "all 28 checksums"):
-        assert words in text
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (512, 512) and len(np.unique(np.asarray(sheet)[:64, :64])) > 50
-    data_tools.show.main([str(whole[0]), "--json"])
-    facts = json.loads(capsys.readouterr().out)["train"]
-    assert facts["records"] == 28 and facts["images_per_class"] == {"min": 1, "median": 5.0, "max": 11}
-    with pytest.raises(SystemExit) as exit:
-        data_tools.show.main([str(tmp_path)])
-    error = capsys.readouterr().err
-    assert exit.value.code == 2 and error.count("\n") == 1 and "not a pack" in error
