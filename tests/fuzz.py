@@ -38,8 +38,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import data_tools.export
 import data_tools.pack
 import data_tools.show
+import data_tools.split
 from data_tools import glyphs
 from xc import backbone, checkpoint, config, data, exchange, heads, metrics, pack, run_folder, saver, schedule, synth
 from xc.noise_scale import NoiseScale
@@ -139,7 +141,7 @@ def _audit(event, arguments):
         return
     last = 2 if event in ("os.rename", "os.link", "os.symlink") else 1
     folder = next((number for number in arguments[last:] if isinstance(number, int) and number > 2), None)
-    start = os.readlink(f"/proc/self/fd/{folder}") if event == "os.remove" and folder else ""
+    start = os.readlink(f"/proc/self/fd/{folder}") if event in ("os.remove", "os.rmdir") and folder else ""
     for path in arguments[last - 1 : last]:
         place = os.path.realpath(os.path.join(start, os.fsdecode(path)))
         if place != _allowed and not place.startswith(_allowed + os.sep) and place != os.devnull:
@@ -407,6 +409,44 @@ def read_packs(folder, out):
         one.verify()
         one.close()
     command(data_tools.show.main, folder / "packs", "--verify", "--json")
+
+
+def make_exported(folder):
+    import matplotlib.pyplot  # noqa: F401  its first import makes folders of its own
+
+    make_packs(folder)
+
+
+def change_exported(random, folder):
+    """As change_packs, or other class names; no digest is looked at but by --verify."""
+    if random.randrange(3) == 0:
+        change_packs(random, folder)
+        return
+    parts = (*(text for text in TEXTS if "\udc80" not in text), "a", "/", "/", ".", "%", "000000000.png", "list.csv",
+             "é" * 90)
+    with h5py.File(folder / "packs/train" / pack.INDEX_FILE, "r+") as index:
+        count = index.attrs["num_classes"]
+        names = ["".join(random.choices(parts, k=random.randint(0, 4))).encode() for _ in range(count)]
+        del index["class_names"], index["class_name_offsets"]
+        index["class_names"] = np.frombuffer(b"".join(names), np.uint8)
+        index["class_name_offsets"] = np.cumsum([0, *map(len, names)], dtype=np.int64)
+
+
+def read_exported(folder, out):
+    refused = None
+    for number, (main, *arguments) in enumerate((
+            (data_tools.export.main, folder / "packs", out / "tree", "--to", "folder"),
+            (data_tools.export.main, folder / "packs/train", out / "flat", "--to", "folder", "--classes", "0-1"),
+            (data_tools.export.main, folder / "packs", out / "tars", "--to", "webdataset"),
+            (data_tools.split.main, folder / "packs/train", out / "split", "--test", "0.3"),
+            (data_tools.show.main, folder / "packs/train", "--json", "--sheet", out / "sheet.png"))):
+        try:
+            command(main, *arguments)
+        except ValueError as error:
+            refused = error
+            assert number == 4 or not os.path.lexists(arguments[1])
+    if refused:
+        raise refused
 
 
 # What is packed: trees and manifests.
@@ -732,6 +772,7 @@ def read_fonts(folder, out):
 
 TARGETS = {
     "packs": Target(make_packs, change_packs, read_packs, (ValueError,)),
+    "exported": Target(make_exported, change_exported, read_exported, (ValueError,)),
     "images": Target(make_images, change_image, read_images, (ValueError,)),
     "tree": Target(make_tree, change_tree, read_tree, (ValueError,)),
     "manifest": Target(make_manifest, change_manifest, read_manifest, (ValueError,)),
