@@ -2,7 +2,8 @@
 
 The bytes of the images stay as they are. OUT appears when it is whole, or not at all. What data_tools.pack makes of
 OUT has the same records; its labels are the same, too, where every class has an image and the class names are in the
-order that data_tools.pack gives them, else with --classes PACK.
+order that data_tools.pack gives them, else with --classes PACK. (A tree of val or test alone is to data_tools.pack one
+without splits.)
 
 folder      OUT/<class name>/<record number>.<suffix by content>, of a folder of packs OUT/<split>/<class name>/…, and
             OUT/list.csv with path, label (the class name) and split, which data_tools.pack takes as well as OUT.
@@ -101,7 +102,8 @@ class Folders:
         self.list = csv.writer(self.file)
         self.list.writerow(["path", "label"] + ["split"] * is_split)
 
-    def add(self, split, number, image, label, name):
+    def add(self, split, number, image, label, pack):
+        name = pack.class_name(label)
         folder = os.path.join(split if self.is_split else "", folder_of(name, self.shun_splits))
         path = os.path.join(folder, f"{number:09}.{suffix_of(image)}")
         try:
@@ -131,7 +133,7 @@ class TarShards:
                 for name in pack.class_names(start, min(start + 2**16, pack.num_classes)):
                     file.write(name.replace("\\", r"\\").replace("\n", r"\n").replace("\r", r"\r") + "\n")
 
-    def add(self, split, number, image, label, name):
+    def add(self, split, number, image, label, pack):
         record = _member(f"{number:09}.{suffix_of(image)}", image) + _member(f"{number:09}.cls", str(label).encode())
         if self.file and self.file.tell() + len(record) + TAR_END > self.shard_bytes:
             self._end_shard()
@@ -206,9 +208,10 @@ def export(src, out, *, to, split, classes, shard_mb):
             for split, pack in packs.items():
                 for records in chosen(pack, mask):
                     for number, image, label in zip(records, *pack.read(records), strict=True):
-                        name = pack.class_name(label)
                         try:
-                            writer.add(split, number, image, label, name)
+                            writer.add(split, number, image, label, pack)
+                        except PackError:
+                            raise
                         except ValueError as error:
                             raise PackError(f"{pack.path}: record {number} of class {label}: {error}") from error
                         num_bytes += len(image)
