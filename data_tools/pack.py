@@ -1,22 +1,26 @@
 """Packs a data set of images into a few large files: python -m data_tools.pack SRC OUT
 
 SRC  a tree of images; an image's class is the path of its folder below SRC (letters/a/1.png is of class letters/a).
-     Or a CSV or TSV file with a header line and the columns path, label and, if wanted, split.
+     Or a manifest (CSV, TSV or Parquet with the columns path, label and, if wanted, split), WebDataset tar shards,
+     MXNet RecordIO, or a pack: data_tools/sources.py. Several become one pack.
 OUT  the pack, a new folder; its layout is documented in xc/pack.py.
 
-With folders train, val, test (train at least) at the top of the tree and nothing else there, or with a column split,
-OUT is a folder of packs with one class table, that of train. Labels are the places of the class names in sorted
-order; where all names are numbers they are sorted as numbers, so labels 0 … C − 1 of a CSV keep their values.
+With folders train, val, test (train at least) at the top of the tree and nothing else there, with a column split, or
+with shards named after splits, OUT is a folder of packs with one class table, that of train. Labels are the places of
+the class names in sorted order; where all names are numbers they are sorted as numbers, so labels 0 … C − 1 of a CSV
+keep their values.
 
 Every image is decoded once as a check. Those that fail are left out, counted and listed in OUT/skipped.tsv. OUT
 appears only when everything is done; before that there is a folder .OUT.partial-… beside it, which no reader accepts.
-The same SRC and seed give the same bytes whatever the number of workers. While it runs, memory holds the list of
-paths, one shard, and some megabytes and one decoded image per worker.
+The same SRC and seed give the same bytes whatever the number of workers and the memory. While it runs, memory holds
+what --memory-mb allows, one shard of every split, and some megabytes and one decoded image per worker; what sorting
+needs beyond that are files in that folder, once as large as the images that did not come in files of their own.
 """
 
 import argparse
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -39,97 +43,37 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.sources import folder_source, manifest_source
+from data_tools.class_table import ClassTable
+from data_tools.listing import CLASS_SPLITS, Listing, counts_file
+from data_tools.sources import KINDS, open_source
 from xc import pack as layout
 from xc.message import one_line
 from xc.pack import PackError, open_image, open_splits
 
 CHUNK_RECORDS, CHUNK_BYTES = 64, 2**23  # what a worker is given, and where it stops and hands the rest back
+NAMES = 2**16  # class names read at once
 NAMED = 5  # how many of a long list a message names
-
-
-# The list of records and the class table.
-
-
-class Records:
-    """Paths and class numbers of one split, without an object per record."""
-
-    def __init__(self):
-        self._paths, self._ends, self.classes = bytearray(), array("q", [0]), array("q")
-
-    def __len__(self):
-        return len(self.classes)
-
-    def add(self, path, number):
-        self._paths += os.fsencode(path)
-        self._ends.append(len(self._paths))
-        self.classes.append(number)
-
-    def path(self, i):
-        return os.fsdecode(bytes(self._paths[self._ends[i] : self._ends[i + 1]]))
-
-
-def scan(source):
-    """({split: Records}, [class names by class number, in order of appearance]) of all of a source."""
-    splits, numbers = {}, {}
-    with Progress("listing") as progress:
-        for split, path, name in source:
-            splits.setdefault(split, Records()).add(path, numbers.setdefault(name, len(numbers)))
-            progress.add(1)
-    return {split: splits[split] for split in ("", *layout.SPLITS) if split in splits}, list(numbers)
-
-
-def class_table(splits, names, given):
-    """(class names in order of their labels, {split: (n,) int64 labels}).
-
-    names  of the class numbers in splits
-    given  the table to use, a list of names; None: the sorted names of train, or of all where there are no splits
-    """
-    odd = next((name for name in names if name != name.encode(errors="replace").decode()), None)
-    if odd is not None:
-        raise PackError(f"class name {odd!r} is not valid UTF-8; rename the class")
-    owner = "the pack of --classes"
-    if given is None:
-        owner, used = "train", np.zeros(len(names), bool)
-        used[splits["train" if "train" in splits else ""].classes] = True
-        given = _sorted([name for name, is_used in zip(names, used, strict=True) if is_used])
-    places = {name: label for label, name in enumerate(given)}
-    label_of = np.array([places.get(name, -1) for name in names], np.int64)
-    labels = {split: label_of[records.classes] for split, records in splits.items()}
-    for split in splits:
-        unknown = np.flatnonzero(labels[split] < 0)
-        if len(unknown):
-            name = names[splits[split].classes[unknown[0]]]
-            raise PackError(f"class {name!r}{split and ' of ' + split} is not one of {owner} ({len(unknown)} images "
-                            f"are of such classes); add it there or leave it out here")
-    return given, labels
-
-
-def _sorted(names):
-    if not all(name.isascii() and name.isdigit() for name in names):
-        return sorted(names)
-    names = sorted(names, key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name))  # by value, of any length
-    if any(name.lstrip("0") != str(label).lstrip("0") for label, name in enumerate(names)):
-        note("the class names are numbers with gaps: their labels are 0, 1, 2, … without gaps")
-    return names
 
 
 # Reading and checking: what workers do.
 
 
-def check_files(root, paths, max_pixels):
-    """[(bytes, crc32) or (None, reason why not)] of image files; ends early after CHUNK_BYTES."""
+def check_images(images, max_pixels):
+    """[(bytes or None, crc32 or reason why not)] of images; ends early after CHUNK_BYTES were read.
+
+    images  [(path, None) or (any text, bytes)]; bytes that were given are not given back
+    """
     results, num_bytes = [], 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow mentions odd metadata of images that decode well
-        for path in paths:
+        for path, given in images:
             try:
-                data = _read(os.path.join(root, path))
+                data = _read(path) if given is None else given
                 open_image(data, max_pixels)
             except (OSError, ValueError) as error:
                 results.append((None, getattr(error, "strerror", None) or str(error)))
                 continue
-            results.append((data, zlib.crc32(data)))
+            results.append((data if given is None else None, zlib.crc32(data)))
             num_bytes += len(data)
             if num_bytes >= CHUNK_BYTES:
                 break
@@ -146,19 +90,20 @@ def _read(path):
         return file.read()
 
 
-def read_in_order(pool, window, root, records, order, max_pixels):
-    """Yields (record number, bytes or None, crc32 or reason why not) of the records in the given order.
+def read_in_order(pool, window, roots, chunks, max_pixels):
+    """Yields (record, its bytes or None, crc32 or reason why not) of lists of records, in their order.
 
-    At most `window` chunks are under way or waiting to be written.
+    At most `window` lists are under way or waiting to be written.
     """
 
     def start(chunk):
-        return chunk, pool.submit(check_files, root, [records.path(i) for i in chunk], max_pixels)
+        images = [(os.path.join(roots[record.root], record.path), record.data) for record in chunk]
+        return chunk, pool.submit(check_images, images, max_pixels)
 
-    places, pending = iter(range(0, len(order), CHUNK_RECORDS)), deque()
+    chunks, pending = iter(chunks), deque()
     while True:
-        for place in itertools.islice(places, window - len(pending)):
-            pending.append(start(order[place : place + CHUNK_RECORDS]))
+        for chunk in itertools.islice(chunks, window - len(pending)):
+            pending.append(start(chunk))
         if not pending:
             return
         chunk, future = pending.popleft()
@@ -166,11 +111,11 @@ def read_in_order(pool, window, root, records, order, max_pixels):
             results = future.result()
         except BrokenProcessPool as error:
             raise PackError(f"a worker died (out of memory, or a decoder crashed) at or soon after "
-                            f"{records.path(chunk[0])}") from error
+                            f"{chunk[0].path}") from error
         if len(results) < len(chunk):
             pending.appendleft(start(chunk[len(results) :]))
-        for i, result in zip(chunk, results, strict=False):
-            yield i, *result
+        for record, (data, crc_or_reason) in zip(chunk, results, strict=False):
+            yield record, data if isinstance(crc_or_reason, str) or data is not None else record.data, crc_or_reason
 
 
 class InProcess(Executor):
@@ -203,10 +148,10 @@ def _start_worker():
 class PackWriter:
     """Writes the shards of one pack, then its index. A shard ends before the record that would exceed shard_bytes."""
 
-    def __init__(self, folder, shard_bytes, num_classes):
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self.class_counts = np.zeros(num_classes, np.int64)
-        self.shard_records, self.shard_file_bytes, self.num_bytes = [], [], 0
+    def __init__(self, folder, shard_bytes, class_counts):
+        """class_counts  (C,) int64 zeros, which the writer counts up"""
+        self.folder, self.shard_bytes, self.class_counts = folder, shard_bytes, class_counts
+        self.shard_records, self.shard_file_bytes, self.num_bytes, self.num_added = [], [], 0, 0
         os.makedirs(folder, exist_ok=True)
         self._clear()
 
@@ -220,6 +165,7 @@ class PackWriter:
         self._bytes += data
         self._ends.append(len(self._bytes))
         self._labels.append(label)
+        self.num_added += 1
         self._crcs.append(crc)
         self.class_counts[label] += 1
 
@@ -234,15 +180,12 @@ class PackWriter:
         self.num_bytes += len(self._bytes)
         self._clear()
 
-    def write_index(self, names, **attributes):
-        names = [name.encode() for name in names]
-        ends = np.cumsum([0, *map(len, names)], dtype=np.int64)
-        flat = np.frombuffer(b"".join(names), np.uint8)
+    def write_index(self, table, **attributes):
         tables = {"shard_records": self.shard_records, "shard_file_bytes": self.shard_file_bytes,
-                  "class_names": flat, "class_name_offsets": ends, "class_counts": self.class_counts}
+                  "class_names": table.names, "class_name_offsets": table.ends, "class_counts": self.class_counts}
         _write(os.path.join(self.folder, layout.INDEX_FILE), layout.INDEX_TABLES, tables, num_records=self.num_records,
-               num_classes=len(names), num_bytes=self.num_bytes, classes_digest=layout.classes_digest([ends], [flat]),
-               **attributes)
+               num_classes=len(table), num_bytes=self.num_bytes,
+               classes_digest=layout.classes_digest([table.ends], [table.names]), **attributes)
 
     def _clear(self):
         self._bytes, self._ends, self._labels, self._crcs = bytearray(), array("q", [0]), array("q"), array("I")
@@ -266,23 +209,35 @@ def _write(path, kinds, tables, **attributes):
 class Skipped:
     """Writes the images that are left out to a file, and ends the packing where they are too many.
 
-    allowed  "100", or "1%" of total
+    allowed  "100", or "1%" of the total, which is known when all are listed
+    ignored  Counter of what is no image: {what: number}
     """
 
-    def __init__(self, file, allowed, total):
-        self.count = 0
-        self._file, self._allowed, self._total, self._first = file, allowed, total, []
-        self._most = int(float(allowed[:-1]) / 100 * total) if allowed.endswith("%") else int(allowed)
+    def __init__(self, file, allowed):
+        self.count, self.of_split, self.ignored = 0, Counter(), Counter()
+        self._file, self._allowed, self._total, self._first = file, allowed, None, []
+        self._most = math.inf if allowed.endswith("%") else int(allowed)
         print("path", "reason", sep="\t", file=file)
 
-    def add(self, path, reason):
+    def add(self, split, path, reason):
         escapes = {ord("\\"): r"\\", ord("\t"): r"\t", ord("\n"): r"\n", ord("\r"): r"\r"}
         print(path.translate(escapes), reason.translate(escapes), sep="\t", file=self._file)
         self.count += 1
+        self.of_split[split] += 1
         if self.count <= NAMED:
             self._first.append(f"{path} ({reason})")
+        self._check()
+
+    def set_total(self, total):
+        self._total = total
+        if self._allowed.endswith("%"):
+            self._most = int(float(self._allowed[:-1]) / 100 * total)
+        self._check()
+
+    def _check(self):
         if self.count > self._most:
-            raise PackError(f"{self.count} of {self._total} images cannot be used, but --max-skipped {self._allowed} "
+            of = "" if self._total is None else f" of {self._total}"
+            raise PackError(f"{self.count}{of} images cannot be used, but --max-skipped {self._allowed} "
                             f"allows {self._most}: {self}; mend or remove them, or allow more")
 
     def __str__(self):
@@ -321,8 +276,8 @@ def note(text):
 # The command.
 
 
-def pack(src, out, *, classes, root, seed, shard_mb, workers, max_pixels, max_skipped):
-    """Packs src into the new folder out and says what became of it; the parameters are the flags of the command.
+def pack(src, out, *, kind, classes, root, seed, shard_mb, memory_mb, workers, max_pixels, max_skipped):
+    """Packs src, a list of paths, into the new folder out and says what became of it; the parameters are the flags.
 
     returns  dict of totals over the splits: records, classes, bytes, shards, skipped, seconds
 
@@ -331,75 +286,103 @@ def pack(src, out, *, classes, root, seed, shard_mb, workers, max_pixels, max_sk
     started = time.monotonic()
     out = os.path.abspath(out)
     check_paths(src, out, root)
-    table = None
-    if classes is not None:
-        train = open_splits(classes)["train"]
-        table = train.class_names(0, train.num_classes)
+    sources = [open_source(path, kind, root) for path in src]
+    given = None if classes is None else open_splits(classes)["train"]
 
-    ignored = Counter()
-    if os.path.isdir(src):
-        root, source = src, folder_source(src, ignored)
-    else:
-        root, source = root or os.path.dirname(src), manifest_source(src)
-    splits, names = scan(source)
-    for what, count in sorted(ignored.items()):
-        note(f"ignored {count} {what}")
-    if not splits.keys() & {"", "train"}:
-        raise PackError(f"{src}: no images{' of split train, which gives the classes' if splits else ''}")
-    names, labels = class_table(splits, names, table)
-
-    total = sum(map(len, splits.values()))
-    with new_folder(out) as partial:
-        writers = {split: PackWriter(os.path.join(partial, split), shard_mb * 1e6, len(names)) for split in splits}
-        listing = open(os.path.join(partial, "skipped.tsv"), "w", encoding="utf-8", errors="surrogateescape")
-        with listing, _pool(workers) as pool, Progress("packing", total) as progress:
-            skipped = Skipped(listing, max_skipped, total)
-            for split, records in splits.items():
-                order = np.random.default_rng([seed, ("", *layout.SPLITS).index(split)]).permutation(len(records))
-                for i, data, crc_or_reason in read_in_order(pool, 2 * workers + 1, root, records, order, max_pixels):
-                    if data is None:
-                        skipped.add(records.path(i), crc_or_reason)
-                    else:
-                        writers[split].add(data, crc_or_reason, labels[split][i])
+    with new_folder(out) as partial, open(os.path.join(partial, "skipped.tsv"), "w", encoding="utf-8",
+                                          errors="surrogateescape") as skipped_file:
+        work = os.path.join(partial, "work")  # files that go when the pack is whole
+        os.mkdir(work)
+        skipped, listing = Skipped(skipped_file, max_skipped), Listing(work, int(memory_mb * 1e6), seed)
+        with Progress("listing") as progress:
+            for number, source in enumerate(sources):
+                for split, path, name, data in source.records(skipped):
+                    listing.add(number, split, path, name, data)
                     progress.add(1)
-                if not writers[split].class_counts.any():
-                    raise PackError(f"no image{_of(split)} can be used: {skipped}")
-                writers[split].end_shard()
+        for what, count in sorted(skipped.ignored.items()):
+            note(f"ignored {count} {what}")
+        splits = listing.splits
+        if not CLASS_SPLITS & set(splits):
+            raise PackError(f"{', '.join(src)}: no images"
+                            f"{' of split train, which gives the classes' if splits else ''}{_why(skipped)}")
+        if "" in splits and len(splits) > 1:
+            raise PackError(f"{', '.join(src)}: some images have a split and others none; give all one, or none")
+        table = ClassTable(os.path.join(work, "classes"), listing.class_names() if given is None else names_of(given),
+                           int(memory_mb * 1e6) // 4)
+        if listing.has_gaps:
+            note("the class names are numbers with gaps: their labels are 0, 1, 2, … without gaps")
+        owner = "train" if given is None else "the pack of --classes"
+        listed = {split: listing.class_counts(split, table, owner) for split in splits}
+        total = sum(int(counts.sum()) for counts in listed.values()) + skipped.count
+        skipped.set_total(total)
+
+        writers = {split: PackWriter(os.path.join(partial, split), shard_mb * 1e6,
+                                     counts_file(os.path.join(work, f"written-{split}"), len(table)))
+                   for split in splits}
+        with _pool(workers) as pool, Progress("packing", total - skipped.count) as progress:
+            roots, chunks = [source.root for source in sources], listing.chunks(table, CHUNK_RECORDS, CHUNK_BYTES)
+            for record, data, crc_or_reason in read_in_order(pool, 2 * workers + 1, roots, chunks, max_pixels):
+                if data is None:
+                    skipped.add(record.split, record.path, crc_or_reason)
+                else:
+                    writers[record.split].add(data, crc_or_reason, record.label)
+                progress.add(1)
+        for split, writer in writers.items():
+            if not writer.num_added:
+                raise PackError(f"no image{_of(split)} can be used: {skipped}")
+            writer.end_shard()
         for split, writer in writers.items():  # last: a folder without an index is not a pack
-            writer.write_index(names, source=os.path.basename(os.path.abspath(src)), seed=seed,
-                               skipped=len(splits[split]) - writer.num_records)
+            writer.write_index(table, source=", ".join(os.path.basename(os.path.abspath(path)) for path in src),
+                               seed=seed, skipped=skipped.of_split[split])
+        lost = {split: np.flatnonzero((listed[split] > 0) & (writers[split].class_counts == 0)) for split in splits}
+        lost = {split: (len(labels), [table.name(label) for label in labels[:NAMED]]) for split, labels in lost.items()}
+        with_images = {split: np.count_nonzero(writers[split].class_counts) for split in splits}
+        shutil.rmtree(work)
 
     if skipped.count:
         note(f"skipped {skipped.count} images, listed in {os.path.join(out, 'skipped.tsv')}: {skipped}")
     for split, writer in writers.items():
-        lost = np.flatnonzero((np.bincount(labels[split], minlength=len(names)) > 0) & (writer.class_counts == 0))
-        if len(lost):
-            note(f"warning: {len(lost)} classes{_of(split)} lost all their images; they keep their labels: "
-                 + ", ".join(names[label] for label in lost[:NAMED]) + (", …" if len(lost) > NAMED else ""))
-        place, num_classes = os.path.join(out, split).rstrip("/"), np.count_nonzero(writer.class_counts)
-        print(f"{place}: {writer.num_records} images of {num_classes} classes, {writer.num_bytes / 1e6:.1f} MB in "
-              f"{len(writer.shard_records)} shards")
-    return {"records": sum(writer.num_records for writer in writers.values()), "classes": len(names),
+        count, names = lost[split]
+        if count:
+            note(f"warning: {count} classes{_of(split)} lost all their images; they keep their labels: "
+                 + ", ".join(names) + (", …" if count > NAMED else ""))
+        place = os.path.join(out, split).rstrip("/")
+        print(f"{place}: {writer.num_records} images of {with_images[split]} classes, {writer.num_bytes / 1e6:.1f} MB "
+              f"in {len(writer.shard_records)} shards")
+    return {"records": sum(writer.num_records for writer in writers.values()), "classes": len(table),
             "bytes": sum(writer.num_bytes for writer in writers.values()),
             "shards": sum(len(writer.shard_records) for writer in writers.values()),
             "skipped": skipped.count, "seconds": round(time.monotonic() - started, 3)}
 
 
+def names_of(pack):
+    """The class names of a pack (bytes), in the order of their labels."""
+    for start in range(0, pack.num_classes, NAMES):
+        for name in pack.class_names(start, min(start + NAMES, pack.num_classes)):
+            yield name.encode()
+
+
+def _why(skipped):
+    return f"; {skipped.count} were left out: {skipped}" if skipped.count else ""
+
+
 def check_paths(src, out, root):
     """PackError for what can be known to fail before anything is read."""
     parent = os.path.dirname(out)
-    if not os.path.exists(src):
-        raise PackError(f"{src}: no such file or folder; give a tree of images or a CSV or TSV file")
-    if root is not None and os.path.isdir(src):
-        raise PackError(f"--root {root} is for the paths of a CSV or TSV file, but {src} is a folder; leave it out")
+    for path in src:
+        if not os.path.exists(path):
+            raise PackError(f"{path}: no such file or folder; give a tree of images, a manifest, tar shards, RecordIO "
+                            "or a pack")
+        if root is not None and os.path.isdir(path):
+            raise PackError(f"--root {root} is for the paths of a manifest, but {path} is a folder; leave it out")
+        if os.path.isdir(path) and os.path.realpath(out).startswith(os.path.join(os.path.realpath(path), "")):
+            raise PackError(f"{out} lies inside of {path}; give a place outside")
     if root is not None and not os.path.isdir(root):
         raise PackError(f"--root {root}: no such folder")
     if os.path.lexists(out):
         raise PackError(f"{out} exists; remove it or give another name")
     if not (os.path.isdir(parent) and os.access(parent, os.W_OK)):
         raise PackError(f"{parent}: no such folder, or not writable; make it first, {os.path.basename(out)} goes there")
-    if os.path.isdir(src) and os.path.realpath(out).startswith(os.path.join(os.path.realpath(src), "")):
-        raise PackError(f"{out} lies inside of {src}; give a place outside")
 
 
 @contextmanager
@@ -444,12 +427,15 @@ def share_or_count(text):
 def main(argv=None):
     parser = Parser(prog="data_tools.pack", description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("src", metavar="SRC", help="a tree of images, or a CSV or TSV file with columns path, label and maybe split")
+    add("src", metavar="SRC", nargs="+", help="one or several of what is listed in the README; several become one pack")
     add("out", metavar="OUT", help="the folder to make")
     add("--classes", metavar="PACK", help="use the class table of this pack; an unknown class is an error")
-    add("--root", metavar="DIR", help="where the paths in a CSV or TSV file start (the folder of that file)")
+    add("--from", dest="kind", choices=KINDS, help="what SRC is, where its content does not tell")
+    add("--root", metavar="DIR", help="where the paths in a manifest start (the folder of that file)")
     add("--seed", type=between(0, 2**63 - 1), default=0, help="of the shuffle (%(default)s)")
     add("--shard-mb", type=between(1e-6, 2**20, float), default=256, help="most image data in one file (%(default)s)")
+    add("--memory-mb", type=between(1e-3, 2**20, float), default=1024,
+        help="what shuffling and sorting may hold in memory; more goes through files beside OUT (%(default)s)")
     add("--workers", type=between(0, 4096), default=os.cpu_count(), help="processes, 0: only this one (%(default)s)")
     add("--max-pixels", type=between(1, layout.MAX_PIXELS), default=50_000_000,
         help=f"skip images with more (%(default)s); at most {layout.MAX_PIXELS}, which readers take")

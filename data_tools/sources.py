@@ -1,17 +1,104 @@
-"""What data sets come as. A source is an iterator of (split or "", path below a root, class name)."""
+"""What data sets come as: images in folders, manifests, tar shards, RecordIO, packs.
+
+A source yields (split or "", path, class name, bytes). Images that lie in files of their own are named by a path below
+the source's root and the bytes are None; all others are read once, in order, and their path is what messages call them.
+What cannot be packed is told to `skipped`: images by skipped.add(split, path, reason), and what is no image counted in
+skipped.ignored. Nothing is extracted, and memory holds some records, however long the source is.
+"""
 
 import csv
+import itertools
+import json
+import math
 import os
+import tarfile
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
+
+from data_tools import recordio
 from xc import pack as layout
-from xc.pack import PackError
+from xc.pack import PackError, open_splits
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_HEADER_BYTES = 2**20  # of what a tar file says about one member
+MAX_LABEL_BYTES = 2**16  # of a file .cls or .json
+ROWS = 1024  # of a Parquet file in memory at once
+RECORDS = 256  # of a pack
 
 
-def folder_source(root, ignored):
-    """Images of a tree, in a fixed order. What is passed over is counted in `ignored`, a Counter."""
+@dataclass(frozen=True)
+class Source:
+    records: Callable  # records(skipped) as above
+    root: str = ""
+
+
+def open_source(path, kind, root):
+    """The source at a path.
+
+    kind  one of KINDS; None: found by content
+    root  of the paths in a manifest; None: its own folder
+    """
+    kind = kind or kind_of(path)
+    if kind not in ("manifest", "parquet") and root is not None:
+        raise PackError(f"--root {root} is for the paths of a manifest, but {path} is of the kind {kind}; leave it out")
+    beside = path if os.path.isdir(path) else os.path.dirname(path)
+    return Source(lambda skipped: KINDS[kind](path, skipped), root or beside)
+
+
+def kind_of(path):
+    """The kind of source that lies at a path, by its content."""
+    if not os.path.isdir(path):
+        with open(path, "rb") as file:
+            head = file.read(512)
+        if head[:4] == b"PAR1":
+            return "parquet"
+        if head[:4] == recordio.MAGIC:
+            return "recordio"
+        if head[257:262] == b"ustar" or path.endswith(".tar"):
+            return "webdataset"
+        return "manifest"
+    if any(os.path.exists(os.path.join(path, folder, layout.INDEX_FILE)) for folder in ("", "train")):
+        return "pack"
+    folders, files = _shard_folders(path)
+    for kind, suffix in SUFFIXES.items():
+        if not folders and any(name.endswith(suffix) for _, name in files):
+            return kind
+    return "folder"
+
+
+def _shard_folders(root):
+    """([folders that are not splits], [(split or "", path)] of all files at the top and in the folders of splits)."""
+    others, files = [], []
+    for entry in _entries(root, Counter()):
+        if not entry.is_dir():
+            split = next((split for split in layout.SPLITS if entry.name.startswith((split + "-", split + "."))), "")
+            files.append((split, entry.path))
+        elif entry.name in layout.SPLITS:
+            inner = list(_entries(entry.path, Counter()))
+            files += [(entry.name, one.path) for one in inner if not one.is_dir()]
+            others += [one.path for one in inner if one.is_dir()]
+        else:
+            others.append(entry.path)
+    return others, files
+
+
+def _shards(path, suffix):
+    """[(split, file)] of a file, or of a folder in which train-000.tar and train/000.tar are of split train."""
+    if not os.path.isdir(path):
+        return [("", path)]
+    shards = [(split, file) for split, file in _shard_folders(path)[1] if file.endswith(suffix)]
+    if len({bool(split) for split, _ in shards}) > 1:
+        bare = next(file for split, file in shards if not split)
+        raise PackError(f"{bare}: of no split, but other files are; let its name begin with train-, val- or test-")
+    return shards
+
+
+def folder_source(root, skipped):
+    """Images of a tree, in a fixed order."""
+    ignored = skipped.ignored
     top = {entry.name for entry in _entries(root, Counter()) if entry.is_dir()}
     has_splits = "train" in top and top <= set(layout.SPLITS)
     folders = [""]
@@ -26,7 +113,7 @@ def folder_source(root, ignored):
                 split, _, name = folder.partition("/") if has_splits else ("", "", folder)
                 if not name:
                     raise PackError(f"{path}: an image of no class; it belongs into a folder named after its class")
-                yield split, path, name
+                yield split, path, name, None
             else:
                 ignored["files that are not images"] += 1
         folders += reversed(inner)
@@ -43,7 +130,7 @@ def _entries(folder, ignored):
                 yield entry
 
 
-def manifest_source(path):
+def manifest_source(path, skipped):
     """Rows of a CSV or TSV file, in its order."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -59,13 +146,211 @@ def manifest_source(path):
                 if len(cells) != len(columns):
                     raise PackError(f"{where}: {len(cells)} cells, but the header has {len(columns)}")
                 row = {name: cell.strip() for name, cell in zip(columns, cells, strict=True)}
-                parts = row["path"].split("/")
-                if parts[0] == "" or ".." in parts or "\0" in row["path"]:
-                    raise PackError(f"{where}: path {row['path']!r} must be relative and stay below the root")
-                if "split" in row and row["split"] not in layout.SPLITS:
-                    raise PackError(f"{where}: split {row['split']!r} is none of {', '.join(layout.SPLITS)}")
-                if not row["label"]:
-                    raise PackError(f"{where}: no label")
-                yield row.get("split", ""), row["path"], row["label"]
+                _check_row(where, row)
+                yield row.get("split", ""), row["path"], row["label"], None
     except (UnicodeDecodeError, csv.Error) as error:
         raise PackError(f"{path}: not a CSV or TSV file in UTF-8: {error}") from error
+
+
+def _check_row(where, row):
+    """PackError where the texts path, label and split of a manifest's row are not allowed."""
+    if "path" in row and not _stays_below(row["path"]):
+        raise PackError(f"{where}: path {row['path']!r} must be relative and stay below the root")
+    if "split" in row and row["split"] not in layout.SPLITS:
+        raise PackError(f"{where}: split {row['split']!r} is none of {', '.join(layout.SPLITS)}")
+    if not row["label"]:
+        raise PackError(f"{where}: no label")
+
+
+def _stays_below(path):
+    parts = path.split("/")
+    return parts[0] != "" and ".." not in parts and "\0" not in path
+
+
+def parquet_source(path, skipped):
+    """Rows of one or several Parquet files: the columns of a manifest, or `image` with the bytes in place of `path`.
+
+    image  binary, or a struct with a binary field bytes
+    """
+    from pyarrow import ArrowException  # here, since it takes longer to import than a small data set to pack
+    from pyarrow.parquet import ParquetFile
+
+    for split, file in _shards(path, ".parquet"):
+        try:
+            with ParquetFile(file) as table:
+                columns = _parquet_columns(file, table.schema_arrow)
+                number = 0
+                for batch in table.iter_batches(ROWS, columns=columns):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield _parquet_record(f"{file}: row {number}", split, row)
+        except (ArrowException, OSError, UnicodeDecodeError) as error:
+            raise PackError(f"{file}: not readable as Parquet: {error}") from error
+
+
+def _parquet_columns(file, schema):
+    from pyarrow import types
+
+    kinds = dict(zip(schema.names, schema.types, strict=True))
+    if len(kinds) != len(schema.names) or "label" not in kinds or not kinds.keys() & {"path", "image"}:
+        raise PackError(f"{file}: must have the columns label, path or image and, if wanted, split once each; it has "
+                        f"{', '.join(map(repr, schema.names))}")
+    columns = [name for name in ("path", "label", "split", "image") if name in kinds]
+    for name in columns:
+        kind = kinds[name]
+        if types.is_dictionary(kind):
+            kind = kind.value_type
+        if name == "image":
+            if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+                kind = kind.field("bytes").type
+            fits = types.is_binary(kind) or types.is_large_binary(kind)
+        else:
+            fits = types.is_string(kind) or types.is_large_string(kind) or (name == "label" and types.is_integer(kind))
+        if not fits:
+            raise PackError(f"{file}: column {name} is of type {kind}; path and split must be texts, label a text or "
+                            "an integer, image binary")
+    return columns
+
+
+def _parquet_record(where, split, row):
+    image = row.pop("image", None)
+    if isinstance(image, dict):
+        image = image["bytes"]
+    texts = {name: "" if value is None else str(value) for name, value in row.items()}
+    if image is not None:  # the path is only what messages call it
+        texts["path"] = where
+        _check_row(where, {name: text for name, text in texts.items() if name != "path"})
+    elif "path" not in texts:
+        raise PackError(f"{where}: no image")
+    else:
+        _check_row(where, texts)
+    return texts.get("split", split), texts["path"], texts["label"], image
+
+
+def webdataset_source(path, skipped):
+    """Samples of tar files: neighbours whose names agree up to the first dot, an image and .cls or .json with `label`.
+
+    .cls is the class as a number or a name.
+    """
+    for split, file in _shards(path, ".tar"):
+        members = _members(file, split, skipped)
+        for key, sample in itertools.groupby(members, key=lambda member: member[0]):
+            where = f"{file}: {key}"
+            images, labels = [], []
+            for _, suffix, data in sample:
+                (images if "." + suffix in IMAGE_SUFFIXES else labels).append((suffix, data))
+            if len(images) != 1 or not labels:
+                what = "several images" if images[1:] else "no label (.cls or .json)" if images else "no image"
+                skipped.add(split, where, what)
+                continue
+            try:
+                names = {_label(suffix, data) for suffix, data in labels}
+            except ValueError as error:
+                skipped.add(split, where, str(error))
+                continue
+            if len(names) > 1:
+                skipped.add(split, where, f"labels {' and '.join(map(repr, sorted(names)))} for one image")
+                continue
+            yield split, where, names.pop(), images[0][1]
+
+
+def _members(file, split, skipped):
+    """(key, suffix, bytes) of the images and labels in a tar file, as they come."""
+    try:
+        with open(file, "rb") as raw, tarfile.open(fileobj=raw, mode="r|", tarinfo=_Member) as tar:
+            for member in tar:
+                tar.members = []  # it would keep them all
+                folder, slash, name = member.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                key, suffix = folder + slash + stem, suffix.lower()
+                is_image = "." + suffix in IMAGE_SUFFIXES
+                if member.isdir():
+                    continue
+                if not (member.isreg() and not member.issparse()):
+                    skipped.add(split, f"{file}: {member.name}", "a link, a device or a file with holes")
+                elif not _stays_below(member.name):
+                    skipped.add(split, f"{file}: {member.name}", "its name is absolute or leaves the folder")
+                elif not is_image and suffix not in ("cls", "json"):
+                    skipped.ignored["members that are neither images nor labels"] += 1
+                elif member.size > (layout.MAX_RECORD_BYTES if is_image else MAX_LABEL_BYTES):
+                    skipped.add(split, f"{file}: {member.name}", f"{member.size} bytes, too many")
+                else:
+                    data = tar.extractfile(member).read()
+                    if len(data) != member.size:
+                        raise tarfile.ReadError(f"ends inside of {member.name}")
+                    yield key, suffix, data
+            # Between two members a cut shows only in this.
+            raw.seek(-min(1024, os.path.getsize(file)), os.SEEK_END)
+            if len(end := raw.read()) < 1024 or any(end):
+                raise tarfile.ReadError("ends without the two empty blocks that close a tar file")
+    except (tarfile.TarError, EOFError, UnicodeError, ValueError, OverflowError) as error:
+        if isinstance(error, PackError):
+            raise
+        raise PackError(f"{file}: cut short or not a tar file: {error}") from error
+
+
+class _Member(tarfile.TarInfo):
+    """Refuses headers that would fill the memory; tarfile reads them whole."""
+
+    def _proc_member(self, tar):
+        if self.type not in tarfile.SUPPORTED_TYPES or self.type in tarfile.REGULAR_TYPES:
+            return super()._proc_member(tar)
+        if self.size > MAX_HEADER_BYTES and self.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+                                                          tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE):
+            raise tarfile.ReadError(f"a header of {self.size} bytes, more than {MAX_HEADER_BYTES}")
+        return super()._proc_member(tar)
+
+
+def _label(suffix, data):
+    """The class name that a .cls or .json carries; ValueError where there is none."""
+    text = data.decode()
+    if suffix == "json":
+        try:
+            value = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("its .json is nested too deep") from error
+        value = value.get("label") if isinstance(value, dict) else None
+        if not isinstance(value, str | int) or isinstance(value, bool):
+            raise ValueError("its .json has no field label that is a number or a name")
+        text = str(value)
+    if not text.strip():
+        raise ValueError(f"its .{suffix} is empty")
+    return text.strip()
+
+
+def recordio_source(path, skipped):
+    """Images of MXNet RecordIO files. Of a label of several numbers the first is the class."""
+    for split, file in _shards(path, ".rec"):
+        index = os.path.splitext(file)[0] + ".idx"
+        for number, (start, data) in enumerate(recordio.records(file, index if os.path.exists(index) else None)):
+            where = f"{file}: record {number}"
+            if data is None:
+                skipped.add(split, where, f"more than {layout.MAX_RECORD_BYTES} bytes")
+                continue
+            try:
+                label, image = recordio.unpack(data)
+            except ValueError as error:
+                skipped.add(split, f"{where} at byte {start}", str(error))
+                continue
+            if not len(image):  # the ranges that face-recognition sets keep in their first record and behind the images
+                skipped.ignored["records without an image"] += 1
+            elif not (math.isfinite(label) and label >= 0 and label == int(label)):
+                skipped.add(split, where, f"label {label} is not a number of a class")
+            else:
+                yield split, where, str(int(label)), image
+
+
+def pack_source(path, skipped):
+    """Records of a pack, or of a folder of packs."""
+    for split, pack in open_splits(path).items():
+        split = "" if os.path.exists(os.path.join(path, layout.INDEX_FILE)) else split
+        for start in range(0, len(pack), RECORDS):
+            numbers = np.arange(start, min(start + RECORDS, len(pack)))
+            images, labels = pack.read(numbers)
+            for number, image, label in zip(numbers, images, labels, strict=True):
+                yield split, f"{pack.path}: record {number}", pack.class_name(label), image
+
+
+KINDS = {"folder": folder_source, "manifest": manifest_source, "parquet": parquet_source,
+         "webdataset": webdataset_source, "recordio": recordio_source, "pack": pack_source}
+SUFFIXES = {"webdataset": ".tar", "recordio": ".rec", "parquet": ".parquet"}

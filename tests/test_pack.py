@@ -21,6 +21,7 @@ import psutil
 import pytest
 from PIL import Image
 
+import data_tools.listing
 import data_tools.pack
 import data_tools.show
 import xc.pack
@@ -138,27 +139,24 @@ def test_small_chunks_lose_nothing(tmp_path, monkeypatch):
     assert file_hashes(tmp_path / "a") == file_hashes(tmp_path / "b")
 
 
-def test_window_bounds_what_is_under_way(monkeypatch):
-    monkeypatch.setattr(data_tools.pack, "CHUNK_RECORDS", 2)
+def test_window_bounds_what_is_under_way():
     under_way, most = 0, 0
 
     class Pool:
-        def submit(self, function, root, paths, max_pixels):
+        def submit(self, function, images, max_pixels):
             nonlocal under_way, most
             under_way, most = under_way + 1, max(most, under_way + 1)
-            return type("Future", (), {"result": lambda self: finish(paths)})()
+            return type("Future", (), {"result": lambda self: finish(images)})()
 
-    def finish(paths):
+    def finish(images):
         nonlocal under_way
         under_way -= 1
-        return [(path.encode(), 0) for path in paths[:1]]  # each time half of the chunk is left over
+        return [(path.encode(), 0) for path, _ in images[:1]]  # each time half of the chunk is left over
 
-    records = data_tools.pack.Records()
-    for i in range(40):
-        records.add(f"{i}", 0)
-    order = np.random.default_rng(0).permutation(40)
-    found = [(i, data) for i, data, _ in data_tools.pack.read_in_order(Pool(), 3, "", records, order, 1)]
-    assert found == [(i, b"%d" % i) for i in order] and most == 3
+    records = [data_tools.listing.Record("", f"{i}", 0, 0, None) for i in range(40)]
+    chunks = (records[i : i + 2] for i in range(0, 40, 2))
+    found = [(record, data) for record, data, _ in data_tools.pack.read_in_order(Pool(), 3, [""], chunks, 1)]
+    assert found == [(record, record.path.encode()) for record in records] and most == 3
 
 
 def test_bytes_depend_on_source_and_seed_only(tmp_path):

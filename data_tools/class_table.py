@@ -1,0 +1,92 @@
+"""Class names and their labels, kept in files: a hundred million names fit into no dictionary."""
+
+import hashlib
+import os
+import struct
+
+import numpy as np
+
+from data_tools.external_sort import Sorter
+from xc.pack import PackError
+
+ENTRY = struct.Struct(">QQ")  # hash of a name, label; sorts by the hash
+BLOCK = 2**16  # numbers written at once
+
+
+def name_hash(name):
+    """64-bit hash of a name (bytes)."""
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
+
+
+class ClassTable:
+    """The names of classes in the order of their labels.
+
+    folder        where its files go, new
+    names         iterable of names (bytes), all different, in the order of their labels; at least one
+    memory_bytes  that the making may take; the finished table is files, looked into through the page cache
+
+    len(table)  number of classes
+    names       uint8, ends int64 (C + 1,): the names one behind the other, and where each begins and ends
+    """
+
+    def __init__(self, folder, names, memory_bytes):
+        os.mkdir(folder)
+        by_hash = Sorter(os.path.join(folder, "runs"), memory_bytes)
+        end = 0
+        with _Numbers(os.path.join(folder, "ends")) as ends, open(os.path.join(folder, "names"), "wb") as flat:
+            ends.add(0)
+            for label, name in enumerate(names):
+                flat.write(name)
+                end += len(name)
+                ends.add(end)
+                by_hash.add(ENTRY.pack(name_hash(name), label))
+        last = None
+        with _Numbers(os.path.join(folder, "hashes")) as hashes, _Numbers(os.path.join(folder, "labels")) as labels:
+            for number, label in map(ENTRY.unpack, by_hash):
+                if number == last:
+                    raise PackError(f"two class names have the same hash {number:016x}; rename one of them")
+                last = number
+                hashes.add(number)
+                labels.add(label)
+        self.ends = _mapped(folder, "ends", np.int64)
+        self.names = _mapped(folder, "names", np.uint8)
+        self._hashes, self._labels = _mapped(folder, "hashes", np.uint64), _mapped(folder, "labels", np.int64)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def name(self, label):
+        return self.names[self.ends[label] : self.ends[label + 1]].tobytes().decode()
+
+    def labels(self, hashes):
+        """(n,) int64: labels of the names with these hashes (n,) uint64; −1 where there is none."""
+        places = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
+        return np.where(self._hashes[places] == hashes, self._labels[places], -1)
+
+
+class _Numbers:
+    """Writes numbers of 64 bits to a file, a block at a time."""
+
+    def __init__(self, path):
+        self._file, self._block = open(path, "wb"), []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if error[0] is None:
+            self._write()
+        self._file.close()
+
+    def add(self, number):
+        self._block.append(number)
+        if len(self._block) == BLOCK:
+            self._write()
+
+    def _write(self):
+        np.array(self._block, np.uint64).tofile(self._file)
+        self._block = []
+
+
+def _mapped(folder, name, dtype):
+    return np.memmap(os.path.join(folder, name), dtype, "r")

@@ -1,0 +1,90 @@
+"""Sorting more byte strings than memory holds: sorted runs on disk, merged."""
+
+import heapq
+import os
+import struct
+
+MAX_RUNS = 64  # merged at once; more would need many open files
+ITEM_BYTES = 72  # that Python needs for a byte string beside its bytes, and for its place in a list or set
+LENGTH = struct.Struct("<I")
+
+
+class Sorter:
+    """Takes byte strings of up to 2**32 − 1 bytes, and yields them once in the order of their bytes.
+
+    folder        where runs go, made when the first is needed; nothing is written where all fits into memory
+    memory_bytes  that the strings may take; the buffers of a merge take as much at most, but 64 KiB a run
+    unique        equal strings are yielded once
+    """
+
+    def __init__(self, folder, memory_bytes, unique=False):
+        self._folder, self._memory_bytes, self._unique = folder, memory_bytes, unique
+        self._levels, self._num_runs = [[]], 0  # files of runs by how often their items were merged
+        self._clear()
+
+    def add(self, item):
+        if self._unique:
+            if item in self._items:
+                return
+            self._items.add(item)
+        else:
+            self._items.append(item)
+        self._bytes += len(item) + ITEM_BYTES
+        if self._bytes >= self._memory_bytes:
+            self._spill()
+
+    def __iter__(self):
+        """Ends the adding. What was yielded is no longer held."""
+        if not self._num_runs:
+            items = sorted(self._items, reverse=True)
+            self._clear()
+            while items:
+                yield items.pop()
+            return
+        self._spill()
+        for level in range(len(self._levels)):  # the deepest keeps at most MAX_RUNS runs
+            if level + 1 < len(self._levels) and self._levels[level]:
+                self._join(level)
+        yield from self._merged(self._levels[-1])
+
+    def _clear(self):
+        self._items, self._bytes = set() if self._unique else [], 0
+
+    def _spill(self):
+        items = sorted(self._items)
+        self._clear()
+        self._levels[0].append(self._write(items))
+        for level, runs in enumerate(self._levels):  # grows while it is walked
+            if len(runs) < MAX_RUNS:
+                break
+            if level + 1 == len(self._levels):
+                self._levels.append([])
+            self._join(level)
+
+    def _join(self, level):
+        """Makes one run of the next level of all runs of a level."""
+        self._levels[level + 1].append(self._write(self._merged(self._levels[level])))
+        self._levels[level] = []
+
+    def _write(self, items):
+        os.makedirs(self._folder, exist_ok=True)
+        path = os.path.join(self._folder, f"run-{self._num_runs}")
+        self._num_runs += 1
+        with open(path, "wb", buffering=2**20) as file:
+            for item in items:
+                file.write(LENGTH.pack(len(item)))
+                file.write(item)
+        return path
+
+    def _merged(self, runs):
+        last = None
+        for item in heapq.merge(*map(self._read, runs)):
+            if not (self._unique and item == last):
+                yield item
+            last = item
+
+    def _read(self, path):
+        with open(path, "rb", buffering=max(2**16, min(2**22, self._memory_bytes // MAX_RUNS))) as file:
+            while length := file.read(LENGTH.size):
+                yield file.read(*LENGTH.unpack(length))
+        os.unlink(path)

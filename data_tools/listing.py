@@ -1,0 +1,131 @@
+"""The list of what is packed: records in an order drawn at random, and the classes they name, bounded in memory."""
+
+import itertools
+import os
+import struct
+import sys
+from hashlib import blake2b
+from typing import NamedTuple
+
+import numpy as np
+
+from data_tools.class_table import name_hash
+from data_tools.external_sort import Sorter
+from xc import pack as layout
+from xc.pack import PackError
+
+SPLITS = ("", *layout.SPLITS)  # "" of sources without splits
+CLASS_SPLITS = {"", "train"}  # those whose names are the classes
+MAX_NAME_BYTES = 4096  # of a class
+
+
+class Record(NamedTuple):
+    """One image to be packed."""
+
+    split: str
+    path: str  # below the root of its source; of an image that came as bytes, what messages call it
+    root: int  # the place of its source's root
+    label: int
+    data: bytes | None  # None: to be read from its path
+
+
+class Listing:
+    """All records of the sources, sorted by a hash of their number and the seed, and the class names they carry.
+
+    The order does not depend on the memory that sorting takes. What does not fit into it goes to files in `folder`.
+    """
+
+    HEAD = struct.Struct(">B8sQHI?")  # split, place in the order, hash of the class, root, length of the path, bytes?
+
+    def __init__(self, folder, memory_bytes, seed):
+        self._folder, self._seed = folder, seed.to_bytes(8, "little")
+        self._records = Sorter(os.path.join(folder, "records"), memory_bytes // 2)
+        self._memory_bytes, self._total = memory_bytes // 4, 0  # of what is sorted beside
+        self._names, self._hashes, self._numbers = {}, {}, True  # by split; whether all names are numbers
+        self.has_gaps = False  # between the numbers; known when class_names has ended
+
+    @property
+    def splits(self):
+        return [split for split in SPLITS if split in self._names]
+
+    def add(self, root, split, path, name, data):
+        try:
+            name = name.encode()
+        except UnicodeEncodeError as error:
+            raise PackError(f"class name {name!r} is not valid UTF-8; rename the class") from error
+        if len(name) > MAX_NAME_BYTES:
+            raise PackError(f"{path}: class name {name[:40].decode(errors='ignore')}… has {len(name)} bytes, more than "
+                            f"{MAX_NAME_BYTES}; shorten it")
+        if split not in self._names:
+            share = self._memory_bytes if split in CLASS_SPLITS else self._memory_bytes // 4
+            self._names[split] = Sorter(os.path.join(self._folder, f"names-{split}"), share, unique=True)
+            self._hashes[split] = open(os.path.join(self._folder, f"hashes-{split}"), "w+b", buffering=2**16)
+        number = name_hash(name)
+        self._names[split].add(name)
+        self._hashes[split].write(number.to_bytes(8, sys.byteorder))
+        if split in CLASS_SPLITS:
+            self._numbers = self._numbers and name.isdigit()  # of bytes: ASCII digits
+        place = blake2b(self._total.to_bytes(8, "little"), key=self._seed, digest_size=8).digest()
+        path = os.fsencode(path)
+        head = self.HEAD.pack(SPLITS.index(split), place, number, root, len(path), data is not None)
+        self._records.add(b"".join((head, path, data or b"")))
+        self._total += 1
+
+    def class_names(self):
+        """The names (bytes) of train, or of all where there are no splits, in the order of their labels. Once."""
+        names = self._names["train" if "train" in self._names else ""]
+        return self._by_value(names) if self._numbers else iter(names)
+
+    def _by_value(self, names):
+        """Numbers in the order of their values, of any length."""
+        by_value = Sorter(os.path.join(self._folder, "by-value"), self._memory_bytes)
+        for name in names:
+            digits = name.lstrip(b"0")
+            by_value.add(len(digits).to_bytes(4, "big") + digits + name)
+        for label, item in enumerate(by_value):
+            end = 4 + int.from_bytes(item[:4], "big")
+            self.has_gaps = self.has_gaps or item[4:end] != (b"%d" % label).lstrip(b"0")
+            yield item[end:]
+
+    def class_counts(self, split, table, owner):
+        """(C,) int64, in a file: images of each class. PackError where one is not of the table, which is owner's."""
+        counts, unknown = counts_file(os.path.join(self._folder, f"listed-{split}"), len(table)), 0
+        with self._hashes[split] as file:
+            file.seek(0)
+            while len(hashes := np.frombuffer(file.read(2**19), np.uint64)):
+                labels = table.labels(hashes)
+                unknown += np.count_nonzero(labels < 0)
+                np.add.at(counts, labels[labels >= 0], 1)
+        if unknown:
+            name = next(name for name in self._names[split] if table.labels(np.uint64([name_hash(name)]))[0] < 0)
+            raise PackError(f"class {name.decode()!r}{split and ' of ' + split} is not one of {owner} ({unknown} "
+                            "images are of such classes); add it there or leave it out here")
+        return counts
+
+    def chunks(self, table, most_records, most_bytes):
+        """Yields all records, once, in lists of one split, which end when they have so many records or bytes."""
+        for _, items in itertools.groupby(self._records, key=lambda item: item[0]):
+            chunk, num_bytes = [], 0
+            for item in items:
+                chunk.append(item)
+                num_bytes += len(item)
+                if len(chunk) >= most_records or num_bytes >= most_bytes:
+                    yield self._decoded(chunk, table)
+                    chunk, num_bytes = [], 0
+            if chunk:
+                yield self._decoded(chunk, table)
+
+    def _decoded(self, items, table):
+        heads = [self.HEAD.unpack_from(item) for item in items]
+        labels = table.labels(np.array([number for _, _, number, *_ in heads], np.uint64)).tolist()
+        records = []
+        for item, label, (split, _, _, root, length, has_data) in zip(items, labels, heads, strict=True):
+            end = self.HEAD.size + length
+            path, data = os.fsdecode(item[self.HEAD.size : end]), item[end:] if has_data else None
+            records.append(Record(SPLITS[split], path, root, label, data))
+        return records
+
+
+def counts_file(path, num_classes):
+    """(C,) int64 zeros that live in a file: memory is not enough for those of every class."""
+    return np.memmap(path, np.int64, "w+", shape=num_classes)

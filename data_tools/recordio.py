@@ -1,0 +1,95 @@
+"""Reads MXNet RecordIO files of images (.rec), one record after the other.
+
+A part    magic 0xced7230a, then a number whose upper 3 bits are the kind of the part and whose lower 29 its length,
+          then its bytes and zeros up to a multiple of 4; all little-endian.
+A record  one part of kind 0, or parts of the kinds 1 (first), 2 and 3 (last) with the magic number between them, where
+          it stood in the data.
+An image  is a record of flag (uint32), label (float32), id and id2 (uint64), then `flag` labels (float32) that replace
+          the one label, then the image file.
+"""
+
+import os
+import struct
+
+from xc import pack as layout
+from xc.pack import PackError
+
+MAGIC = struct.pack("<I", 0xCED7230A)
+PART = struct.Struct("<4sI")
+IMAGE = struct.Struct("<IfQQ")
+WHOLE, FIRST, MIDDLE, LAST = range(4)
+
+
+def records(path, index=None):
+    """Yields (place of its first byte, bytes) of every record, None for the bytes of one beyond MAX_RECORD_BYTES.
+
+    index  the .idx file: a number, a tab and a record's place on each line, in the order of the file. It is not needed
+           and only compared.
+
+    PackError where the file is cut short or no RecordIO, or the index is not that of the file.
+    """
+    size = os.path.getsize(path)
+    places = None if index is None else _places(index)
+    with open(path, "rb", buffering=2**20) as file:
+        while (start := file.tell()) < size:
+            if places is not None:
+                _check_place(index, path, next(places, None), start)
+            yield start, _record(path, file, size)
+    if places is not None:
+        _check_place(index, path, next(places, None), None)
+
+
+def unpack(record):
+    """(label, image file in bytes) of a record; the image is empty where the record has none.
+
+    ValueError where the record is too short for what it announces.
+    """
+    if len(record) < IMAGE.size:
+        raise ValueError(f"{len(record)} bytes, too few for a header of {IMAGE.size}")
+    flag, label, _, _ = IMAGE.unpack_from(record)
+    end = IMAGE.size + 4 * flag
+    if end > len(record):
+        raise ValueError(f"{len(record)} bytes, too few for {flag} labels")
+    if flag:
+        [label] = struct.unpack_from("<f", record, IMAGE.size)
+    return label, record[end:]
+
+
+def _record(path, file, size):
+    parts, num_bytes, expected = [], 0, (WHOLE, FIRST)
+    while True:
+        start = file.tell()
+        head = file.read(PART.size)
+        magic, number = PART.unpack(head) if len(head) == PART.size else (None, 0)
+        kind, length = number >> 29, number & (2**29 - 1)
+        if magic is not None and (magic != MAGIC or kind not in expected):
+            raise PackError(f"{path}: no record at byte {start}: damaged, or not RecordIO")
+        end = start + PART.size + (length + 3) // 4 * 4
+        if magic is None or end > size:
+            raise PackError(f"{path}: ends inside of the record at byte {start}: cut short")
+        num_bytes += length + len(MAGIC)
+        if num_bytes <= layout.MAX_RECORD_BYTES:
+            parts.append(file.read(length))
+        file.seek(end)
+        if kind in (WHOLE, LAST):
+            return MAGIC.join(parts) if num_bytes <= layout.MAX_RECORD_BYTES else None
+        expected = (MIDDLE, LAST)
+
+
+def _places(index):
+    """(number of the line, the place it names or None) of every line of an index."""
+    with open(index, "rb") as file:
+        number = 0
+        while line := file.readline(2**12):
+            number += 1
+            cells = line.split(b"\t")
+            yield number, int(cells[1]) if len(cells) == 2 and cells[1].strip().isdigit() else None
+
+
+def _check_place(index, path, line, start):
+    """PackError unless the index's line (its number, place) names this start; None for both where there is no more."""
+    number, place = line or (None, None)
+    if place != start or (line is None) != (start is None):
+        says = f"line {number} is of {'no byte' if place is None else f'byte {place}'}" if line else "has no more lines"
+        has = "has no more records" if start is None else f"has a record at byte {start}"
+        raise PackError(f"{index}: {says}, but {path} {has}; give the right index, or move it away: it is not needed")
