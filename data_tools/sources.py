@@ -23,7 +23,8 @@ from xc import pack as layout
 from xc.pack import PackError, open_splits
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-MAX_HEADER_BYTES = 2**20  # of what a tar file says about one member
+MAX_HEADER_BYTES = 2**14  # of what a tar file says about one member beside its block
+HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 MAX_LABEL_BYTES = 2**16  # of a file .cls or .json
 ROWS = 1024  # of a Parquet file in memory at once
 RECORDS = 256  # of a pack
@@ -290,13 +291,10 @@ def _members(file, split, skipped):
 
 
 class _Member(tarfile.TarInfo):
-    """Refuses headers that would fill the memory; tarfile reads them whole."""
+    """Refuses long headers: tarfile reads them whole, and searches them in time that grows with their square."""
 
     def _proc_member(self, tar):
-        if self.type not in tarfile.SUPPORTED_TYPES or self.type in tarfile.REGULAR_TYPES:
-            return super()._proc_member(tar)
-        if self.size > MAX_HEADER_BYTES and self.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
-                                                          tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE):
+        if self.type in HEADERS and self.size > MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {self.size} bytes, more than {MAX_HEADER_BYTES}")
         return super()._proc_member(tar)
 

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import struct
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -12,10 +14,10 @@ import pyarrow.parquet
 import pytest
 
 import data_tools.external_sort
-import data_tools.pack
+import xc.pack
 from data_tools import recordio, sources
 from data_tools.external_sort import Sorter
-from tests.test_pack import by_class, contents, fails, file_hashes, picture, png, run, write_tree
+from tests.test_pack import ROOT, by_class, contents, fails, file_hashes, picture, png, run, write_tree
 from xc.pack import Pack, open_splits
 
 CLASSES = {"0": 5, "1": 11, "2": 1, "3": 7}  # numbers, since RecordIO has nothing else
@@ -217,3 +219,203 @@ def test_numbers_of_any_length_sort_by_value_on_disk(tmp_path, capsys):
     run(tmp_path / "src", tmp_path / "pack", "--memory-mb", "1e-3")
     assert Pack(tmp_path / "pack").class_names(0, 7) == ["0", "00", "007", "7", "9", "10", str(10**30)]
     assert "gaps" in capsys.readouterr().err
+
+
+# Bad input: one clear line, or counted.
+
+
+def skipped_rows(pack):
+    return [line.split("\t") for line in (pack / "skipped.tsv").read_text().splitlines()[1:]]
+
+
+def odd(name, kind=None, **fields):
+    member = tarfile.TarInfo(name)
+    member.type = kind or tarfile.REGTYPE
+    for field, value in fields.items():
+        setattr(member, field, value)
+    return member
+
+
+def test_members_that_are_not_taken_from_a_tar_are_counted(tmp_path, capsys):
+    image = picture(0)
+    bad = {
+        "/etc/x.png": [("/etc/x.png", image), ("/etc/x.cls", b"a")],
+        "../x.png": [("../x.png", image)],
+        "a/../../y.png": [("a/../../y.png", image)],
+        "link.png": [(odd("link.png", tarfile.SYMTYPE, linkname="/etc/passwd"), b"")],
+        "hard.png": [(odd("hard.png", tarfile.LNKTYPE, linkname="0.png"), b"")],
+        "device.png": [(odd("device.png", tarfile.CHRTYPE, devmajor=1, devminor=5), b"")],
+        "pipe.png": [(odd("pipe.png", tarfile.FIFOTYPE), b"")],
+        "long.json": [("long.json", b"1" * 70_000)],
+        "nolabel": [("nolabel.png", image)],
+        "noimage": [("noimage.cls", b"3")],
+        "two": [("two.png", image), ("two.jpg", image), ("two.cls", b"a")],
+        "conflict": [("conflict.png", image), ("conflict.cls", b"a"), ("conflict.json", b'{"label": "b"}')],
+        "list": [("list.png", image), ("list.json", b"[1]")],
+        "deep": [("deep.png", image), ("deep.json", b"[" * 60_000)],
+        "broken": [("broken.png", image), ("broken.json", b"{")],
+        "true": [("true.png", image), ("true.json", b'{"label": true}')],
+        "real": [("real.png", image), ("real.json", b'{"label": 1.5}')],
+        "empty": [("empty.png", image), ("empty.cls", b" \n")],
+        "latin": [("latin.png", image), ("latin.cls", b"caf\xe9")],
+        "notimage": [("notimage.png", b"hello"), ("notimage.cls", b"a")],
+        "huge": [("huge.png", png(60000, 50000, 1000)), ("huge.cls", b"a")],
+    }
+    good = write_tree(tmp_path / "good", {"a": 3, "ü " + "n" * 150: 2}, first=10)
+    members = [member for case in bad.values() for member in case]
+    for i, (name, data) in enumerate(good.items()):
+        members += [(f"ö{'x' * 180}/{i}.PNG", data), (f"ö{'x' * 180}/{i}.cls", name.rpartition("/")[0].encode()),
+                    (f"ö{'x' * 180}/{i}.txt", b"a caption")]
+    write_tar(tmp_path / "a.tar", members)
+    run(tmp_path / "a.tar", tmp_path / "pack", "--max-skipped", 100)
+    assert contents(Pack(tmp_path / "pack")) == by_class(good)
+    rows = skipped_rows(tmp_path / "pack")
+    for name in bad:
+        assert [path for path, _ in rows if path.endswith(f"a.tar: {name}")], name
+    assert Pack(tmp_path / "pack").skipped == len(rows) == len(bad) + 1  # the label of /etc/x.png
+    assert "ignored 5 members" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "good", "pack"}
+    assert "allows 0" in fails(capsys, tmp_path / "a.tar", tmp_path / "pack2", "--max-skipped", "0")
+
+
+def test_a_tar_that_is_cut_anywhere_is_one_line(tmp_path, capsys):
+    files = write_tree(tmp_path / "src", {"0": 2})
+    whole = write_tar(tmp_path / "whole.tar", samples(files)).read_bytes()
+    end = len(whole.rstrip(b"\0"))
+    for length in (0, 1, 511, 512, 700, 1024, 1536, 2048, end, (end + 511) // 512 * 512, (end + 1023) // 512 * 512):
+        (tmp_path / "cut.tar").write_bytes(whole[:length])
+        assert "cut.tar: cut short or not a tar file" in fails(capsys, tmp_path / "cut.tar", tmp_path / "pack"), length
+    (tmp_path / "cut.tar").write_bytes(b"not a tar file" * 1000)
+    assert "cut.tar: cut short or not a tar file" in fails(capsys, tmp_path / "cut.tar", tmp_path / "pack")
+
+
+def test_a_tar_header_cannot_fill_the_memory(tmp_path, capsys):
+    for kind in sources.HEADERS:
+        header = odd("x", kind, size=2**21).tobuf(tarfile.GNU_FORMAT)
+        (tmp_path / "a.tar").write_bytes(header + b"1" * 2**21 + bytes(1024))
+        assert "a header of 2097152 bytes" in fails(capsys, tmp_path / "a.tar", tmp_path / "pack")
+
+
+def test_recordio_is_cut_at_the_magic_number_and_joined_again(tmp_path):
+    random = np.random.default_rng(0)
+    cases = [b"", b"x", recordio.MAGIC, recordio.MAGIC * 3, b"ab" + recordio.MAGIC]
+    cases += [b"".join(random.choice([recordio.MAGIC, b"abcd", b"x"], 9)) for _ in range(50)]
+    path = write_rec(tmp_path / "a.rec", cases)
+    assert sum(case.count(recordio.MAGIC) for case in cases) > 50
+    kinds = {path.read_bytes()[place + 7] >> 5 for place, _ in recordio.records(path)}
+    assert kinds == {recordio.WHOLE, recordio.FIRST}
+    assert [data for _, data in recordio.records(path, tmp_path / "a.idx")] == cases
+
+
+def test_a_rec_that_is_cut_or_damaged_is_one_line(tmp_path, capsys):
+    images = [image_record(1.0, picture(i)) for i in range(3)]
+    whole = write_rec(tmp_path / "whole.rec", images, index=False).read_bytes()
+    second = [place for place, _ in recordio.records(tmp_path / "whole.rec")][1]
+    for length in (4, 7, 8, 100, second + 2, second + 8, len(whole) - 1):
+        (tmp_path / "a.rec").write_bytes(whole[:length])
+        assert "cut short" in fails(capsys, tmp_path / "a.rec", tmp_path / "pack"), length
+    for data in (whole[:second] + b"abcd" + whole[second + 4 :], b"abcd" + whole, part(recordio.LAST, b"x") + whole,
+                 part(recordio.FIRST, b"x") + whole):
+        (tmp_path / "a.rec").write_bytes(data)
+        error = fails(capsys, tmp_path / "a.rec", tmp_path / "pack", "--from", "recordio")
+        assert "a.rec: no record at byte" in error
+    (tmp_path / "a.rec").write_bytes(whole[:second] + part(recordio.FIRST, b"x"))
+    assert "cut short" in fails(capsys, tmp_path / "a.rec", tmp_path / "pack")
+
+
+def test_records_that_hold_no_image_of_a_class_are_counted(tmp_path, monkeypatch):
+    image = picture(0)
+    bad = [image_record(label, picture(1)) for label in (-1.0, 0.5, float("nan"), float("inf"))]
+    bad += [b"short", recordio.IMAGE.pack(2**32 - 1, 0.0, 0, 0) + b"x", image_record(3.0, b"hello"),
+            image_record(3.0, bytes(5000)), image_record(3.0, recordio.MAGIC * 1500)]
+    write_rec(tmp_path / "a.rec", [*bad, image_record(3.0, image)])
+    monkeypatch.setattr(xc.pack, "MAX_RECORD_BYTES", 4000)
+    run(tmp_path / "a.rec", tmp_path / "pack", "--max-skipped", len(bad))
+    assert contents(Pack(tmp_path / "pack")) == {image: "3"}
+    rows = skipped_rows(tmp_path / "pack")
+    assert len(rows) == len(bad) and sum(reason == "more than 4000 bytes" for _, reason in rows) == 2
+
+
+@pytest.mark.parametrize("text, words", [
+    (lambda text: text + "9\t0\n", "line 4 is of byte 0, but"),
+    (lambda text: text[: text.rindex("2\t")], "has no more lines, but"),
+    (lambda text: text.replace("\n1\t", "\n1\t1"), "line 2 is of byte 1"),
+    (lambda text: text.replace("\t", ","), "line 1 is of no byte"),
+    (lambda text: "\0" * 9999, "line 1 is of no byte"),
+    (lambda text: "", "has no more lines"),
+])
+def test_an_index_that_is_not_that_of_the_rec_is_one_line(tmp_path, capsys, text, words):
+    write_rec(tmp_path / "a.rec", [image_record(1.0, picture(i)) for i in range(3)])
+    (tmp_path / "a.idx").write_text(text((tmp_path / "a.idx").read_text()))
+    error = fails(capsys, tmp_path / "a.rec", tmp_path / "pack")
+    assert "a.idx: " in error and words in error
+    (tmp_path / "a.idx").unlink()
+    run(tmp_path / "a.rec", tmp_path / "pack")
+
+
+@pytest.mark.parametrize("columns, words", [
+    ({"label": ["a"]}, "must have the columns"),
+    ({"path": ["x.png"]}, "must have the columns"),
+    ({"path": [1], "label": ["a"]}, "column path is of type int64"),
+    ({"path": ["x.png"], "label": [0.5]}, "column label is of type double"),
+    ({"image": ["text"], "label": ["a"]}, "column image is of type string"),
+    ({"image": [{"data": b""}], "label": ["a"]}, "column image is of type struct"),
+    ({"path": ["x.png", "/x.png"], "label": ["a", "a"]}, "row 2: path '/x.png'"),
+    ({"path": ["../x.png"], "label": ["a"]}, "row 1: path '../x.png'"),
+    ({"path": [None], "label": pa.array(["a"])}, "column path is of type null"),
+    ({"path": pa.array([None], pa.string()), "label": ["a"]}, "row 1: path ''"),
+    ({"path": ["x.png"], "label": pa.array([None], pa.int64())}, "row 1: no label"),
+    ({"path": ["x.png"], "label": [1], "split": ["dev"]}, "row 1: split 'dev'"),
+    ({"image": pa.array([None], pa.binary()), "label": [1]}, "row 1: no image"),
+    ({"path": pa.array([], pa.string()), "label": pa.array([], pa.string())}, "no images"),
+])
+def test_bad_parquet_is_one_line(tmp_path, capsys, columns, words):
+    write_parquet(tmp_path / "a.parquet", **columns)
+    assert words in fails(capsys, tmp_path / "a.parquet", tmp_path / "pack")
+
+
+def test_a_parquet_file_that_is_cut_is_one_line(tmp_path, capsys):
+    path = write_parquet(tmp_path / "a.parquet", image=[picture(i) for i in range(20)], label=[1] * 20)
+    whole = path.read_bytes()
+    for data in (whole[:-9], whole[:100], b"PAR1", whole[:300] + bytes(900) + whole[1200:]):
+        path.write_bytes(data)
+        assert "a.parquet: not readable as Parquet" in fails(capsys, path, tmp_path / "pack", "--max-skipped", "0")
+
+
+def test_a_damaged_pack_is_one_line(tmp_path, capsys, files):
+    source = make("pack", tmp_path / "source", files)
+    with open(source / "shard-00000.h5", "r+b") as file:
+        data = file.read()
+        file.seek(data.index(b"IDAT") + 9)
+        file.write(b"damage")
+    assert "wrong checksum" in fails(capsys, source, tmp_path / "pack")
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_another_kind_is_not_read_as_this_one(tmp_path, capsys, files, kind):
+    source = make(kind, tmp_path / "source", files)
+    for other in {name.split()[0] for name in MADE} - {kind.split()[0]}:
+        if not (source.is_dir() and other == "folder"):  # any folder may hold images
+            fails(capsys, source, tmp_path / "pack", "--from", other)
+    if source.is_dir() or kind.split()[0] not in ("manifest", "parquet"):
+        assert "--root" in fails(capsys, source, tmp_path / "pack", "--root", tmp_path)
+
+
+def test_a_class_name_has_an_end(tmp_path, capsys):
+    write_tar(tmp_path / "a.tar", [("a.png", picture(0)), ("a.cls", b"n" * 4097)])
+    assert "has 4097 bytes, more than 4096" in fails(capsys, tmp_path / "a.tar", tmp_path / "pack")
+    write_tar(tmp_path / "a.tar", [("a.png", picture(0)), ("a.cls", b"n" * 4096)])
+    run(tmp_path / "a.tar", tmp_path / "pack")
+    assert Pack(tmp_path / "pack").class_name(0) == "n" * 4096
+
+
+def test_a_disk_that_fills_up_while_sorting_is_one_line(tmp_path):
+    files = write_tree(tmp_path / "src", {"0": 60})
+    write_tar(tmp_path / "a.tar", samples(files))
+    before = sorted(os.listdir(tmp_path))
+    code = ("import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900)); "
+            "runpy.run_module('data_tools.pack', run_name='__main__', alter_sys=True)")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.tar", tmp_path / "pack", "--workers", "0",
+                           "--memory-mb", "0.005"], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "too large; nothing was kept" in done.stderr
+    assert sorted(os.listdir(tmp_path)) == before
