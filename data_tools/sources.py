@@ -24,7 +24,8 @@ from xc.pack import PackError, open_splits
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_HEADER_BYTES = 2**14  # of what a tar file says about one member beside its block
-HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
+           tarfile.SOLARIS_XHDTYPE)
 MAX_LABEL_BYTES = 2**16  # of a file .cls or .json
 ROWS = 1024  # of a Parquet file in memory at once
 RECORDS = 256  # of a pack

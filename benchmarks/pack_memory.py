@@ -1,0 +1,72 @@
+"""Peak memory of packing, by the number of records: python benchmarks/pack_memory.py --records 100000 1000000
+
+Every record is a tiny PNG in RecordIO, every tenth of them a new class, so that what is kept of each record shows and
+not its image. Each packing is a process of its own. The last line is one JSON object.
+"""
+
+import argparse
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+
+from PIL import Image
+from tqdm import tqdm
+
+from data_tools import recordio
+
+# The peak is read from /proc: ru_maxrss begins with that of the parent.
+CHILD = """
+import re, sys
+from data_tools.pack import main
+main(sys.argv[1:])
+print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+"""
+
+
+def write_records(path, count):
+    file = io.BytesIO()
+    Image.new("L", (1, 1)).save(file, "PNG")
+    image, random = file.getvalue(), 12345
+    with open(path, "wb", buffering=2**20) as out:
+        for number in tqdm(range(count), "writing", disable=not sys.stderr.isatty()):
+            random = random * 6364136223846793005 + 1442695040888963407 & 2**64 - 1
+            label = float((random >> 33) % max(1, count // 10))
+            record = recordio.IMAGE.pack(0, label, number, 0) + image + struct.pack("<I", number)  # PNG ends before
+            out.write(recordio.PART.pack(recordio.MAGIC, len(record)) + record + bytes(-len(record) % 4))
+
+
+def measure(folder, count, memory_mb, workers):
+    write_records(os.path.join(folder, "a.rec"), count)
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, f"{folder}/a.rec", f"{folder}/{count}", "--memory-mb", str(memory_mb),
+         "--shard-mb", "4", "--workers", str(workers)], stdout=subprocess.PIPE, text=True, check=True)
+    seconds = time.monotonic() - started
+    *_, facts, peak_kb = done.stdout.splitlines()
+    assert json.loads(facts)["records"] == count, facts
+    return {"records": count, "classes": json.loads(facts)["classes"], "peak_rss_mb": round(int(peak_kb) / 1024, 1),
+            "seconds": round(seconds, 1)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--records", type=int, nargs="+", default=[10**5, 10**6, 10**7])
+    parser.add_argument("--memory-mb", type=float, default=16)
+    parser.add_argument("--workers", type=int, default=0)
+    args = parser.parse_args()
+    results = []
+    print("records   classes   peak MB   seconds")
+    for count in args.records:
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(measure(folder, count, args.memory_mb, args.workers))
+        print("{records:<9} {classes:<9} {peak_rss_mb:<9} {seconds}".format(**results[-1]), flush=True)
+    print(json.dumps({"memory_mb": args.memory_mb, "runs": results}))
+
+
+if __name__ == "__main__":
+    main()
