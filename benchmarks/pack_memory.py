@@ -13,9 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data_tools import recordio
 
@@ -45,7 +48,8 @@ def measure(folder, count, memory_mb, workers):
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", CHILD, f"{folder}/a.rec", f"{folder}/{count}", "--memory-mb", str(memory_mb),
-         "--shard-mb", "4", "--workers", str(workers)], stdout=subprocess.PIPE, text=True, check=True)
+         "--shard-mb", "4", "--workers", str(workers)], stdout=subprocess.PIPE, text=True, check=True,
+        cwd=Path(__file__).parent.parent)
     seconds = time.monotonic() - started
     *_, facts, peak_kb = done.stdout.splitlines()
     assert json.loads(facts)["records"] == count, facts
