@@ -4,6 +4,7 @@ import itertools
 import os
 import struct
 import sys
+from bisect import bisect_left
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -37,10 +38,12 @@ class Listing:
 
     HEAD = struct.Struct(">B8sQHI?")  # split, place in the order, hash of the class, root, length of the path, bytes?
 
-    def __init__(self, folder, memory_bytes, seed):
+    def __init__(self, folder, memory_bytes, seed, wanted=None):
+        """wanted  sorted array of name_hash of the classes to take; None: all"""
         self._folder, self._seed = folder, seed.to_bytes(8, "little")
         self._records = Sorter(os.path.join(folder, "records"), memory_bytes // 2)
         self._memory_bytes, self._total = memory_bytes // 4, 0  # of what is sorted beside
+        self._paths, self._wanted = Sorter(os.path.join(folder, "paths"), memory_bytes // 8), wanted
         self._names, self._hashes, self._numbers = {}, {}, True  # by split; whether all names are numbers
         self.has_gaps = False  # between the numbers; known when class_names has ended
 
@@ -48,7 +51,8 @@ class Listing:
     def splits(self):
         return [split for split in SPLITS if split in self._names]
 
-    def add(self, root, split, path, name, data):
+    def add(self, root, split, path, name, data, may_repeat=False):
+        """Takes a record, and says whether its class is wanted. may_repeat: check_paths looks at this path."""
         try:
             name = name.encode()
         except UnicodeEncodeError as error:
@@ -56,20 +60,44 @@ class Listing:
         if len(name) > MAX_NAME_BYTES:
             raise PackError(f"{path}: class name {name[:40].decode(errors='ignore')}… has {len(name)} bytes, more than "
                             f"{MAX_NAME_BYTES}; shorten it")
+        number = name_hash(name)
+        if self._wanted is not None:
+            place = bisect_left(self._wanted, number)
+            if place == len(self._wanted) or self._wanted[place] != number:
+                return False
         if split not in self._names:
             share = self._memory_bytes if split in CLASS_SPLITS else self._memory_bytes // 4
             self._names[split] = Sorter(os.path.join(self._folder, f"names-{split}"), share, unique=True)
             self._hashes[split] = open(os.path.join(self._folder, f"hashes-{split}"), "w+b", buffering=2**16)
-        number = name_hash(name)
         self._names[split].add(name)
         self._hashes[split].write(number.to_bytes(8, sys.byteorder))
         if split in CLASS_SPLITS:
             self._numbers = self._numbers and name.isdigit()  # of bytes: ASCII digits
         place = blake2b(self._total.to_bytes(8, "little"), key=self._seed, digest_size=8).digest()
         path = os.fsencode(path)
+        if may_repeat and data is None:
+            self._paths.add(b"\0".join((path, b"%d" % root, name)))
         head = self.HEAD.pack(SPLITS.index(split), place, number, root, len(path), data is not None)
         self._records.add(b"".join((head, path, data or b"")))
         self._total += 1
+        return True
+
+    def check_paths(self):
+        """How often paths that may repeat do so. PackError where one has several labels. Once."""
+        last, repeats, conflicts, first = [None, None, None], 0, 0, ""
+        for item in self._paths:
+            path_root_name = item.split(b"\0", 2)
+            if path_root_name[:2] == last[:2]:
+                repeats += 1
+                if path_root_name != last:
+                    conflicts += 1
+                    path, _, one = last
+                    first = first or (f"path {os.fsdecode(path)!r} has the labels {one.decode()!r} and "
+                                      f"{path_root_name[2].decode()!r}")
+            last = path_root_name
+        if conflicts:
+            raise PackError(f"{first} ({conflicts} such cases); give every path one label")
+        return repeats
 
     def class_names(self):
         """The names (bytes) of train, or of all where there are no splits, in the order of their labels. Once."""

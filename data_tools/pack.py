@@ -43,8 +43,8 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.class_table import ClassTable
-from data_tools.listing import CLASS_SPLITS, Listing, counts_file
+from data_tools.class_table import ClassTable, name_hash
+from data_tools.listing import CLASS_SPLITS, MAX_NAME_BYTES, Listing, counts_file
 from data_tools.sources import KINDS, open_source
 from xc import pack as layout
 from xc.message import one_line
@@ -287,30 +287,39 @@ def pack(src, out, *, kind, classes, root, seed, shard_mb, memory_mb, workers, m
     out = os.path.abspath(out)
     check_paths(src, out, root)
     sources = [open_source(path, kind, root) for path in src]
-    given = None if classes is None else open_splits(classes)["train"]
+    given, wanted = None, None
+    if classes is not None and os.path.isfile(classes):
+        wanted = names_in(classes)
+    elif classes is not None:
+        given = open_splits(classes)["train"]
 
     with new_folder(out) as partial, open(os.path.join(partial, "skipped.tsv"), "w", encoding="utf-8",
                                           errors="surrogateescape") as skipped_file:
         work = os.path.join(partial, "work")  # files that go when the pack is whole
         os.mkdir(work)
-        skipped, listing = Skipped(skipped_file, max_skipped), Listing(work, int(memory_mb * 1e6), seed)
+        skipped, listing = Skipped(skipped_file, max_skipped), Listing(work, int(memory_mb * 1e6), seed, wanted)
         with Progress("listing") as progress:
             for number, source in enumerate(sources):
                 for split, path, name, data in source.records(skipped):
-                    listing.add(number, split, path, name, data)
+                    if not listing.add(number, split, path, name, data, source.may_repeat):
+                        skipped.ignored[f"images of classes that {classes} does not name"] += 1
                     progress.add(1)
-        for what, count in sorted(skipped.ignored.items()):
-            note(f"ignored {count} {what}")
         splits = listing.splits
         if not CLASS_SPLITS & set(splits):
             raise PackError(f"{', '.join(src)}: no images"
                             f"{' of split train, which gives the classes' if splits else ''}{_why(skipped)}")
         if "" in splits and len(splits) > 1:
             raise PackError(f"{', '.join(src)}: some images have a split and others none; give all one, or none")
+        for what, count in sorted(skipped.ignored.items()):
+            note(f"ignored {count} {what}")
+        if repeats := listing.check_paths():
+            note(f"{repeats} rows name a path again; their images are packed as often as they are named")
         table = ClassTable(os.path.join(work, "classes"), listing.class_names() if given is None else names_of(given),
                            int(memory_mb * 1e6) // 4)
         if listing.has_gaps:
             note("the class names are numbers with gaps: their labels are 0, 1, 2, … without gaps")
+        if wanted is not None and len(wanted) > len(table):
+            note(f"{len(wanted) - len(table)} classes of {classes} have no images and get no label")
         owner = "train" if given is None else "the pack of --classes"
         listed = {split: listing.class_counts(split, table, owner) for split in splits}
         total = sum(int(counts.sum()) for counts in listed.values()) + skipped.count
@@ -355,6 +364,16 @@ def pack(src, out, *, kind, classes, root, seed, shard_mb, memory_mb, workers, m
             "skipped": skipped.count, "seconds": round(time.monotonic() - started, 3)}
 
 
+def names_in(path):
+    """Sorted array of the hashes of the class names in a text file, one a line."""
+    hashes = set()
+    with open(path, "rb") as file:
+        while line := file.readline(MAX_NAME_BYTES + 3):
+            if name := line.rstrip(b"\r\n"):
+                hashes.add(name_hash(name))
+    return array("Q", sorted(hashes))
+
+
 def names_of(pack):
     """The class names of a pack (bytes), in the order of their labels."""
     for start in range(0, pack.num_classes, NAMES):
@@ -363,7 +382,10 @@ def names_of(pack):
 
 
 def _why(skipped):
-    return f"; {skipped.count} were left out: {skipped}" if skipped.count else ""
+    what = [f"{count} {what} ignored" for what, count in sorted(skipped.ignored.items())]
+    if skipped.count:
+        what.append(f"{skipped.count} skipped: {skipped}")
+    return f" ({'; '.join(what)})" if what else ""
 
 
 def check_paths(src, out, root):
@@ -429,7 +451,8 @@ def main(argv=None):
     add = parser.add_argument
     add("src", metavar="SRC", nargs="+", help="one or several of what is listed in the README; several become one pack")
     add("out", metavar="OUT", help="the folder to make")
-    add("--classes", metavar="PACK", help="use the class table of this pack; an unknown class is an error")
+    add("--classes", metavar="PACK", help="use the class table of this pack; an unknown class is an error. Or a text "
+        "file with a class name on each line: take images of these classes only")
     add("--from", dest="kind", choices=KINDS, help="what SRC is, where its content does not tell")
     add("--root", metavar="DIR", help="where the paths in a manifest start (the folder of that file)")
     add("--seed", type=between(0, 2**63 - 1), default=0, help="of the shuffle (%(default)s)")

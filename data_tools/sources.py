@@ -34,7 +34,8 @@ RECORDS = 256  # of a pack
 @dataclass(frozen=True)
 class Source:
     records: Callable  # records(skipped) as above
-    root: str = ""
+    root: str
+    may_repeat: bool  # name a path twice
 
 
 def open_source(path, kind, root):
@@ -44,10 +45,11 @@ def open_source(path, kind, root):
     root  of the paths in a manifest; None: its own folder
     """
     kind = kind or kind_of(path)
-    if kind not in ("manifest", "parquet") and root is not None:
+    is_list = kind in ("manifest", "parquet")
+    if not is_list and root is not None:
         raise PackError(f"--root {root} is for the paths of a manifest, but {path} is of the kind {kind}; leave it out")
     beside = path if os.path.isdir(path) else os.path.dirname(path)
-    return Source(lambda skipped: KINDS[kind](path, skipped), root or beside)
+    return Source(lambda skipped: KINDS[kind](path, skipped), root or beside, is_list)
 
 
 def kind_of(path):

@@ -224,7 +224,8 @@ def change_text(random, path):
         elif kind == 4:
             lines.insert(number, lines[random.randrange(len(lines))])
         else:
-            lines[number] = bytes(random.sample(list(line), len(line)))
+            mixed = line[:1000]  # hypothesis draws no longer samples
+            lines[number] = bytes(random.sample(list(mixed), len(mixed))) + line[1000:]
     path.write_bytes(b"\n".join(lines))
 
 

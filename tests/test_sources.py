@@ -170,6 +170,42 @@ def test_trees_are_merged_too(tmp_path):
     assert set(images) == {*one.values(), *two.values()} and set(labels) == {0}
 
 
+@pytest.mark.parametrize("memory_mb", [1e-3, 1024])
+def test_a_list_of_classes_takes_those_only(tmp_path, capsys, files, memory_mb):
+    source = make("pack", tmp_path / "source", files)
+    (tmp_path / "list").write_bytes(b"3\r\n\n0\n17\n0\n" + b"x" * 5000 + b"\n")
+    run(source, tmp_path / "pack", "--classes", tmp_path / "list", "--memory-mb", memory_mb)
+    pack = Pack(tmp_path / "pack")
+    assert contents(pack) == {data: name for data, name in by_class(files).items() if name in "03"}
+    assert pack.class_names(0, pack.num_classes) == ["0", "3"] and pack.skipped == 0
+    said = capsys.readouterr().err
+    assert f"ignored 12 images of classes that {tmp_path / 'list'} does not name" in said and "have no images" in said
+    (tmp_path / "list").write_text("17\n")
+    assert "no images" in fails(capsys, source, tmp_path / "none", "--classes", tmp_path / "list")
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_path_has_one_label(tmp_path, capsys, kind):
+    names = list(files := write_tree(tmp_path, {"p": 3}))
+
+    def listed(*rows):
+        path, label = [names[i] for i, _ in rows], [label for _, label in rows]
+        if kind == "parquet":
+            return write_parquet(tmp_path / "list.parquet", path=path, label=label)
+        lines = ["path,label", *map(",".join, zip(path, label, strict=True))]
+        (tmp_path / "list.csv").write_text("\n".join(lines))
+        return tmp_path / "list.csv"
+
+    for memory in 1e-3, 1:
+        error = fails(capsys, listed((0, "a"), (1, "b"), (2, "a"), (1, "c"), (0, "a")), tmp_path / "pack",
+                      "--memory-mb", memory)
+        assert f"path {names[1]!r} has the labels 'b' and 'c' (1 such cases)" in error
+    run(listed((0, "a"), (1, "b"), (0, "a"), (2, "c")), tmp_path / "pack")
+    assert "1 rows name a path again" in capsys.readouterr().err
+    images, _ = Pack(tmp_path / "pack").read(np.arange(4))
+    assert sorted(images) == sorted([*files.values(), files[names[0]]])
+
+
 @pytest.mark.parametrize("names", [("train-0.tar", "train-1.tar", "test-0.tar"),
                                    ("train/0.tar", "train/1.tar", "test/x.tar")])
 def test_shards_are_of_the_split_they_are_named_after(tmp_path, capsys, names):
