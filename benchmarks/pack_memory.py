@@ -1,7 +1,7 @@
 """Peak memory of packing, by the number of records: python benchmarks/pack_memory.py --records 100000 1000000
 
-Every record is a tiny PNG in RecordIO, every tenth of them a new class, so that what is kept of each record shows and
-not its image. Each packing is a process of its own. The last line is one JSON object.
+Every record is a tiny PNG in RecordIO, of one of --classes (or a tenth as many as records), so that what is kept of
+each record shows and not its image. Each packing is a process of its own. The last line is one JSON object.
 """
 
 import argparse
@@ -31,20 +31,20 @@ print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
 """
 
 
-def write_records(path, count):
+def write_records(path, count, classes):
     file = io.BytesIO()
     Image.new("L", (1, 1)).save(file, "PNG")
     image, random = file.getvalue(), 12345
     with open(path, "wb", buffering=2**20) as out:
         for number in tqdm(range(count), "writing", disable=not sys.stderr.isatty()):
             random = random * 6364136223846793005 + 1442695040888963407 & 2**64 - 1
-            label = float((random >> 33) % max(1, count // 10))
+            label = float((random >> 33) % classes)
             record = recordio.IMAGE.pack(0, label, number, 0) + image + struct.pack("<I", number)  # PNG ends before
             out.write(recordio.PART.pack(recordio.MAGIC, len(record)) + record + bytes(-len(record) % 4))
 
 
-def measure(folder, count, memory_mb, workers):
-    write_records(os.path.join(folder, "a.rec"), count)
+def measure(folder, count, classes, memory_mb, workers):
+    write_records(os.path.join(folder, "a.rec"), count, classes)
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", CHILD, f"{folder}/a.rec", f"{folder}/{count}", "--memory-mb", str(memory_mb),
@@ -60,6 +60,7 @@ def measure(folder, count, memory_mb, workers):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--records", type=int, nargs="+", default=[10**5, 10**6, 10**7])
+    parser.add_argument("--classes", type=int)
     parser.add_argument("--memory-mb", type=float, default=16)
     parser.add_argument("--workers", type=int, default=0)
     args = parser.parse_args()
@@ -67,7 +68,7 @@ def main():
     print("records   classes   peak MB   seconds")
     for count in args.records:
         with tempfile.TemporaryDirectory() as folder:
-            results.append(measure(folder, count, args.memory_mb, args.workers))
+            results.append(measure(folder, count, args.classes or max(1, count // 10), args.memory_mb, args.workers))
         print("{records:<9} {classes:<9} {peak_rss_mb:<9} {seconds}".format(**results[-1]), flush=True)
     print(json.dumps({"memory_mb": args.memory_mb, "runs": results}))
 
