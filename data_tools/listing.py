@@ -38,18 +38,22 @@ class Listing:
 
     HEAD = struct.Struct(">B8sQHI?")  # split, place in the order, hash of the class, root, length of the path, bytes?
 
-    def __init__(self, folder, memory_bytes, seed, wanted=None):
-        """wanted  sorted array of name_hash of the classes to take; None: all"""
+    def __init__(self, folder, memory_bytes, seed, wanted=None, held_out=None):
+        """
+        wanted    sorted array of name_hash of the classes to take; None: all
+        held_out  (split, share of the images that go there at random); the others are train. None: as the source says
+        """
         self._folder, self._seed = folder, seed.to_bytes(8, "little")
         self._records = Sorter(os.path.join(folder, "records"), memory_bytes // 2)
         self._memory_bytes, self._total = memory_bytes // 4, 0  # of what is sorted beside
         self._paths, self._wanted = Sorter(os.path.join(folder, "paths"), memory_bytes // 8), wanted
+        self._held_out = held_out
         self._names, self._hashes, self._numbers = {}, {}, True  # by split; whether all names are numbers
         self.has_gaps = False  # between the numbers; known when class_names has ended
 
     @property
     def splits(self):
-        return [split for split in SPLITS if split in self._names]
+        return [split for split in SPLITS if split in self._hashes]
 
     def add(self, root, split, path, name, data, may_repeat=False):
         """Takes a record, and says whether its class is wanted. may_repeat: check_paths looks at this path."""
@@ -62,18 +66,26 @@ class Listing:
                             f"{MAX_NAME_BYTES}; shorten it")
         number = name_hash(name)
         if self._wanted is not None:
-            place = bisect_left(self._wanted, number)
-            if place == len(self._wanted) or self._wanted[place] != number:
+            found = bisect_left(self._wanted, number)
+            if found == len(self._wanted) or self._wanted[found] != number:
                 return False
-        if split not in self._names:
-            share = self._memory_bytes if split in CLASS_SPLITS else self._memory_bytes // 4
-            self._names[split] = Sorter(os.path.join(self._folder, f"names-{split}"), share, unique=True)
-            self._hashes[split] = open(os.path.join(self._folder, f"hashes-{split}"), "w+b", buffering=2**16)
-        self._names[split].add(name)
-        self._hashes[split].write(number.to_bytes(8, sys.byteorder))
-        if split in CLASS_SPLITS:
-            self._numbers = self._numbers and name.isdigit()  # of bytes: ASCII digits
         place = blake2b(self._total.to_bytes(8, "little"), key=self._seed, digest_size=8).digest()
+        owner = split
+        if self._held_out is not None:
+            if split:
+                raise PackError(f"{path}: is of split {split} already; leave out --split")
+            # Names are those of train whatever the draw, so that no class is unknown to it.
+            owner, (held_out, share) = "train", self._held_out
+            split = held_out if int.from_bytes(place, "big") < share * 2**64 else "train"
+        if owner not in self._names:
+            share = self._memory_bytes if owner in CLASS_SPLITS else self._memory_bytes // 4
+            self._names[owner] = Sorter(os.path.join(self._folder, f"names-{owner}"), share, unique=True)
+        if split not in self._hashes:
+            self._hashes[split] = open(os.path.join(self._folder, f"hashes-{split}"), "w+b", buffering=2**16)
+        self._names[owner].add(name)
+        self._hashes[split].write(number.to_bytes(8, sys.byteorder))
+        if owner in CLASS_SPLITS:
+            self._numbers = self._numbers and name.isdigit()  # of bytes: ASCII digits
         path = os.fsencode(path)
         if may_repeat and data is None:
             self._paths.add(b"\0".join((path, b"%d" % root, name)))

@@ -276,7 +276,7 @@ def note(text):
 # The command.
 
 
-def pack(src, out, *, kind, classes, root, seed, shard_mb, memory_mb, workers, max_pixels, max_skipped):
+def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, workers, max_pixels, max_skipped):
     """Packs src, a list of paths, into the new folder out and says what became of it; the parameters are the flags.
 
     returns  dict of totals over the splits: records, classes, bytes, shards, skipped, seconds
@@ -297,11 +297,11 @@ def pack(src, out, *, kind, classes, root, seed, shard_mb, memory_mb, workers, m
                                           errors="surrogateescape") as skipped_file:
         work = os.path.join(partial, "work")  # files that go when the pack is whole
         os.mkdir(work)
-        skipped, listing = Skipped(skipped_file, max_skipped), Listing(work, int(memory_mb * 1e6), seed, wanted)
+        skipped, listing = Skipped(skipped_file, max_skipped), Listing(work, int(memory_mb * 1e6), seed, wanted, split)
         with Progress("listing") as progress:
             for number, source in enumerate(sources):
-                for split, path, name, data in source.records(skipped):
-                    if not listing.add(number, split, path, name, data, source.may_repeat):
+                for record in source.records(skipped):
+                    if not listing.add(number, *record, source.may_repeat):
                         skipped.ignored[f"images of classes that {classes} does not name"] += 1
                     progress.add(1)
         splits = listing.splits
@@ -446,6 +446,13 @@ def share_or_count(text):
     return text
 
 
+def held_out(text):
+    name, _, share = text.partition("=")
+    if name not in layout.SPLITS[1:] or not re.fullmatch(r"0?\.\d*[1-9]\d*", share):
+        raise argparse.ArgumentTypeError(f"{text} is not like test=0.01: val or test, and a share between 0 and 1")
+    return name, float(share)
+
+
 def main(argv=None):
     parser = Parser(prog="data_tools.pack", description=__doc__.partition("\n")[0])
     add = parser.add_argument
@@ -455,6 +462,8 @@ def main(argv=None):
         "file with a class name on each line: take images of these classes only")
     add("--from", dest="kind", choices=KINDS, help="what SRC is, where its content does not tell")
     add("--root", metavar="DIR", help="where the paths in a manifest start (the folder of that file)")
+    add("--split", type=held_out, metavar="NAME=SHARE", help="draw this share of the images for the split val or test, "
+        "as in test=0.01, where the source has no splits")
     add("--seed", type=between(0, 2**63 - 1), default=0, help="of the shuffle (%(default)s)")
     add("--shard-mb", type=between(1e-6, 2**20, float), default=256, help="most image data in one file (%(default)s)")
     add("--memory-mb", type=between(1e-3, 2**20, float), default=1024,

@@ -224,6 +224,23 @@ def test_shards_are_of_the_split_they_are_named_after(tmp_path, capsys, names):
     assert "more.tar: of no split" in fails(capsys, tmp_path / "tars", tmp_path / "new")
 
 
+@pytest.mark.parametrize("kind", ["folder", "pack"])
+def test_a_share_is_held_out(tmp_path, capsys, kind):
+    files = write_tree(tmp_path / "files", {str(i): 1 + i % 3 for i in range(100)})  # classes of one image, too
+    source = make(kind, tmp_path / "source", files)
+    for name, args in {"a": [], "b": ["--memory-mb", 1e-3, "--workers", 2], "c": ["--seed", 1]}.items():
+        run(source, tmp_path / name, "--split", "test=0.3", *args)
+        packs = open_splits(tmp_path / name)
+        train, test = contents(packs["train"]), contents(packs["test"])
+        assert not train.keys() & test.keys() and train | test == by_class(files)
+        assert 40 < len(test) < 80 and packs["train"].num_classes == 100  # 60 ± 6.5
+    assert file_hashes(tmp_path / "a") == file_hashes(tmp_path / "b")
+    assert contents(open_splits(tmp_path / "a")["test"]) != test
+    assert "is of split t" in fails(capsys, tmp_path / "a", tmp_path / "new", "--split", "val=0.5")
+    for wrong in ("train=0.1", "test=1", "test=0", "test=nan", "test", "dev=0.1"):
+        assert "is not like test=0.01" in fails(capsys, source, tmp_path / "new", "--split", wrong)
+
+
 def test_sources_with_and_without_splits_do_not_mix(tmp_path, capsys):
     write_tree(tmp_path / "one" / "train", {"a": 2})
     write_tree(tmp_path / "two", {"a": 2})
