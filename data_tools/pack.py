@@ -10,8 +10,9 @@ with shards named after splits, OUT is a folder of packs with one class table, t
 the class names in sorted order; where all names are numbers they are sorted as numbers, so labels 0 … C − 1 of a CSV
 keep their values.
 
-Every image is decoded once as a check. Those that fail are left out, counted and listed in OUT/skipped.tsv. OUT
-appears only when everything is done; before that there is a folder .OUT.partial-… beside it, which no reader accepts.
+Every image is decoded once as a check; its bytes are kept unless --resize, --format or --quality asks for others. Those
+that fail are left out, counted and listed in OUT/skipped.tsv. OUT appears only when everything is done; before that
+there is a folder .OUT.partial-… beside it, which no reader accepts.
 The same SRC and seed give the same bytes whatever the number of workers and the memory. While it runs, memory holds
 what --memory-mb allows, one shard of every split, and some megabytes and one decoded image per worker; what sorting
 needs beyond that are files in that folder, once as large as the images that did not come in files of their own.
@@ -44,6 +45,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_tools.class_table import ClassTable, name_hash
+from data_tools.encoding import FORMATS, Encoding
 from data_tools.listing import CLASS_SPLITS, MAX_NAME_BYTES, Listing, counts_file
 from data_tools.sources import KINDS, open_source
 from xc import pack as layout
@@ -58,10 +60,11 @@ NAMED = 5  # how many of a long list a message names
 # Reading and checking: what workers do.
 
 
-def check_images(images, max_pixels):
+def check_images(images, max_pixels, encoding):
     """[(bytes or None, crc32 or reason why not)] of images; ends early after CHUNK_BYTES were read.
 
-    images  [(path, None) or (any text, bytes)]; bytes that were given are not given back
+    images    [(path, None) or (any text, bytes)]; bytes that were given and stay as they are are not given back
+    encoding  how they are encoded anew
     """
     results, num_bytes = [], 0
     with warnings.catch_warnings():
@@ -69,11 +72,11 @@ def check_images(images, max_pixels):
         for path, given in images:
             try:
                 data = _read(path) if given is None else given
-                open_image(data, max_pixels)
+                data = encoding.apply(open_image(data, max_pixels), data)
             except (OSError, ValueError) as error:
                 results.append((None, getattr(error, "strerror", None) or str(error)))
                 continue
-            results.append((data if given is None else None, zlib.crc32(data)))
+            results.append((None if data is given else data, zlib.crc32(data)))
             num_bytes += len(data)
             if num_bytes >= CHUNK_BYTES:
                 break
@@ -90,15 +93,15 @@ def _read(path):
         return file.read()
 
 
-def read_in_order(pool, window, roots, chunks, max_pixels):
+def read_in_order(pool, window, roots, chunks, *options):
     """Yields (record, its bytes or None, crc32 or reason why not) of lists of records, in their order.
 
-    At most `window` lists are under way or waiting to be written.
+    At most `window` lists are under way or waiting to be written. options are those of check_images.
     """
 
     def start(chunk):
         images = [(os.path.join(roots[record.root], record.path), record.data) for record in chunk]
-        return chunk, pool.submit(check_images, images, max_pixels)
+        return chunk, pool.submit(check_images, images, *options)
 
     chunks, pending = iter(chunks), deque()
     while True:
@@ -276,7 +279,8 @@ def note(text):
 # The command.
 
 
-def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, workers, max_pixels, max_skipped):
+def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, workers, max_pixels, max_skipped,
+         resize, format, quality):
     """Packs src, a list of paths, into the new folder out and says what became of it; the parameters are the flags.
 
     returns  dict of totals over the splits: records, classes, bytes, shards, skipped, seconds
@@ -287,6 +291,9 @@ def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, wor
     out = os.path.abspath(out)
     check_paths(src, out, root)
     sources = [open_source(path, kind, root) for path in src]
+    if quality is not None and format == "png":
+        raise PackError("--quality is of jpeg and webp, png loses nothing; leave it out")
+    encoding = Encoding(resize, format, quality)
     given, wanted = None, None
     if classes is not None and os.path.isfile(classes):
         wanted = names_in(classes)
@@ -330,7 +337,8 @@ def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, wor
                    for split in splits}
         with _pool(workers) as pool, Progress("packing", total - skipped.count) as progress:
             roots, chunks = [source.root for source in sources], listing.chunks(table, CHUNK_RECORDS, CHUNK_BYTES)
-            for record, data, crc_or_reason in read_in_order(pool, 2 * workers + 1, roots, chunks, max_pixels):
+            images = read_in_order(pool, 2 * workers + 1, roots, chunks, max_pixels, encoding)
+            for record, data, crc_or_reason in images:
                 if data is None:
                     skipped.add(record.split, record.path, crc_or_reason)
                 else:
@@ -473,6 +481,11 @@ def main(argv=None):
         help=f"skip images with more (%(default)s); at most {layout.MAX_PIXELS}, which readers take")
     add("--max-skipped", type=share_or_count, default="1%", metavar="LIMIT",
         help="fail where more images cannot be used, a number or a share (%(default)s)")
+    add("--resize", type=between(1, 2**14), metavar="PIXELS", help="make larger images so small that the shorter side "
+        "has this length; of PNG, JPEG and WebP the format stays, others become PNG")
+    add("--format", choices=FORMATS, help="encode images that have another format anew (the bytes are kept)")
+    add("--quality", type=between(1, 100), help="encode all images anew, JPEG and WebP with this quality; without it, "
+        "images that must be encoded anew get 90")
     args = parser.parse_args(argv)
     try:
         print(json.dumps(pack(**vars(args))))

@@ -260,10 +260,13 @@ def webdataset_source(path, skipped):
 
 def _members(file, split, skipped):
     """(key, suffix, bytes) of the images and labels in a tar file, as they come."""
+    file_bytes = os.path.getsize(file)
     try:
         with open(file, "rb") as raw, tarfile.open(fileobj=raw, mode="r|", tarinfo=_Member) as tar:
             for member in tar:
                 tar.members = []  # it would keep them all
+                if tar.offset > file_bytes:  # where the next header should be; tarfile would look for it without end
+                    raise tarfile.ReadError(f"ends inside of {member.name}")
                 folder, slash, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
                 key, suffix = folder + slash + stem, suffix.lower()
@@ -279,12 +282,9 @@ def _members(file, split, skipped):
                 elif member.size > (layout.MAX_RECORD_BYTES if is_image else MAX_LABEL_BYTES):
                     skipped.add(split, f"{file}: {member.name}", f"{member.size} bytes, too many")
                 else:
-                    data = tar.extractfile(member).read()
-                    if len(data) != member.size:
-                        raise tarfile.ReadError(f"ends inside of {member.name}")
-                    yield key, suffix, data
+                    yield key, suffix, tar.extractfile(member).read()
             # Between two members a cut shows only in this.
-            raw.seek(-min(1024, os.path.getsize(file)), os.SEEK_END)
+            raw.seek(-min(1024, file_bytes), os.SEEK_END)
             if len(end := raw.read()) < 1024 or any(end):
                 raise tarfile.ReadError("ends without the two empty blocks that close a tar file")
     except (tarfile.TarError, EOFError, UnicodeError, ValueError, OverflowError) as error:

@@ -143,7 +143,7 @@ def test_window_bounds_what_is_under_way():
     under_way, most = 0, 0
 
     class Pool:
-        def submit(self, function, images, max_pixels):
+        def submit(self, function, images):
             nonlocal under_way, most
             under_way, most = under_way + 1, max(most, under_way + 1)
             return type("Future", (), {"result": lambda self: finish(images)})()
@@ -155,7 +155,7 @@ def test_window_bounds_what_is_under_way():
 
     records = [data_tools.listing.Record("", f"{i}", 0, 0, None) for i in range(40)]
     chunks = (records[i : i + 2] for i in range(0, 40, 2))
-    found = [(record, data) for record, data, _ in data_tools.pack.read_in_order(Pool(), 3, [""], chunks, 1)]
+    found = [(record, data) for record, data, _ in data_tools.pack.read_in_order(Pool(), 3, [""], chunks)]
     assert found == [(record, record.path.encode()) for record in records] and most == 3
 
 

@@ -349,6 +349,14 @@ def test_a_tar_header_cannot_fill_the_memory(tmp_path, capsys):
         assert "a header of 2097152 bytes" in fails(capsys, tmp_path / "a.tar", tmp_path / "pack")
 
 
+@pytest.mark.parametrize("size", [2**40, 2**70])
+def test_a_tar_member_that_claims_more_than_the_file_is_one_line(tmp_path, capsys, size):
+    """tarfile looked for the end of it without end."""
+    for name in "x.png", "x.txt":
+        (tmp_path / "a.tar").write_bytes(odd(name, size=size).tobuf(tarfile.GNU_FORMAT) + bytes(2048))
+        assert f"ends inside of {name}" in fails(capsys, tmp_path / "a.tar", tmp_path / "pack")
+
+
 def test_recordio_is_cut_at_the_magic_number_and_joined_again(tmp_path):
     random = np.random.default_rng(0)
     cases = [b"", b"x", recordio.MAGIC, recordio.MAGIC * 3, b"ab" + recordio.MAGIC]

@@ -1,0 +1,51 @@
+"""Images encoded anew: smaller, or in another format."""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+FORMATS = ("jpeg", "png", "webp")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """side  pixels that the shorter side has at most; format  one of FORMATS, None: that of the image, png where it is
+    none of them; quality  1 … 100, of jpeg and webp. None of all: images stay as they are."""
+
+    side: int | None = None
+    format: str | None = None
+    quality: int | None = None
+
+    def apply(self, image, data):
+        """The bytes of a decoded Pillow image, which are `data` where nothing is to be done.
+
+        What the reader of packs would drop goes: metadata, further frames, the lower bits of 16, and of jpeg
+        transparency. ValueError where the format does not take the image.
+        """
+        shorter = min(image.size)
+        smaller = self.side is not None and shorter > self.side
+        kept = image.format.lower()
+        format = self.format or (kept if kept in FORMATS else "png")
+        if not smaller and self.quality is None and self.format in (None, kept):
+            return data
+        image = _plain(image, with_alpha=format != "jpeg")
+        if smaller:
+            sides = [max(1, round(side * self.side / shorter)) for side in image.size]
+            image = image.resize(sides, Image.Resampling.BICUBIC)
+        file = io.BytesIO()
+        try:
+            image.save(file, format, **({} if format == "png" else {"quality": self.quality or 90}))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot be written as {format}: {error}") from error
+        return file.getvalue()
+
+
+def _plain(image, with_alpha):
+    """The image in 8 bits of grey or RGB, or these with transparency."""
+    if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    if with_alpha and (image.mode in ("LA", "RGBA", "PA") or "transparency" in image.info):
+        return image.convert("LA" if image.mode == "LA" else "RGBA")
+    return image.convert("L" if image.mode in ("1", "L", "LA", "F") else "RGB")

@@ -1,0 +1,87 @@
+"""Images encoded anew while they are packed: none is lost, what need not change does not, pixels stay near."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_tools.encoding import FORMATS, Encoding
+from tests.test_pack import contents, fails, file_hashes, run
+from tests.test_pack import picture as noise
+from xc.pack import Pack, decode, open_image
+
+
+def smooth(format, size=(60, 40), mode="RGB"):
+    x, y = np.meshgrid(np.linspace(0, 200, size[0]), np.linspace(0, 200, size[1]))
+    file = io.BytesIO()
+    Image.fromarray(np.stack([x, y, 220 - x], 2).astype(np.uint8)).convert(mode).save(file, format)
+    return file.getvalue()
+
+
+KINDS = [("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "P"), ("PNG", "L"), ("PNG", "LA"), ("PNG", "1"), ("JPEG", "RGB"),
+         ("JPEG", "CMYK"), ("JPEG", "L"), ("WEBP", "RGB"), ("WEBP", "RGBA"), ("BMP", "RGB"), ("GIF", "P"),
+         ("TIFF", "F"), ("TIFF", "I;16")]
+
+
+@pytest.mark.parametrize("format", [None, *FORMATS])
+@pytest.mark.parametrize("kind, mode", KINDS)
+def test_pixels_stay_near(kind, mode, format):
+    data = smooth(kind, mode=mode)
+    for side, size in (None, (60, 40)), (20, (30, 20)), (40, (60, 40)), (300, (60, 40)):
+        image = open_image(data)
+        coded = Encoding(side, format).apply(image, data)
+        assert open_image(coded).size == size
+        assert open_image(coded).format == (format or (kind if kind in ("PNG", "JPEG", "WEBP") else "PNG")).upper() or (
+            coded is data)
+        for channels in 1, 3:
+            distance = np.abs(decode(coded, 20, channels).astype(int) - decode(data, 20, channels))
+            assert distance.mean() < 12
+
+
+@pytest.mark.parametrize("encoding, kind, kept", [
+    (Encoding(), "TIFF", True), (Encoding(side=40), "BMP", True), (Encoding(side=39), "PNG", False),
+    (Encoding(format="png"), "PNG", True), (Encoding(format="png"), "BMP", False),
+    (Encoding(quality=50), "JPEG", False), (Encoding(side=40, format="jpeg"), "JPEG", True)])
+def test_bytes_are_kept_where_nothing_is_to_be_done(encoding, kind, kept):
+    data = smooth(kind)
+    assert (encoding.apply(open_image(data), data) is data) == kept
+
+
+def test_quality_is_a_matter_of_size():
+    data = noise(0, "PNG", (60, 60))
+    sizes = [len(Encoding(None, "jpeg", quality).apply(open_image(data), data)) for quality in (10, 50, None, 100)]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 4
+
+
+def test_nothing_is_lost_with_any_number_of_workers(tmp_path, capsys):
+    for number in range(90):
+        (tmp_path / "src" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        size = (30 + number, 100 - number % 50)
+        (tmp_path / "src" / "ab"[number % 2] / f"{number}.png").write_bytes(noise(number, size=size))
+    (tmp_path / "src" / "a" / "wide.png").write_bytes(noise(0, size=(70_000, 2)))  # more than a JPEG can have
+    (tmp_path / "src" / "a" / "bad.png").write_bytes(b"bad")
+    flags = ["--resize", 24, "--format", "jpeg", "--quality", 80, "--max-skipped", 2]
+    run(tmp_path / "src", tmp_path / "0", *flags)
+    run(tmp_path / "src", tmp_path / "2", *flags, "--workers", 2)
+    assert file_hashes(tmp_path / "0") == file_hashes(tmp_path / "2")
+    images = contents(Pack(tmp_path / "0"))
+    assert len(images) == 90 and sorted(images.values()) == ["a"] * 45 + ["b"] * 45
+    assert {(open_image(image).format, min(open_image(image).size)) for image in images} == {("JPEG", 24)}
+    assert Pack(tmp_path / "0").verify() == 90
+    assert "a/wide.png\tcannot be written as jpeg" in (tmp_path / "0" / "skipped.tsv").read_text()
+    run(tmp_path / "0", tmp_path / "again", "--resize", 24)  # a pack's bytes, which need no change
+    assert contents(Pack(tmp_path / "again")) == images
+    capsys.readouterr()
+    run(tmp_path / "0", tmp_path / "smaller", "--resize", 8)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["records"] == 90
+    assert {min(open_image(image).size) for image in contents(Pack(tmp_path / "smaller"))} == {8}
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--format", "png", "--quality", 9], "--quality is of jpeg and webp"), (["--quality", 0], "not between 1 and 100"),
+    (["--format", "gif"], "invalid choice"), (["--resize", 0], "not between")])
+def test_flags_that_make_no_sense(tmp_path, capsys, flags, words):
+    (tmp_path / "src").mkdir()
+    assert words in fails(capsys, tmp_path / "src", tmp_path / "pack", *flags)
