@@ -184,7 +184,7 @@ def export(src, out, *, to, split, classes, shard_mb):
     started = time.monotonic()
     out = os.path.abspath(out)
     packs = open_splits(src)
-    check_paths(src, out, None)
+    check_paths([src], out, None)
     is_split = not os.path.exists(os.path.join(src, INDEX_FILE))
     if split is not None:
         if split not in packs or not is_split:

@@ -13,14 +13,18 @@ shares and seed give the same bytes. Memory holds a shard of each split and some
 
 import json
 import os
+import shutil
 import signal
 import time
 import zlib
 
 import numpy as np
 
-from data_tools.pack import CHUNK_RECORDS, PackWriter, Parser, Progress, between, check_paths, new_folder
+from data_tools.class_table import ClassTable
+from data_tools.pack import CHUNK_RECORDS, PackWriter, Parser, Progress, between, check_paths, names_of, new_folder
 from xc.pack import INDEX_FILE, SPLITS, Pack, PackError
+
+_TABLE_BYTES = 2**28  # of memory for the names of classes while they are sorted
 
 
 def rounded(counts, share, random):
@@ -78,7 +82,7 @@ def split(src, out, *, test, val, by, seed, shard_mb):
         raise PackError(f"--test {test} and --val {val} must leave something for train and take something from it: "
                         "their sum must lie between 0 and 1")
     pack = Pack(src)
-    check_paths(src, out, None)
+    check_paths([src], out, None)
     random, counts = np.random.default_rng(seed), pack.class_counts
     shares = {name: share for name, share in (("test", test), ("val", val)) if share}
     left = (by_image if by == "image" else by_class)(counts, shares, random)
@@ -91,7 +95,7 @@ def split(src, out, *, test, val, by, seed, shard_mb):
                         "give less")
 
     with new_folder(out) as partial:
-        writers = {name: PackWriter(os.path.join(partial, name), shard_mb * 1e6, pack.num_classes)
+        writers = {name: PackWriter(os.path.join(partial, name), shard_mb * 1e6, np.zeros_like(counts))
                    for name in SPLITS if name == "train" or name in left}
         unread = counts.copy()
         with Progress("splitting", len(pack)) as progress:
@@ -104,11 +108,13 @@ def split(src, out, *, test, val, by, seed, shard_mb):
                 progress.add(len(images))
         if unread.any():
             raise PackError(f"{src}: its class_counts are not those of its records; see data_tools.show --verify")
-        names = pack.class_names(0, pack.num_classes)
+        work = os.path.join(partial, "classes")
+        table = ClassTable(work, names_of(pack), _TABLE_BYTES)
         for writer in writers.values():
             writer.end_shard()
         for writer in writers.values():  # last: a folder without an index is not a pack
-            writer.write_index(names, source=pack.source, seed=pack.seed, skipped=0)
+            writer.write_index(table, source=pack.source, seed=pack.seed, skipped=0)
+        shutil.rmtree(work)
     facts = {name: {"records": writer.num_records, "classes": int(np.count_nonzero(writer.class_counts)),
                     "bytes": writer.num_bytes, "shards": len(writer.shard_records)} for name, writer in writers.items()}
     return facts | {"seconds": round(time.monotonic() - started, 3)}

@@ -18,6 +18,7 @@ import pytest
 
 import data_tools.export
 import data_tools.pack
+from data_tools.class_table import ClassTable
 from data_tools.export import MAX_FOLDERS, MAX_NAME, folder_of
 from data_tools.pack import PackWriter
 from tests.test_pack import file_hashes, picture, slow, write_tree
@@ -68,11 +69,13 @@ def same(path, other):
 
 def write_pack(folder, names, images, shard_bytes=1000):
     """A pack of [(bytes, label)] that need not be images, nor classes that data_tools.pack would take."""
-    writer = PackWriter(folder, shard_bytes, len(names))
+    writer = PackWriter(folder, shard_bytes, np.zeros(len(names), np.int64))
     for image, label in images:
         writer.add(image, zlib.crc32(image), label)
     writer.end_shard()
-    writer.write_index(names, source="made", seed=0, skipped=0)
+    table = ClassTable(f"{folder}.classes", (name.encode() for name in names), 2**20)
+    writer.write_index(table, source="made", seed=0, skipped=0)
+    shutil.rmtree(f"{folder}.classes")
     return folder
 
 
