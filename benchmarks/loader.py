@@ -195,7 +195,7 @@ def step_shares(images, ranks, steps):
     """The loader's shares of a training step, as above."""
     out = images.root / "run"
     flags = ["--data", images.root / "pack", "--out", out, "--steps", 2 * steps, "--log-steps", steps,
-             "--save-every", 0, "--eval-every", 0, "--global-batch", BATCH * ranks]
+             "--save-every", 0, "--eval-every", 0, "--warmup", 0, "--global-batch", BATCH * ranks]
     launch = ["mpirun", "--oversubscribe", "-np", ranks, sys.executable, "train.py", *flags]
     subprocess.run([str(word) for word in launch], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][-1]
