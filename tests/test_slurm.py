@@ -201,7 +201,7 @@ def test_a_lost_node_does_too(cluster, unbroken, tmp_path):
 def test_ranks_have_the_cores_of_a_task_and_see_all_gpus(launcher, cluster, tmp_path):
     script = tmp_path / "job.sbatch"
     script.write_text("#!/usr/bin/env bash\n. slurm/launch.sh\n"
-                      "run_ranks bash -c 'hostname; echo $OMP_NUM_THREADS $CUDA_VISIBLE_DEVICES'\n")
+                      "choose_launcher; run_ranks bash -c 'hostname; echo $OMP_NUM_THREADS $CUDA_VISIBLE_DEVICES'\n")
     number = cluster.submit("-N", 2, "--ntasks-per-node", 2, "-c", 2, "--gpus-per-node=2", "-J", "job", "-o",
                             tmp_path / "log", script, env={"XC_LAUNCHER": launcher})
     ended(cluster, number)

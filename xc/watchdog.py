@@ -106,7 +106,8 @@ class Watchdog:
 
     def _judge(self):
         """On rank 0, after all have answered or had their time."""
-        if any(idle < self._seconds / 2 for _, _, idle in self._answers.values()):
+        # Who waits began to wait a little after the one that stalls did, or is only now and then waiting.
+        if any(idle < self._seconds / (2 if waits else 1) for _, waits, idle in self._answers.values()):
             self._asked = None
             self._tell_all("patience")
         else:
