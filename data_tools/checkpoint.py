@@ -24,11 +24,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools import ranged, tensor_file
+from data_tools import ranged
 from data_tools.class_list import intervals_of
 from data_tools.pack import Parser, Progress, between
-from xc import checkpoint
-from xc.saver import facts_of, sync
+from xc import checkpoint, tensor_file
+from xc.saver import sync
 from xc.shard import Shard
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16"}
@@ -176,12 +176,12 @@ def reshard(folder, out, num_files):
         for part in range(num_files):
             shard = Shard.of(num_rows, num_files, part)
             path = out / ranged.name_of(kind, shard.first, shard.last)
-            tensor_file.write(path, source.tensors(shard.first, shard.last))
-            files[path.name] = facts_of(path)
+            files[path.name] = tensor_file.write(path, source.tensors(shard.first, shard.last))
     ranged_files = {ranged.name_of(kind, *of_file) for kind, ranges in kinds.items() for of_file in ranges}
     for name in meta["files"].keys() - ranged_files:
         shutil.copyfile(folder / name, out / name)
-        files[name] = facts_of(out / name)
+        sync(out / name)
+        files[name] = meta["files"][name]
     checkpoint.write_meta(out, meta | {"rows": checkpoint.rows_among(files), "files": files})
     sync(out / "meta.json")
     return f"{len(files)} files; train.py goes on from it by --resume"

@@ -8,8 +8,8 @@ import re
 
 import numpy as np
 
-from data_tools.tensor_file import TensorFile
 from xc.shard import Shard
+from xc.tensor_file import TensorFile
 
 _RANGED = re.compile(r"([a-z]+)-(\d{12})-(\d{12})\.safetensors")
 _EDGES = 2**20  # in memory at a time

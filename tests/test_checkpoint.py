@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.worlds import run_ranks
 from xc import backbone as backbones
-from xc import checkpoint, data
+from xc import checkpoint, data, tensor_file
 from xc import saver as savers
 from xc.config import Config, UserError
 from xc.exchange import AllReduce
@@ -164,10 +164,10 @@ def test_newest_are_kept_and_found(tmp_path):
 def test_a_save_that_fails_leaves_the_last_one_and_is_not_taken_for_whole(tmp_path, monkeypatch):
     run_ranks(2, lambda w: save(w, tmp_path, 1))
 
-    def no_space(*_):
+    def no_space(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(savers, "save_file", no_space)
+    monkeypatch.setattr(tensor_file, "write", no_space)
     with pytest.raises(UserError, match="No space left"):
         run_ranks(2, lambda w: save(w, tmp_path, 2))
     assert checkpoint.to_resume("auto", tmp_path, World()).name == "step-00000001"
@@ -177,16 +177,16 @@ def test_a_save_that_fails_leaves_the_last_one_and_is_not_taken_for_whole(tmp_pa
                                    MemoryError("No space left on device")])
 def test_training_goes_on_after_a_save_that_failed(error, tmp_path, monkeypatch, capsys):
     """On one rank of three, twice; the third time in a row all ranks stop. One that succeeds in between is counted."""
-    fails, write = {2, 3, 5, 6, 7}, savers._write
+    fails, write = {2, 3, 5, 6, 7}, tensor_file.write
 
     def body(world):
         saver = savers.Saver(tmp_path, world, IDENTITY, keep=9)
 
-        def failing(path, *rest):
+        def failing(path, *rest, **progress):
             if world.rank == 1 and int(path.parent.name[6:14]) in fails:
                 path.write_bytes(b"half")
                 raise error
-            return write(path, *rest)
+            return write(path, *rest, **progress)
 
         checkpoints[world.rank] = failing
         for step in range(1, 8):
@@ -194,8 +194,8 @@ def test_training_goes_on_after_a_save_that_failed(error, tmp_path, monkeypatch,
         saver.finish()
 
     checkpoints = {}
-    monkeypatch.setattr(savers, "_write", lambda path, *rest: checkpoints[
-        1 if path.name.startswith("rows-000000000004") else 0](path, *rest))
+    monkeypatch.setattr(tensor_file, "write", lambda path, *rest, **progress: checkpoints[
+        1 if path.name.startswith("rows-000000000004") else 0](path, *rest, **progress))
     with pytest.raises(UserError, match="3 checkpoint.* in a row .*No space left"):
         run_ranks(3, body)
     assert capsys.readouterr().err.count("warning: a checkpoint could not be written") == 4
@@ -218,13 +218,13 @@ def test_what_is_no_number_is_not_saved(tmp_path, capsys):
 
 
 def test_the_state_may_change_while_it_is_written(tmp_path, monkeypatch):
-    begun, write = threading.Event(), savers._write
+    begun, write = threading.Event(), tensor_file.write
 
-    def slow(path, *rest):
+    def slow(path, *rest, **progress):
         begun.wait(20)
-        return write(path, *rest)
+        return write(path, *rest, **progress)
 
-    monkeypatch.setattr(savers, "_write", slow)
+    monkeypatch.setattr(tensor_file, "write", slow)
 
     def body(world):
         saver, state = savers.Saver(tmp_path, world, IDENTITY, 2), state_of(world, seed=1)

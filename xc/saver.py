@@ -7,10 +7,10 @@ import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
 
-from xc import checkpoint, watchdog
+from xc import checkpoint, tensor_file, watchdog
 from xc.config import UserError
 
 
@@ -45,7 +45,7 @@ class Saver:
     def save(self, state, position, top1=None):
         """Begin to write the state at a schedule.Position, where an evaluation gave `top1`. Collective."""
         self.finish()
-        files = {name: {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tables.items()}
+        files = {name: {key: _copied(tensor) for key, tensor in tables.items()}
                  for name, tables in checkpoint.files_of(state, self._world).items()}
         meta = checkpoint.meta_of(state, position) | self._identity | {"top1": top1}
         self._moved = 0, False
@@ -93,7 +93,8 @@ class Saver:
             with _agreed(group):
                 for name, tables in files.items():
                     _check_finite(name, tables)
-                    written[name] = _write(partial / name, tables, self._moves_on)
+                    tables = {key: tensor_file.pieces_of(tensor) for key, tensor in tables.items()}
+                    written[name] = tensor_file.write(partial / name, tables, progress=self._moves_on)
                 self._moved = self._moved[0] + 1, True
             files = {name: facts for of_rank in group.all_gather_object(written) for name, facts in of_rank.items()}
             with _agreed(group):
@@ -129,8 +130,8 @@ class Saver:
 
 @contextmanager
 def _agreed(group):
-    """`Group.agreed` of the writing threads. Whatever goes wrong in one of them, safetensors' own errors included, the
-    others must hear of it, or they would wait for ever."""
+    """`Group.agreed` of the writing threads. Whatever goes wrong in one of them, the others must hear of it, or they
+    would wait for ever."""
     with group.agreed():
         try:
             yield
@@ -145,27 +146,17 @@ def _remove(folder):
     shutil.rmtree(hidden)
 
 
+def _copied(tensor):
+    """A copy in host memory. numpy asks for huge pages, which torch does not: they take half the time to come."""
+    memory = torch.from_numpy(np.empty(tensor.numel() * tensor.element_size(), np.uint8))
+    return memory.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+
+
 def _check_finite(name, tensors):
     """An update may have spoiled what the last finite loss was computed from: that must not replace what is good."""
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
             raise ValueError(f"{key} of {name} is not finite")
-
-
-def _write(path, tensors, progress):
-    """Facts of the file written: what of it is on the disk, not what was meant to be."""
-    save_file(tensors, path)
-    progress()
-    return facts_of(path, progress)
-
-
-def facts_of(path, progress=None):
-    """{bytes, crc32} of a file as meta.json has them, once it is on the disk.
-
-    progress  called with every number of bytes read
-    """
-    sync(path)
-    return {"bytes": path.stat().st_size, "crc32": checkpoint.crc32(path, progress)}
 
 
 def sync(path):

@@ -1,19 +1,25 @@
 """safetensors files larger than memory, read and written in pieces.
 
-The library writes what is in memory, and reads slices either of a mapped file, whose pages count as the process's
-memory, or by reading the whole tensor for each of them. So the library only checks a file here: that its header fits
-it, byte for byte. The format is the length of a header in 8 bytes, the header in JSON, the tensors' bytes.
+The library writes what is in memory, by way of another copy of it and without a checksum, and reads slices either of a
+mapped file, whose pages count as the process's memory, or by reading the whole tensor for each of them. So the library
+only checks a file here: that its header fits it, byte for byte. The format is the length of a header in 8 bytes, the
+header in JSON, the tensors' bytes.
 """
 
 import json
 import math
+import os
+import zlib
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 
-PIECE = 2**22  # bytes in memory at a time
+PIECE = 2**20  # bytes in memory at a time; a cache holds them from the checksum to the writing
 _MOST_HEADER = 2**24  # bytes; a tensor takes a hundred
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_DTYPES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.float16: "F16",
+           torch.bfloat16: "BF16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 _NUMPY = {"F64": "<f8", "I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "u1"}  # of `array`
 
 
@@ -85,11 +91,18 @@ class TensorFile:
         return self._header[name]
 
 
-def write(path, tensors, metadata=None):
-    """Write a file.
+def pieces_of(tensor):
+    """(dtype, shape, pieces) of a tensor in host memory, as `write` takes it."""
+    flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return _DTYPES[tensor.dtype], tuple(tensor.shape), (flat[i : i + PIECE] for i in range(0, len(flat), PIECE))
+
+
+def write(path, tensors, metadata=None, progress=None):
+    """Write a file, to the disk; returns its {bytes, crc32}, as meta.json of a checkpoint has them.
 
     tensors   {name: (dtype, shape, iterable of pieces of bytes)}
     metadata  {str: str} for the header
+    progress  called with every number of bytes written
     """
     header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     names = sorted(tensors, key=lambda name: (-_ITEM_BYTES[tensors[name][0]], name))  # keeps all of them aligned
@@ -99,9 +112,17 @@ def write(path, tensors, metadata=None):
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    crc = zlib.crc32(head)
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(head)
         for name in names:
             for piece in tensors[name][2]:
+                crc = zlib.crc32(piece, crc)
                 file.write(piece)
-            assert file.tell() == 8 + len(text) + header[name]["data_offsets"][1], name
+                if progress:
+                    progress(len(piece))
+            assert file.tell() == len(head) + header[name]["data_offsets"][1], name
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(head) + end, "crc32": crc}
