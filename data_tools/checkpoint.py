@@ -26,7 +26,8 @@ import numpy as np
 
 from data_tools import ranged
 from data_tools.class_list import intervals_of
-from data_tools.pack import Parser, Progress, between
+from data_tools.command import Parser, between
+from data_tools.progress import Progress
 from xc import checkpoint, tensor_file
 from xc.saver import sync
 from xc.shard import Shard

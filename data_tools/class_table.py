@@ -10,12 +10,19 @@ from data_tools.external_sort import Sorter
 from xc.pack import PackError
 
 ENTRY = struct.Struct(">QQ")  # hash of a name, label; sorts by the hash
-BLOCK = 2**16  # numbers written at once
+BLOCK = 2**16  # numbers written, and names of a pack read, at once
 
 
 def name_hash(name):
     """64-bit hash of a name (bytes)."""
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
+
+
+def names_of(pack):
+    """The class names of a pack (bytes), in the order of their labels."""
+    for start in range(0, pack.num_classes, BLOCK):
+        for name in pack.class_names(start, min(start + BLOCK, pack.num_classes)):
+            yield name.encode()
 
 
 class ClassTable:

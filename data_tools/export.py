@@ -31,8 +31,10 @@ import time
 
 import numpy as np
 
+from data_tools.checking import CHUNK_RECORDS
 from data_tools.class_list import intervals_of
-from data_tools.pack import CHUNK_RECORDS, Parser, Progress, between, check_paths, new_folder
+from data_tools.command import Parser, between, check_paths, new_folder
+from data_tools.progress import Progress
 from xc.pack import INDEX_FILE, SPLITS, PackError, open_splits
 
 SUFFIXES = ((rb"\x89PNG\r\n\x1a\n", "png"), (rb"\xff\xd8\xff", "jpg"), (rb"RIFF....WEBP", "webp"), (rb"BM", "bmp"),

@@ -18,7 +18,8 @@ from collections import Counter
 import numpy as np
 
 from data_tools import pack_pictures, timeline
-from data_tools.pack import Parser, Progress, between
+from data_tools.command import Parser, between
+from data_tools.progress import Progress
 from xc.pack import PackError, open_image, open_splits
 
 BAR = 40  # most characters of a bar

@@ -20,8 +20,11 @@ import zlib
 
 import numpy as np
 
-from data_tools.class_table import ClassTable
-from data_tools.pack import CHUNK_RECORDS, PackWriter, Parser, Progress, between, check_paths, names_of, new_folder
+from data_tools.checking import CHUNK_RECORDS
+from data_tools.class_table import ClassTable, names_of
+from data_tools.command import Parser, between, check_paths, new_folder
+from data_tools.pack_writer import PackWriter
+from data_tools.progress import Progress
 from xc.pack import INDEX_FILE, SPLITS, Pack, PackError
 
 _TABLE_BYTES = 2**28  # of memory for the names of classes while they are sorted

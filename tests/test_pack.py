@@ -21,8 +21,10 @@ import psutil
 import pytest
 from PIL import Image
 
+import data_tools.checking
 import data_tools.listing
 import data_tools.pack
+import data_tools.progress
 import data_tools.show
 import xc.pack
 from xc.pack import Pack, PackError, decode, open_splits
@@ -132,7 +134,8 @@ def test_every_format_is_kept_as_it_was(tmp_path):
 def test_small_chunks_lose_nothing(tmp_path, monkeypatch):
     files = write_tree(tmp_path / "src")
     run(tmp_path / "src", tmp_path / "a")
-    monkeypatch.setattr(data_tools.pack, "CHUNK_BYTES", 200)  # the worker stops after every second image
+    for module in (data_tools.checking, data_tools.pack):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 200)  # the worker stops after every second image
     monkeypatch.setattr(data_tools.pack, "CHUNK_RECORDS", 5)
     run(tmp_path / "src", tmp_path / "b")
     assert contents(Pack(tmp_path / "b")) == by_class(files)
@@ -155,7 +158,7 @@ def test_window_bounds_what_is_under_way():
 
     records = [data_tools.listing.Record("", f"{i}", 0, 0, None) for i in range(40)]
     chunks = (records[i : i + 2] for i in range(0, 40, 2))
-    found = [(record, data) for record, data, _ in data_tools.pack.read_in_order(Pool(), 3, [""], chunks)]
+    found = [(record, data) for record, data, _ in data_tools.checking.read_in_order(Pool(), 3, [""], chunks)]
     assert found == [(record, record.path.encode()) for record in records] and most == 3
 
 
@@ -658,7 +661,7 @@ def test_progress_in_plain_lines(tmp_path, capsys, monkeypatch):
     write_tree(tmp_path / "src")
     run(tmp_path / "src", tmp_path / "a")
     assert capsys.readouterr().err == ""  # over before the first line is due
-    monkeypatch.setattr(data_tools.pack.Progress, "line_seconds", 0)
+    monkeypatch.setattr(data_tools.progress.Progress, "line_seconds", 0)
     run(tmp_path / "src", tmp_path / "b")
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "listing: 1 images" and lines[-1] == "packing: 28 of 28 images"
@@ -774,7 +777,7 @@ def test_no_space_is_one_line(tmp_path):
 
 def test_a_dead_worker_is_one_line(tmp_path, capsys, monkeypatch):
     write_tree(tmp_path / "src")
-    monkeypatch.setattr(data_tools.pack, "_start_worker", os.abort)
+    monkeypatch.setattr(data_tools.checking, "_start_worker", os.abort)
     assert "a worker died" in fails(capsys, tmp_path / "src", tmp_path / "pack", "--workers", 1)
 
 

@@ -1,0 +1,104 @@
+"""Images read and checked by worker processes, given back in their order."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import stat
+import threading
+import warnings
+import zlib
+from collections import deque
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from xc import pack as layout
+from xc.pack import PackError, open_image
+
+CHUNK_RECORDS, CHUNK_BYTES = 64, 2**23  # what a worker is given, and where it stops and hands the rest back
+
+
+def check_images(images, max_pixels, encoding):
+    """[(bytes or None, crc32 or reason why not)] of images; ends early after CHUNK_BYTES were read.
+
+    images    [(path, None) or (any text, bytes)]; bytes that were given and stay as they are are not given back
+    encoding  how they are encoded anew
+    """
+    results, num_bytes = [], 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow mentions odd metadata of images that decode well
+        for path, given in images:
+            try:
+                data = _read(path) if given is None else given
+                data = encoding.apply(open_image(data, max_pixels), data)
+            except (OSError, ValueError) as error:
+                results.append((None, getattr(error, "strerror", None) or str(error)))
+                continue
+            results.append((None if data is given else data, zlib.crc32(data)))
+            num_bytes += len(data)
+            if num_bytes >= CHUNK_BYTES:
+                break
+    return results
+
+
+def _read(path):
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
+        raise ValueError("not a file")
+    if status.st_size > layout.MAX_RECORD_BYTES:
+        raise ValueError(f"{status.st_size} bytes, more than {layout.MAX_RECORD_BYTES}")
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def read_in_order(pool, window, roots, chunks, *options):
+    """Yields (record, its bytes or None, crc32 or reason why not) of lists of records, in their order.
+
+    At most `window` lists are under way or waiting to be written. options are those of check_images.
+    """
+
+    def start(chunk):
+        images = [(os.path.join(roots[record.root], record.path), record.data) for record in chunk]
+        return chunk, pool.submit(check_images, images, *options)
+
+    chunks, pending = iter(chunks), deque()
+    while True:
+        for chunk in itertools.islice(chunks, window - len(pending)):
+            pending.append(start(chunk))
+        if not pending:
+            return
+        chunk, future = pending.popleft()
+        try:
+            results = future.result()
+        except BrokenProcessPool as error:
+            raise PackError(f"a worker died (out of memory, or a decoder crashed) at or soon after "
+                            f"{chunk[0].path}") from error
+        if len(results) < len(chunk):
+            pending.appendleft(start(chunk[len(results) :]))
+        for record, (data, crc_or_reason) in zip(chunk, results, strict=False):
+            yield record, data if isinstance(crc_or_reason, str) or data is not None else record.data, crc_or_reason
+
+
+class InProcess(Executor):
+    """The pool of --workers 0."""
+
+    def submit(self, function, *arguments):
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+def worker_pool(workers):
+    """An executor of so many processes; 0: none but this one."""
+    if workers == 0:
+        return InProcess()
+    methods = multiprocessing.get_all_start_methods()  # not fork: HDF5 and threads do not survive it
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    return ProcessPoolExecutor(workers, context, _start_worker)
+
+
+def _start_worker():
+    """A worker leaves Ctrl-C to its parent, and does not outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -1,0 +1,59 @@
+"""What the commands here have in common: flags, checks of paths, and an output that appears when it is whole."""
+
+import argparse
+import os
+import secrets
+import shutil
+from contextlib import contextmanager
+
+from xc import pack as layout
+from xc.message import one_line
+from xc.pack import PackError
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports an error in one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {one_line(' '.join(message.split()))}\n")
+
+
+def between(least, most, kind=int):
+    def number(text):
+        if not least <= kind(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+        return kind(text)
+
+    return number
+
+
+def check_paths(src, out, root):
+    """PackError for what can be known to fail before anything is read."""
+    parent = os.path.dirname(out)
+    for path in src:
+        if not os.path.exists(path):
+            raise PackError(f"{path}: no such file or folder; give a tree of images, a manifest, tar shards, RecordIO "
+                            "or a pack")
+        if root is not None and os.path.isdir(path):
+            raise PackError(f"--root {root} is for the paths of a manifest, but {path} is a folder; leave it out")
+        if os.path.isdir(path) and os.path.realpath(out).startswith(os.path.join(os.path.realpath(path), "")):
+            raise PackError(f"{out} lies inside of {path}; give a place outside")
+    if root is not None and not os.path.isdir(root):
+        raise PackError(f"--root {root}: no such folder")
+    if os.path.lexists(out):
+        raise PackError(f"{out} exists; remove it or give another name")
+    if not (os.path.isdir(parent) and os.access(parent, os.W_OK)):
+        raise PackError(f"{parent}: no such folder, or not writable; make it first, {os.path.basename(out)} goes there")
+
+
+@contextmanager
+def new_folder(out):
+    """A folder beside out that is renamed to it at the end, or removed where that is not reached."""
+    partial = os.path.join(os.path.dirname(out), f".{os.path.basename(out)}{layout.PARTIAL}{secrets.token_hex(4)}")
+    os.mkdir(partial)
+    try:
+        yield partial
+        os.rename(partial, out)
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
