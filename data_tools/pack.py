@@ -29,10 +29,11 @@ from array import array
 
 import numpy as np
 
-from data_tools.checking import CHUNK_BYTES, CHUNK_RECORDS, read_in_order, worker_pool
+from data_tools.checking import CHUNK_BYTES, CHUNK_RECORDS, KEPT, read_in_order, worker_pool
 from data_tools.class_table import ClassTable, name_hash, names_of
 from data_tools.command import Parser, between, check_paths, new_folder
 from data_tools.encoding import FORMATS, Encoding
+from data_tools.image_check import CHECKS
 from data_tools.listing import CLASS_SPLITS, MAX_NAME_BYTES, Listing, counts_file
 from data_tools.pack_writer import PackWriter
 from data_tools.progress import Progress, note
@@ -43,7 +44,7 @@ from xc.pack import PackError, open_splits
 
 
 def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, workers, max_pixels, max_skipped,
-         resize, format, quality):
+         resize, format, quality, check):
     """Packs src, a list of paths, into the new folder out and says what became of it; the parameters are the flags.
 
     returns  dict of totals over the splits: records, classes, bytes, shards, skipped, seconds
@@ -57,6 +58,8 @@ def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, wor
     if quality is not None and format == "png":
         raise PackError("--quality is of jpeg and webp, png loses nothing; leave it out")
     encoding = Encoding(resize, format, quality)
+    if check != "full" and encoding != KEPT:
+        raise PackError(f"--check {check} is for images that keep their bytes, all others are decoded; leave it out")
     given, wanted = None, None
     if classes is not None and os.path.isfile(classes):
         wanted = names_in(classes)
@@ -100,7 +103,7 @@ def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, wor
                    for split in splits}
         with worker_pool(workers) as pool, Progress("packing", total - skipped.count) as progress:
             roots, chunks = [source.root for source in sources], listing.chunks(table, CHUNK_RECORDS, CHUNK_BYTES)
-            images = read_in_order(pool, 2 * workers + 1, roots, chunks, max_pixels, encoding)
+            images = read_in_order(pool, 2 * workers + 1, roots, chunks, max_pixels, encoding, check)
             for record, data, crc_or_reason in images:
                 if data is None:
                     skipped.add(record.split, record.path, crc_or_reason)
@@ -194,6 +197,8 @@ def main(argv=None):
     add("--format", choices=FORMATS, help="encode images that have another format anew (the bytes are kept)")
     add("--quality", type=between(1, 100), help="encode all images anew, JPEG and WebP with this quality; without it, "
         "images that must be encoded anew get 90")
+    add("--check", choices=CHECKS, default="full", help="what is looked at of images whose bytes are kept: full, that "
+        "each decodes; header, its type, size and end, as data_tools/image_check.py says; none (%(default)s)")
     args = parser.parse_args(argv)
     try:
         print(json.dumps(pack(**vars(args))))
