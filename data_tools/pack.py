@@ -10,9 +10,10 @@ with shards named after splits, OUT is a folder of packs with one class table, t
 the class names in sorted order; where all names are numbers they are sorted as numbers, so labels 0 … C − 1 of a CSV
 keep their values.
 
-Every image is decoded once as a check; its bytes are kept unless --resize, --format or --quality asks for others. Those
-that fail are left out, counted and listed in OUT/skipped.tsv. OUT appears only when everything is done; before that
-there is a folder .OUT.partial-… beside it, which no reader accepts.
+Every image is decoded once as a check, or looked at as --check says (data_tools/image_check.py); its bytes are kept
+unless --resize, --format or --quality asks for others. Those that fail are left out, counted and listed in
+OUT/skipped.tsv. OUT appears only when everything is done; before that there is a folder .OUT.partial-… beside it, which
+no reader accepts.
 The same SRC and seed give the same bytes whatever the number of workers and the memory. While it runs, memory holds
 what --memory-mb allows, one shard of every split, and some megabytes and one decoded image per worker; what sorting
 needs beyond that are files in that folder, once as large as the images that did not come in files of their own.
