@@ -303,10 +303,10 @@ def change_image(random, folder):
             other.unlink()
     change_bytes(random, path)
     if path.suffix == ".png" and random.randrange(4):
-        path.write_bytes(_with_checksums(path.read_bytes()))
+        path.write_bytes(with_checksums(path.read_bytes()))
 
 
-def _with_checksums(png):
+def with_checksums(png):
     result, place = bytearray(png[:8]), 8
     while place + 12 <= len(png):
         length = int.from_bytes(png[place : place + 4], "big")

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 import data_tools.show
-from data_tools.image_check import CHECKS, check_image
+from data_tools.image_check import CHECKS, _is_plain_png, check_image
+from tests.fuzz import with_checksums
 from tests.test_encoding import KINDS, smooth
 from tests.test_pack import contents, fails, file_hashes, picture, png, run
 from xc.data import Images
@@ -26,6 +27,8 @@ def jpeg(size, mode, **options):
 JPEGS = [jpeg((1, 1), "L"), jpeg((9, 7), "RGB"), jpeg((40, 33), "RGB", progressive=True), jpeg((70, 21), "L"),
          jpeg((33, 40), "CMYK", quality=95), jpeg((64, 64), "RGB", subsampling=0),
          jpeg((17, 300), "RGB", optimize=True), jpeg((50, 50), "RGB", restart_marker_blocks=2)]
+PLAIN = {"L", "LA", "RGB", "RGBA"}
+PNGS = [picture(size, "PNG", (size, 9), mode) for size in (1, 7, 40) for mode in sorted(PLAIN | {"P", "1", "I;16"})]
 
 
 def verdict(check, *args):
@@ -57,13 +60,26 @@ def spoilt(data, rng):
     return bytes(data)
 
 
-def test_a_jpeg_passes_just_where_it_decodes():
-    rng, verdicts = random.Random(0), []
+@pytest.mark.parametrize("images", ["JPEGS", "PNGS"])
+def test_an_image_passes_just_where_it_decodes(images):
+    rng, verdicts, images = random.Random(0), [], globals()[images]
     for number in range(3000):
-        data = spoilt(JPEGS[number % len(JPEGS)], rng)
+        data = spoilt(images[number % len(images)], rng)
+        if images is PNGS and number % 4:
+            data = with_checksums(data)
         verdicts.append(verdict(open_image, data, MOST))
         assert refused(data, "full") == verdicts[-1]
-    assert 300 < sum(one is None for one in verdicts) < 2700
+    assert 300 < sum(one is None for one in verdicts) < 2900
+
+
+def test_a_png_of_pixels_alone_is_known_without_pillow():
+    for data in PNGS:
+        assert _is_plain_png(data, MOST) == (open_image(data).mode in PLAIN), open_image(data).mode
+    head, bomb = png(3, 2, 0)[:33], png(60000, 50000, 1000)
+    for data in (b"", PNGS[0][:-12], png(3, 2, 9), png(3, 2, 7), png(0, 2, 2), head, head + PNGS[0][-12:], bomb,
+                 PNGS[0][:8] + PNGS[0][33:], PNGS[0][:33] + PNGS[0][8:], PNGS[0][:-12] + head[8:] + PNGS[0][-12:]):
+        assert not _is_plain_png(data, MOST)
+    assert _is_plain_png(png(3, 2, 8), 6) and not _is_plain_png(png(3, 2, 8), 5)
 
 
 @pytest.mark.parametrize("check", CHECKS)
