@@ -320,13 +320,13 @@ def _members(file, split, skipped):
                     skipped.add(split, f"{file}: {member.name}", f"{member.size} bytes, too many")
                 else:
                     yield key, suffix, tar.extractfile(member).read()
-            # To tarfile a damaged header is the end, too, and a cut between two members as well.
+            # tarfile takes a damaged header for the end, and a cut between two members, too.
             raw.seek(tar.offset)
             num_bytes = 0
             while block := raw.read(2**20):
                 num_bytes += len(block)
                 if block.strip(b"\0"):
-                    raise tarfile.ReadError(f"no header at byte {tar.offset}, nor nothing from there on")
+                    raise tarfile.ReadError(f"no header at byte {tar.offset}, where there is more than zeros")
             if num_bytes < tarfile.BLOCKSIZE * 2:
                 raise tarfile.ReadError("ends without the two empty blocks that close a tar file")
     except (tarfile.TarError, EOFError, UnicodeError, ValueError, OverflowError) as error:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from data_tools.checking import KEPT, check_images
 from data_tools.listing import counts_file
+from data_tools.sources import KINDS
 from tests.test_faults import small_disk
 from tests.test_pack import ROOT, by_class, contents, fails, picture, png, run, write_tree
 from tests.test_sources import image_record, odd, samples, skipped_rows, write_parquet, write_rec, write_tar
@@ -139,7 +140,26 @@ def test_a_path_near_the_longest(tmp_path, capsys, num_bytes, words):
         subprocess.run(["rm", "-rf", tmp_path / "src"], check=True)
 
 
-# What is no plain file, and what changes meanwhile.
+def test_half_a_character_in_json_is_skipped(tmp_path):
+    write_tar(tmp_path / "a.tar", [("a.png", picture(0)), ("a.json", rb'{"label": "\ud800"}'), ("b.png", picture(1)),
+                                   ("b.json", rb'{"label": "\ud83d\ude00"}')])
+    run(tmp_path / "a.tar", tmp_path / "pack", "--max-skipped", 1)
+    assert contents(Pack(tmp_path / "pack")) == {picture(1): "😀"}
+    [[path, reason]] = skipped_rows(tmp_path / "pack")
+    assert path.endswith("a.tar: a") and "surrogates" in reason
+
+
+# What is empty, no plain file, or changes meanwhile.
+
+
+@pytest.mark.parametrize("name, words", [("a.tar", "cut short or not a tar file"), ("a.csv", "must name the columns"),
+                                         ("a.rec", "must name the columns"), ("a", "must name the columns"),
+                                         ("a.parquet", "must name the columns")])
+def test_an_empty_source_is_one_line(tmp_path, capsys, name, words):
+    (tmp_path / name).touch()
+    assert words in fails(capsys, tmp_path / name, tmp_path / "pack")
+    for kind in KINDS:
+        fails(capsys, tmp_path / name, tmp_path / "pack", "--from", kind)
 
 
 def test_what_cannot_be_read_is_skipped(tmp_path):
