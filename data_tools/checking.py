@@ -12,17 +12,21 @@ from collections import deque
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+from data_tools.encoding import Encoding
+from data_tools.image_check import check_image
 from xc import pack as layout
 from xc.pack import PackError, open_image
 
 CHUNK_RECORDS, CHUNK_BYTES = 64, 2**23  # what a worker is given, and where it stops and hands the rest back
+KEPT = Encoding()  # as images are
 
 
-def check_images(images, max_pixels, encoding):
+def check_images(images, max_pixels, encoding, check):
     """[(bytes or None, crc32 or reason why not)] of images; ends early after CHUNK_BYTES were read.
 
     images    [(path, None) or (any text, bytes)]; bytes that were given and stay as they are are not given back
     encoding  how they are encoded anew
+    check     how those that are not are looked at: one of CHECKS
     """
     results, num_bytes = [], 0
     with warnings.catch_warnings():
@@ -30,7 +34,10 @@ def check_images(images, max_pixels, encoding):
         for path, given in images:
             try:
                 data = _read(path) if given is None else given
-                data = encoding.apply(open_image(data, max_pixels), data)
+                if encoding == KEPT:
+                    check_image(data, max_pixels, check)
+                else:
+                    data = encoding.apply(open_image(data, max_pixels), data)
             except (OSError, ValueError) as error:
                 results.append((None, getattr(error, "strerror", None) or str(error)))
                 continue
@@ -42,13 +49,22 @@ def check_images(images, max_pixels, encoding):
 
 
 def _read(path):
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
-        raise ValueError("not a file")
-    if status.st_size > layout.MAX_RECORD_BYTES:
-        raise ValueError(f"{status.st_size} bytes, more than {layout.MAX_RECORD_BYTES}")
-    with open(path, "rb") as file:
-        return file.read()
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else a pipe waits for its writer
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
+            raise ValueError("not a file")
+        if status.st_size > layout.MAX_RECORD_BYTES:
+            raise ValueError(f"{status.st_size} bytes, more than {layout.MAX_RECORD_BYTES}")
+        parts, left = [], status.st_size + 1
+        while part := os.read(descriptor, left):
+            parts.append(part)
+            left -= len(part)
+    finally:
+        os.close(descriptor)
+    if left != 1:
+        raise ValueError(f"not the {status.st_size} bytes that it was said to have: it is being changed")
+    return b"".join(parts)
 
 
 def read_in_order(pool, window, roots, chunks, *options):

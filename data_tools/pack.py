@@ -10,9 +10,10 @@ with shards named after splits, OUT is a folder of packs with one class table, t
 the class names in sorted order; where all names are numbers they are sorted as numbers, so labels 0 … C − 1 of a CSV
 keep their values.
 
-Every image is decoded once as a check; its bytes are kept unless --resize, --format or --quality asks for others. Those
-that fail are left out, counted and listed in OUT/skipped.tsv. OUT appears only when everything is done; before that
-there is a folder .OUT.partial-… beside it, which no reader accepts.
+Every image is decoded once as a check, or looked at as --check says (data_tools/image_check.py); its bytes are kept
+unless --resize, --format or --quality asks for others. Those that fail are left out, counted and listed in
+OUT/skipped.tsv. OUT appears only when everything is done; before that there is a folder .OUT.partial-… beside it, which
+no reader accepts.
 The same SRC and seed give the same bytes whatever the number of workers and the memory. While it runs, memory holds
 what --memory-mb allows, one shard of every split, and some megabytes and one decoded image per worker; what sorting
 needs beyond that are files in that folder, once as large as the images that did not come in files of their own.
@@ -29,10 +30,11 @@ from array import array
 
 import numpy as np
 
-from data_tools.checking import CHUNK_BYTES, CHUNK_RECORDS, read_in_order, worker_pool
+from data_tools.checking import CHUNK_BYTES, CHUNK_RECORDS, KEPT, read_in_order, worker_pool
 from data_tools.class_table import ClassTable, name_hash, names_of
 from data_tools.command import Parser, between, check_paths, new_folder
 from data_tools.encoding import FORMATS, Encoding
+from data_tools.image_check import CHECKS
 from data_tools.listing import CLASS_SPLITS, MAX_NAME_BYTES, Listing, counts_file
 from data_tools.pack_writer import PackWriter
 from data_tools.progress import Progress, note
@@ -43,7 +45,7 @@ from xc.pack import PackError, open_splits
 
 
 def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, workers, max_pixels, max_skipped,
-         resize, format, quality):
+         resize, format, quality, check):
     """Packs src, a list of paths, into the new folder out and says what became of it; the parameters are the flags.
 
     returns  dict of totals over the splits: records, classes, bytes, shards, skipped, seconds
@@ -57,6 +59,8 @@ def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, wor
     if quality is not None and format == "png":
         raise PackError("--quality is of jpeg and webp, png loses nothing; leave it out")
     encoding = Encoding(resize, format, quality)
+    if check != "full" and encoding != KEPT:
+        raise PackError(f"--check {check} is for images that keep their bytes, all others are decoded; leave it out")
     given, wanted = None, None
     if classes is not None and os.path.isfile(classes):
         wanted = names_in(classes)
@@ -100,7 +104,7 @@ def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, wor
                    for split in splits}
         with worker_pool(workers) as pool, Progress("packing", total - skipped.count) as progress:
             roots, chunks = [source.root for source in sources], listing.chunks(table, CHUNK_RECORDS, CHUNK_BYTES)
-            images = read_in_order(pool, 2 * workers + 1, roots, chunks, max_pixels, encoding)
+            images = read_in_order(pool, 2 * workers + 1, roots, chunks, max_pixels, encoding, check)
             for record, data, crc_or_reason in images:
                 if data is None:
                     skipped.add(record.split, record.path, crc_or_reason)
@@ -194,6 +198,8 @@ def main(argv=None):
     add("--format", choices=FORMATS, help="encode images that have another format anew (the bytes are kept)")
     add("--quality", type=between(1, 100), help="encode all images anew, JPEG and WebP with this quality; without it, "
         "images that must be encoded anew get 90")
+    add("--check", choices=CHECKS, default="full", help="what is looked at of images whose bytes are kept: full, that "
+        "each decodes; header, its type, size and end, as data_tools/image_check.py says; none (%(default)s)")
     args = parser.parse_args(argv)
     try:
         print(json.dumps(pack(**vars(args))))

@@ -420,7 +420,7 @@ def test_a_flipped_bit_is_found_and_named(copy, capsys):
     with pytest.raises(SystemExit) as exit:
         data_tools.show.main([str(copy), "--verify"])
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and named in error and error.count("\n") == 1
+    assert exit.value.code == 1 and named in error and error.count("\n") == 1
 
 
 def weighted(pack):

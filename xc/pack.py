@@ -302,19 +302,29 @@ def classes_digest(*parts):
     return digest.hexdigest()
 
 
-def open_image(data, max_pixels=MAX_PIXELS):
-    """The decoded Pillow image in data (bytes).
-
-    ValueError where it is not a whole PNG, JPEG, WebP, BMP, GIF or TIFF, or its header announces more than
-    max_pixels pixels (found out before anything is decoded). Of an animation, the first frame.
-    """
+def open_header(data, max_pixels=MAX_PIXELS):
+    """The Pillow image in data (bytes), of which nothing is decoded yet; ValueError as for open_image."""
     try:
         image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"))
     except Exception as error:  # plugins let all kinds of exception out of a bad header
         raise ValueError("not an image of a known format, or its header is damaged") from error
     if image.width * image.height > max_pixels:
         raise ValueError(f"{image.width}×{image.height} pixels, more than {max_pixels}")
+    return image
+
+
+def open_image(data, max_pixels=MAX_PIXELS, only_check=False):
+    """The decoded Pillow image in data (bytes).
+
+    only_check  the pixels are not wanted: of a JPEG all is read, but an eighth of the width and height computed
+
+    ValueError where it is not a whole PNG, JPEG, WebP, BMP, GIF or TIFF, or its header announces more than
+    max_pixels pixels (found out before anything is decoded). Of an animation, the first frame.
+    """
+    image = open_header(data, max_pixels)
     try:
+        if only_check and image.format == "JPEG":
+            image.draft("L", (image.width // 8 or 1, image.height // 8 or 1))
         image.load()
     except Exception as error:
         raise ValueError(f"does not decode: {error}") from error
