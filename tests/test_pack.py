@@ -370,6 +370,7 @@ INDEX_DAMAGE = {
         np.array([28, 5, -5] + [0] * (len(f["shard_records"]) - 3))), "num_records"),
     "records wrap around": (lambda f: f["shard_records"].write_direct(
         np.array([2**63 - 1, 2**63 - 1, 30] + [0] * (len(f["shard_records"]) - 3))), "num_records"),
+    "has_weights is a text": (lambda f: f.attrs.__setitem__("has_weights", "1"), "has_weights"),
     "empty": (lambda f: f.attrs.__setitem__("num_records", 0), "no records"),
     "classes": (lambda f: f.attrs.__setitem__("num_classes", 6), "do not fit"),
     "huge classes": (lambda f: f.attrs.__setitem__("num_classes", 2**62), "do not fit"),
@@ -420,6 +421,51 @@ def test_a_flipped_bit_is_found_and_named(copy, capsys):
         data_tools.show.main([str(copy), "--verify"])
     error = capsys.readouterr().err
     assert exit.value.code == 2 and named in error and error.count("\n") == 1
+
+
+def weighted(pack):
+    """Adds weights to a pack, the numbers of the records; returns how many there are."""
+    with h5py.File(pack / "index.h5", "r+") as index:
+        index.attrs["has_weights"] = np.int64(1)
+        ends = np.cumsum(index["shard_records"])
+    for number, shard in enumerate(np.split(np.arange(ends[-1], dtype=np.float32), ends[:-1])):
+        edit(pack, f"shard-{number:05d}.h5", lambda f, shard=shard: f.create_dataset("weights", data=shard))
+    return ends[-1]
+
+
+def test_weights_are_read_over_shards(copy):
+    num_records = weighted(copy)
+    pack = Pack(copy)
+    assert pack.has_weights and pack.num_shards > 2 and pack.verify() == num_records
+    for start, stop in [(0, num_records), (3, num_records - 2), (5, 5), (num_records - 1, num_records)]:
+        weights = pack.weights(start, stop)
+        assert weights.dtype == np.float32 and np.array_equal(weights, np.arange(start, stop))
+    for start, stop in [(-1, 2), (3, 2), (0, num_records + 1)]:
+        with pytest.raises(IndexError):
+            pack.weights(start, stop)
+    assert len(pack.read(np.arange(num_records))[0]) == num_records
+
+
+def test_a_pack_without_weights_says_so(whole):
+    assert not Pack(whole[0]).has_weights
+    with pytest.raises(PackError, match="has no weights"):
+        Pack(whole[0]).weights(0, 1)
+
+
+@pytest.mark.parametrize("change, message", [
+    (put("weights", 1, np.nan), "record 1: weight nan"), (put("weights", 2, np.inf), "record 2: weight inf"),
+    (put("weights", 3, -0.5), "record 3: weight -0.5"),
+    (replace("weights", lambda f, n, v: f.create_dataset(n, data=v.astype(np.float64))), "weights"),
+    (replace("weights", lambda f, n, v: f.create_dataset(n, data=v[:-1])), "records"),
+    (replace("weights", link("external")), "weights is missing or a link"),
+    (lambda f: f.__delitem__("weights"), "weights is missing"),
+])
+def test_damaged_weights(copy, change, message):
+    num_records = weighted(copy)
+    edit(copy, "shard-00000.h5", change)
+    for use in (lambda pack: pack.weights(0, num_records), lambda pack: pack.verify()):
+        with pytest.raises(PackError, match=f"shard-00000.h5: .*{message}"):
+            use(Pack(copy))
 
 
 def test_cut_and_missing_files(copy, tmp_path):

@@ -8,6 +8,7 @@
              offsets             int64   (n + 1,)  record i is bytes[offsets[i]:offsets[i + 1]]; offsets[0] = 0
              labels              int64   (n,)      0 … num_classes − 1
              crc32               uint32  (n,)      zlib.crc32 of each record
+             weights             float32 (n,)      optional: how often to draw each record, in proportion; from 0 up
              attributes          format = "xc-pack", version = 2, num_records, shard (its own number)
     index    shard_records       int64   (shards,) records of each shard; a record's number counts through all shards
              shard_file_bytes    int64   (shards,) size of each shard file: a cut file is seen without reading it
@@ -16,7 +17,8 @@
              class_counts        int64   (C,)      records of each class; 0 is possible
              attributes          format, version, num_records, num_classes, num_bytes (sum of image sizes), source
                                  (name of what was packed), seed (of the shuffle), skipped (images left out),
-                                 classes_digest (SHA-256, hex, of class_name_offsets then class_names)
+                                 classes_digest (SHA-256, hex, of class_name_offsets then class_names), and
+                                 has_weights = 1 where every shard has weights, which is left out where none has
 
 A data set with splits is a folder of packs, OUT/train and also OUT/val, OUT/test, with one class table between them.
 
@@ -50,11 +52,12 @@ INDEX_FILE, SHARD_FILE = "index.h5", "shard-{:05d}.h5"
 PARTIAL = ".partial-"  # part of the name of a folder that is still being written
 SPLITS = ("train", "val", "test")
 SHARD_TABLES = {"bytes": "|u1", "offsets": "<i8", "labels": "<i8", "crc32": "<u4"}
+WEIGHT_TABLES = {"weights": "<f4"}  # of the shards of a pack with weights, also
 INDEX_TABLES = {"shard_records": "<i8", "shard_file_bytes": "<i8", "class_names": "|u1",
                 "class_name_offsets": "<i8", "class_counts": "<i8"}
 RECORD_TABLE_BYTES = 8 + 8 + 4  # of a shard's file that a record takes beside its image
 ATTRIBUTES = ("format", "version", "num_records", "shard", "num_classes", "num_bytes", "source", "seed", "skipped",
-              "classes_digest")
+              "classes_digest", "has_weights")
 MAX_RECORD_BYTES = 2**28
 MAX_PIXELS = 200_000_000  # of an image that a reader decodes: 600 MB as RGB
 MAX_OPEN_SHARDS = 256  # per Pack; a process may often have 1024 files open
@@ -74,7 +77,7 @@ class PackError(ValueError):
 class Pack:
     """One pack, open for reading; threads may share it. The constructor reads the index only.
 
-    num_records, num_classes, num_bytes, num_shards, seed, skipped: int; source, classes_digest: str
+    num_records, num_classes, num_bytes, num_shards, seed, skipped: int; source, classes_digest: str; has_weights: bool
     """
 
     def __init__(self, path):
@@ -88,6 +91,7 @@ class Pack:
         self.num_bytes, self.skipped = index.integer("num_bytes"), index.integer("skipped")
         self.seed, self.source = index.integer("seed"), index.text("source")
         self.classes_digest = index.text("classes_digest")
+        self.has_weights = index.has("has_weights") and index.integer("has_weights") > 0
         self.num_shards = len(index["shard_records"])
         lengths = {name: len(index[name]) for name in ("shard_file_bytes", "class_name_offsets", "class_counts")}
         if list(lengths.values()) != [self.num_shards, self.num_classes + 1, self.num_classes]:
@@ -100,6 +104,7 @@ class Pack:
         most = index.read("shard_file_bytes", 0, self.num_shards) // RECORD_TABLE_BYTES
         if (records < 0).any() or (records > most).any() or self._starts[-1] != self.num_records:
             raise index.error(f"shard_records do not add up to num_records {self.num_records}")
+        self._shard_tables = SHARD_TABLES | (WEIGHT_TABLES if self.has_weights else {})
         self._shards, self._lock = {}, threading.Lock()
 
     def __len__(self):
@@ -155,8 +160,20 @@ class Pack:
         parts = [self._labels(*stretch) for stretch in self._stretches(start, stop)]
         return np.concatenate([np.empty(0, np.int64), *parts])
 
+    def weights(self, start, stop):
+        """(stop − start,) float32: weights of the records start … stop − 1, finite and from 0 up.
+
+        PackError where the pack has none, or a weight is another.
+        """
+        if not self.has_weights:
+            raise PackError(f"{self.path}: has no weights; pack a manifest with a column weight")
+        if not 0 <= start <= stop <= self.num_records:
+            raise IndexError(f"records {start}:{stop} are outside 0:{self.num_records}")
+        parts = [self._weights(*stretch) for stretch in self._stretches(start, stop)]
+        return np.concatenate([np.empty(0, np.float32), *parts])
+
     def verify(self, progress=lambda num_records: None):
-        """Reads and checks everything: checksums, offsets, labels, counts, sums, class names.
+        """Reads and checks everything: checksums, offsets, labels, weights, counts, sums, class names.
 
         progress  called with the number of records done since the last call
         returns   the number of records; PackError names the first bad one
@@ -172,6 +189,9 @@ class Pack:
         if len(wrong):
             raise self._index.error(f"class_counts[{wrong[0]}] is {self.class_counts[wrong[0]]}, "
                                     f"the records have {counts[wrong[0]]}")
+        if self.has_weights:
+            for start in range(0, self.num_records, 2**20):
+                self.weights(start, min(start + 2**20, self.num_records))
         for start in range(0, self.num_classes, 2**20):
             self.class_names(start, min(start + 2**20, self.num_classes))
         index = self._index
@@ -197,11 +217,11 @@ class Pack:
         with self._lock:
             shard = self._shards.pop(number, None)
             if shard is None:
-                shard = _File(os.path.join(self.path, SHARD_FILE.format(number)), SHARD_TABLES)
+                shard = _File(os.path.join(self.path, SHARD_FILE.format(number)), self._shard_tables)
                 num_records = int(self._starts[number + 1] - self._starts[number])
-                found = (shard.integer("shard"), shard.integer("num_records"), len(shard["labels"]),
-                         len(shard["crc32"]), len(shard["offsets"]) - 1)
-                if found != (number,) + (num_records,) * 4:
+                lengths = {len(shard[name]) - (name == "offsets") for name in self._shard_tables if name != "bytes"}
+                found = shard.integer("shard"), shard.integer("num_records"), lengths
+                if found != (number, num_records, {num_records}):
                     raise shard.error(f"not the shard {number} of {num_records} records that {INDEX_FILE} lists")
             self._shards[number] = shard  # the most recently used is last
             if len(self._shards) > MAX_OPEN_SHARDS:
@@ -223,6 +243,13 @@ class Pack:
             what = f"label {labels[bad[0]]} is outside 0 … {self.num_classes - 1}"
             raise self._bad_record(number, start + bad[0], what)
         return labels
+
+    def _weights(self, number, start, stop):
+        weights = self._shard(number).read("weights", start, stop)
+        bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+        if len(bad):
+            raise self._bad_record(number, start + bad[0], f"weight {weights[bad[0]]} is not a number from 0 up")
+        return weights
 
     def _runs(self, start, stop):
         """Yields (list of bytes, labels) for the records start … stop − 1, a bounded number at a time."""
@@ -357,6 +384,9 @@ class _File:
 
     def error(self, what):
         return PackError(f"{self.path}: {what}")
+
+    def has(self, name):
+        return name in self._attributes
 
     def integer(self, name):
         value = self._attributes.get(name)
