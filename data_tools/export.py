@@ -38,7 +38,8 @@ from data_tools.progress import Progress
 from xc.pack import INDEX_FILE, SPLITS, PackError, open_splits
 
 SUFFIXES = ((rb"\x89PNG\r\n\x1a\n", "png"), (rb"\xff\xd8\xff", "jpg"), (rb"RIFF....WEBP", "webp"), (rb"BM", "bmp"),
-            (rb"GIF8[79]a", "gif"), (rb"II[*+]\0|MM\0[*+]|MM\*\0|II\0\*", "tif"))
+            (rb"GIF8[79]a", "gif"), (rb"II[*+]\0|MM\0[*+]|MM\*\0|II\0\*", "tif"), (rb"P5\s", "pgm"),
+            (rb"P6\s", "ppm"))
 LIST = "list.csv"
 MAX_FOLDER, MAX_NAME = 200, 3000  # bytes of a folder's name, and of a class's folders; Linux takes 255 and 4,095
 MAX_FOLDERS = 100  # of a class: what makes and removes them calls itself for each

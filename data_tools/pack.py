@@ -54,8 +54,8 @@ def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, wor
     out = os.path.abspath(out)
     check_paths(src, out, root)
     sources = [open_source(path, kind, root) for path in src]
-    if quality is not None and format == "png":
-        raise PackError("--quality is of jpeg and webp, png loses nothing; leave it out")
+    if quality is not None and format in ("png", "raw"):
+        raise PackError(f"--quality is of jpeg and webp, {format} loses nothing; leave it out")
     encoding = Encoding(resize, format, quality)
     given, wanted = None, None
     if classes is not None and os.path.isfile(classes):
@@ -191,7 +191,8 @@ def main(argv=None):
         help="fail where more images cannot be used, a number or a share (%(default)s)")
     add("--resize", type=between(1, 2**14), metavar="PIXELS", help="make larger images so small that the shorter side "
         "has this length; of PNG, JPEG and WebP the format stays, others become PNG")
-    add("--format", choices=FORMATS, help="encode images that have another format anew (the bytes are kept)")
+    add("--format", choices=FORMATS, help="encode images that have another format anew (the bytes are kept); raw: "
+        "uncompressed, for fast reading")
     add("--quality", type=between(1, 100), help="encode all images anew, JPEG and WebP with this quality; without it, "
         "images that must be encoded anew get 90")
     args = parser.parse_args(argv)
