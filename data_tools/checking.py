@@ -1,5 +1,6 @@
 """Images read and checked by worker processes, given back in their order."""
 
+import hashlib
 import itertools
 import multiprocessing
 import os
@@ -48,6 +49,22 @@ def check_images(images, max_pixels, encoding, check):
     return results
 
 
+def content_hashes(paths):
+    """[16 bytes, or None] of files: those with the same hash have the same content, those without cannot be read."""
+    return [_content_hash(path) for path in paths]
+
+
+def _content_hash(path):
+    try:
+        return content_hash(_read(path))
+    except (OSError, ValueError):
+        return None
+
+
+def content_hash(data):
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
 def _read(path):
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else a pipe waits for its writer
     try:
@@ -84,15 +101,19 @@ def read_in_order(pool, window, roots, chunks, *options):
         if not pending:
             return
         chunk, future = pending.popleft()
-        try:
-            results = future.result()
-        except BrokenProcessPool as error:
-            raise PackError(f"a worker died (out of memory, or a decoder crashed) at or soon after "
-                            f"{chunk[0].path}") from error
+        results = result_of(future, chunk[0].path)
         if len(results) < len(chunk):
             pending.appendleft(start(chunk[len(results) :]))
         for record, (data, crc_or_reason) in zip(chunk, results, strict=False):
             yield record, data if isinstance(crc_or_reason, str) or data is not None else record.data, crc_or_reason
+
+
+def result_of(future, path):
+    """What a worker returns; PackError where it died on images from this path on."""
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise PackError(f"a worker died (out of memory, or a decoder crashed) at or soon after {path}") from error
 
 
 class InProcess(Executor):

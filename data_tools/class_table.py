@@ -38,6 +38,7 @@ class ClassTable:
 
     def __init__(self, folder, names, memory_bytes):
         os.mkdir(folder)
+        self.folder = folder
         by_hash = Sorter(os.path.join(folder, "runs"), memory_bytes)
         end = 0
         with _Numbers(os.path.join(folder, "ends")) as ends, open(os.path.join(folder, "names"), "wb") as flat:
@@ -63,7 +64,11 @@ class ClassTable:
         return len(self.ends) - 1
 
     def name(self, label):
-        return self.names[self.ends[label] : self.ends[label + 1]].tobytes().decode()
+        return self.bytes_of(label).decode()
+
+    def bytes_of(self, label):
+        """The name as it is kept, in UTF-8."""
+        return self.names[self.ends[label] : self.ends[label + 1]].tobytes()
 
     def labels(self, hashes):
         """(n,) int64: labels of the names with these hashes (n,) uint64; −1 where there is none."""

@@ -27,15 +27,18 @@ import shutil
 import signal
 import time
 from array import array
+from collections import Counter
 
 import numpy as np
 
 from data_tools.checking import CHUNK_BYTES, CHUNK_RECORDS, KEPT, read_in_order, worker_pool
-from data_tools.class_table import ClassTable, name_hash, names_of
+from data_tools.choosing import choose
+from data_tools.class_table import name_hash, names_of
 from data_tools.command import Parser, between, check_paths, new_folder
+from data_tools.duplicates import RULES, Duplicates
 from data_tools.encoding import FORMATS, Encoding
 from data_tools.image_check import CHECKS
-from data_tools.listing import CLASS_SPLITS, MAX_NAME_BYTES, Listing, counts_file
+from data_tools.listing import CLASS_SPLITS, MAX_NAME_BYTES, Fate, Listing, zeros_file
 from data_tools.pack_writer import PackWriter
 from data_tools.progress import Progress, note
 from data_tools.skipped import NAMED, Skipped
@@ -43,12 +46,17 @@ from data_tools.sources import KINDS, open_source
 from xc import pack as layout
 from xc.pack import PackError, open_splits
 
+LEFT_OUT = {"repeat": "images that repeat others", "leak": "images of train that are in val or test too",
+            "conflict": "images with several labels", "few": "images of classes with fewer than --min-images",
+            "many": "images beyond --max-images-per-class"}
+
 
 def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, workers, max_pixels, max_skipped,
-         resize, format, quality, check):
+         resize, format, quality, check, split_by, min_images, max_images_per_class, duplicates):
     """Packs src, a list of paths, into the new folder out and says what became of it; the parameters are the flags.
 
-    returns  dict of totals over the splits: records, classes, bytes, shards, skipped, seconds
+    returns  dict of totals over the splits: records, classes, bytes, shards, skipped, left_out ({reason: images}),
+             seconds
 
     PackError or OSError, with nothing left at out, for whatever the user can mend.
     """
@@ -56,8 +64,12 @@ def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, wor
     out = os.path.abspath(out)
     check_paths(src, out, root)
     sources = [open_source(path, kind, root) for path in src]
-    if quality is not None and format == "png":
-        raise PackError("--quality is of jpeg and webp, png loses nothing; leave it out")
+    if quality is not None and format in ("png", "raw"):
+        raise PackError(f"--quality is of jpeg and webp, {format} loses nothing; leave it out")
+    if split_by == "class" and split is None:
+        raise PackError("--split-by class says how --split draws; give that too")
+    if min_images is not None and classes is not None and not os.path.isfile(classes):
+        raise PackError(f"--min-images {min_images} would change the class table of --classes {classes}; leave one out")
     encoding = Encoding(resize, format, quality)
     if check != "full" and encoding != KEPT:
         raise PackError(f"--check {check} is for images that keep their bytes, all others are decoded; leave it out")
@@ -69,47 +81,70 @@ def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, wor
 
     with new_folder(out) as partial, open(os.path.join(partial, "skipped.tsv"), "w", encoding="utf-8",
                                           errors="surrogateescape") as skipped_file:
-        work = os.path.join(partial, "work")  # files that go when the pack is whole
-        os.mkdir(work)
-        skipped, listing = Skipped(skipped_file, max_skipped), Listing(work, int(memory_mb * 1e6), seed, wanted, split)
-        with Progress("listing") as progress:
+        work, memory_bytes = os.path.join(partial, "work"), int(memory_mb * 1e6)
+        os.mkdir(work)  # for files that go when the pack is whole
+        skipped = Skipped(skipped_file, max_skipped)
+        listing = Listing(work, memory_bytes, seed, wanted, split, split_by)
+        with worker_pool(workers if duplicates != "keep" else 0) as pool, Progress("listing") as progress:
+            repeated = Duplicates(os.path.join(work, "duplicates"), memory_bytes // 8, pool, 2 * workers + 1)
             for number, source in enumerate(sources):
                 for record in source.records(skipped):
-                    if not listing.add(number, *record, source.may_repeat):
+                    listed = listing.add(number, *record, may_repeat=source.may_repeat)
+                    if listed is None:
                         skipped.ignored[f"images of classes that {classes} does not name"] += 1
+                    elif duplicates != "keep":
+                        repeated.add(listed, source.root, *record[1:4])
                     progress.add(1)
+            repeated.end()
         splits = listing.splits
         if not CLASS_SPLITS & set(splits):
             raise PackError(f"{', '.join(src)}: no images"
                             f"{' of split train, which gives the classes' if splits else ''}{_why(skipped)}")
         if "" in splits and len(splits) > 1:
             raise PackError(f"{', '.join(src)}: some images have a split and others none; give all one, or none")
+        if split is not None and split[0] not in splits:
+            raise PackError(f"--split {split[0]}={split[1]} of {len(listing)} images draws no {split_by}; give more, "
+                            "or leave it out")
         for what, count in sorted(skipped.ignored.items()):
             note(f"ignored {count} {what}")
         if repeats := listing.check_paths():
             note(f"{repeats} rows name a path again; their images are packed as often as they are named")
-        table = ClassTable(os.path.join(work, "classes"), listing.class_names() if given is None else names_of(given),
-                           int(memory_mb * 1e6) // 4)
+        has_weights, left_out = listing.has_weights, Counter()
+        if duplicates == "keep" and max_images_per_class is None:
+            fates = np.broadcast_to(np.uint8(Fate.KEPT), len(listing))  # takes no memory
+        else:
+            fates = zeros_file(os.path.join(work, "fates"), len(listing), np.uint8)
+        if duplicates != "keep":
+            left_out += _resolve(repeated, duplicates, fates, os.path.join(partial, "duplicates.tsv"))
+        owner = "train" if given is None else "the pack of --classes"
+        choice = choose(listing, listing.class_names() if given is None else names_of(given), owner, fates, work,
+                        memory_bytes, min_images, max_images_per_class, split_by == "class")
+        table, listed = choice.table, choice.counts
+        left_out += choice.left_out
+        for reason, count in left_out.items():
+            note(f"left out {count} {LEFT_OUT[reason]}")
+        if choice.num_few:
+            note(f"{choice.num_few} classes have fewer than --min-images {min_images} and get no label; the labels of "
+                 f"the others are 0, 1, 2, … {len(table) - 1}")
         if listing.has_gaps:
             note("the class names are numbers with gaps: their labels are 0, 1, 2, … without gaps")
-        if wanted is not None and len(wanted) > len(table):
-            note(f"{len(wanted) - len(table)} classes of {classes} have no images and get no label")
-        owner = "train" if given is None else "the pack of --classes"
-        listed = {split: listing.class_counts(split, table, owner) for split in splits}
+        if wanted is not None and len(wanted) > len(table) + choice.num_few:
+            note(f"{len(wanted) - len(table) - choice.num_few} classes of {classes} have no images and get no label")
         total = sum(int(counts.sum()) for counts in listed.values()) + skipped.count
         skipped.set_total(total)
 
         writers = {split: PackWriter(os.path.join(partial, split), shard_mb * 1e6,
-                                     counts_file(os.path.join(work, f"written-{split}"), len(table)))
+                                     zeros_file(os.path.join(work, f"written-{split}"), len(table)), has_weights)
                    for split in splits}
         with worker_pool(workers) as pool, Progress("packing", total - skipped.count) as progress:
-            roots, chunks = [source.root for source in sources], listing.chunks(table, CHUNK_RECORDS, CHUNK_BYTES)
+            roots = [source.root for source in sources]
+            chunks = listing.chunks(table, fates, CHUNK_RECORDS, CHUNK_BYTES)
             images = read_in_order(pool, 2 * workers + 1, roots, chunks, max_pixels, encoding, check)
             for record, data, crc_or_reason in images:
                 if data is None:
                     skipped.add(record.split, record.path, crc_or_reason)
                 else:
-                    writers[record.split].add(data, crc_or_reason, record.label)
+                    writers[record.split].add(data, crc_or_reason, record.label, record.weight)
                 progress.add(1)
         for split, writer in writers.items():
             if not writer.num_added:
@@ -136,7 +171,16 @@ def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, wor
     return {"records": sum(writer.num_records for writer in writers.values()), "classes": len(table),
             "bytes": sum(writer.num_bytes for writer in writers.values()),
             "shards": sum(len(writer.shard_records) for writer in writers.values()),
-            "skipped": skipped.count, "seconds": round(time.monotonic() - started, 3)}
+            "skipped": skipped.count, "left_out": left_out, "seconds": round(time.monotonic() - started, 3)}
+
+
+def _resolve(repeated, rule, fates, path):
+    """Writes the report of duplicates, says what was found, and returns what was left out {reason: images}."""
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+        found, left_out = repeated.resolve(rule, fates, file)
+    note(f"{found['contents']} images come several times: {found['repeats']} times again with the same label, "
+         f"{found['leaks']} times in train though in val or test too, {found['conflicts']} times with several labels")
+    return left_out
 
 
 def names_in(path):
@@ -184,6 +228,15 @@ def main(argv=None):
     add("--root", metavar="DIR", help="where the paths in a manifest start (the folder of that file)")
     add("--split", type=held_out, metavar="NAME=SHARE", help="draw this share of the images for the split val or test, "
         "as in test=0.01, where the source has no splits")
+    add("--split-by", choices=("image", "class"), default="image", help="class: draw whole classes, which keep their "
+        "labels, but train has no image of them: for features, as those of retrieval (%(default)s)")
+    add("--min-images", type=between(1, 2**62), metavar="K", help="give no label to classes with fewer images in train "
+        "(of --split-by class: anywhere), and leave out their images")
+    add("--max-images-per-class", type=between(1, 2**62), metavar="M", help="of each class take M images for train, "
+        "drawn at random, where it has more")
+    add("--duplicates", choices=RULES, default="keep", help="images of the same bytes: report lists them in "
+        "OUT/duplicates.tsv; drop also keeps only one of those with the same label, and none in train of those that "
+        "are in val or test; drop-conflicting also keeps none of those with several labels (%(default)s)")
     add("--seed", type=between(0, 2**63 - 1), default=0, help="of the shuffle (%(default)s)")
     add("--shard-mb", type=between(1e-6, 2**20, float), default=256, help="most image data in one file (%(default)s)")
     add("--memory-mb", type=between(1e-3, 2**20, float), default=1024,
@@ -195,7 +248,8 @@ def main(argv=None):
         help="fail where more images cannot be used, a number or a share (%(default)s)")
     add("--resize", type=between(1, 2**14), metavar="PIXELS", help="make larger images so small that the shorter side "
         "has this length; of PNG, JPEG and WebP the format stays, others become PNG")
-    add("--format", choices=FORMATS, help="encode images that have another format anew (the bytes are kept)")
+    add("--format", choices=FORMATS, help="encode images that have another format anew (the bytes are kept); raw: "
+        "uncompressed, for fast reading")
     add("--quality", type=between(1, 100), help="encode all images anew, JPEG and WebP with this quality; without it, "
         "images that must be encoded anew get 90")
     add("--check", choices=CHECKS, default="full", help="what is looked at of images whose bytes are kept: full, that "

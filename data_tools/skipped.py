@@ -6,6 +6,12 @@ from collections import Counter
 from xc.pack import PackError
 
 NAMED = 5  # how many of a long list a message names
+_ESCAPES = {ord("\\"): r"\\", ord("\t"): r"\t", ord("\n"): r"\n", ord("\r"): r"\r"}
+
+
+def row(*cells):
+    """A line of a TSV file, with \\t, \\n, \\r and \\\\ in place of what would end a cell."""
+    return "\t".join(str(cell).translate(_ESCAPES) for cell in cells) + "\n"
 
 
 class Skipped:
@@ -19,11 +25,10 @@ class Skipped:
         self.count, self.of_split, self.ignored = 0, Counter(), Counter()
         self._file, self._allowed, self._total, self._first = file, allowed, None, []
         self._most = math.inf if allowed.endswith("%") else int(allowed)
-        print("path", "reason", sep="\t", file=file)
+        file.write(row("path", "reason"))
 
     def add(self, split, path, reason):
-        escapes = {ord("\\"): r"\\", ord("\t"): r"\t", ord("\n"): r"\n", ord("\r"): r"\r"}
-        print(path.translate(escapes), reason.translate(escapes), sep="\t", file=self._file)
+        self._file.write(row(path, reason))
         self.count += 1
         self.of_split[split] += 1
         if self.count <= NAMED:

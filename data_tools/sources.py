@@ -1,7 +1,8 @@
 """What data sets come as: images in folders, manifests, tar shards, RecordIO, packs.
 
-A source yields (split or "", path, class name, bytes). Images that lie in files of their own are named by a path below
-the source's root and the bytes are None; all others are read once, in order, and their path is what messages call them.
+A source yields (split or "", path, class name, bytes), and behind these a weight where it has weights. Images that lie
+in files of their own are named by a path below the source's root and the bytes are None; all others are read once, in
+order, and their path is what messages call them.
 What cannot be packed is told to `skipped`: images by skipped.add(split, path, reason), and what is no image counted in
 skipped.ignored. Nothing is extracted, and memory holds some records, however long the source is.
 """
@@ -11,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +24,7 @@ from data_tools import recordio
 from xc import pack as layout
 from xc.pack import PackError, open_splits
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_HEADER_BYTES = 2**14  # of what a tar file says about one member beside its block
 HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
            tarfile.SOLARIS_XHDTYPE)
@@ -33,6 +35,7 @@ MAX_ROW = 2**20  # of every other row, which may be several lines
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\3\4")  # gzip, bzip2, xz, zstd, zip
 ROWS = 1024  # of a Parquet file in memory at once
 RECORDS = 256  # of a pack
+MAX_WEIGHT = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -160,8 +163,8 @@ def manifest_source(path, skipped):
             delimiter = "\t" if "\t" in header else ","
             columns = [name.strip().lower() for name in next(csv.reader([header], delimiter=delimiter), [])]
             if len(set(columns)) != len(columns) or not {"path", "label"} <= set(columns):
-                raise PackError(f"{path}: the first line must name the columns path, label and, if wanted, split once "
-                                f"each; it is {header.strip()[:80]!r}")
+                raise PackError(f"{path}: the first line must name the columns path, label and, if wanted, split and "
+                                f"weight once each; it is {header.strip()[:80]!r}")
             lines = _Lines(path, file)
             rows = csv.reader(lines, delimiter=delimiter, strict=True)
             for cells in filter(None, rows):
@@ -171,7 +174,7 @@ def manifest_source(path, skipped):
                     raise PackError(f"{where}: {len(cells)} cells, but the header has {len(columns)}")
                 row = {name: cell.strip() for name, cell in zip(columns, cells, strict=True)}
                 _check_row(where, row)
-                yield row.get("split", ""), row["path"], row["label"], None
+                yield row.get("split", ""), row["path"], row["label"], None, *_weight(where, row)
     except (UnicodeDecodeError, csv.Error) as error:
         raise PackError(f"{path}: not a CSV or TSV file in UTF-8: {error}") from error
 
@@ -201,6 +204,19 @@ def _check_row(where, row):
         raise PackError(f"{where}: split {row['split']!r} is none of {', '.join(layout.SPLITS)}")
     if not row["label"]:
         raise PackError(f"{where}: no label")
+
+
+def _weight(where, row):
+    """(weight,) of a manifest's row, () where there is no such column."""
+    if "weight" not in row:
+        return ()
+    text, number = row["weight"], math.nan
+    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.ASCII | re.IGNORECASE):
+        number = float(text)
+    if not 0 <= number <= MAX_WEIGHT:
+        raise PackError(f"{where}: weight {text!r} is not a number from 0 to {MAX_WEIGHT:.4g}; give every row one, or "
+                        "leave the column out")
+    return (number,)
 
 
 def _stays_below(path):
@@ -234,9 +250,9 @@ def _parquet_columns(file, schema):
 
     kinds = dict(zip(schema.names, schema.types, strict=True))
     if len(kinds) != len(schema.names) or "label" not in kinds or not kinds.keys() & {"path", "image"}:
-        raise PackError(f"{file}: must have the columns label, path or image and, if wanted, split once each; it has "
-                        f"{', '.join(map(repr, schema.names))}")
-    columns = [name for name in ("path", "label", "split", "image") if name in kinds]
+        raise PackError(f"{file}: must have the columns label, path or image and, if wanted, split and weight once "
+                        f"each; it has {', '.join(map(repr, schema.names))}")
+    columns = [name for name in ("path", "label", "split", "weight", "image") if name in kinds]
     for name in columns:
         kind = kinds[name]
         if types.is_dictionary(kind):
@@ -245,11 +261,13 @@ def _parquet_columns(file, schema):
             if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
                 kind = kind.field("bytes").type
             fits = types.is_binary(kind) or types.is_large_binary(kind)
+        elif name == "weight":
+            fits = types.is_floating(kind) or types.is_integer(kind)
         else:
             fits = types.is_string(kind) or types.is_large_string(kind) or (name == "label" and types.is_integer(kind))
         if not fits:
             raise PackError(f"{file}: column {name} is of type {kind}; path and split must be texts, label a text or "
-                            "an integer, image binary")
+                            "an integer, weight a number, image binary")
     return columns
 
 
@@ -265,7 +283,7 @@ def _parquet_record(where, split, row):
         raise PackError(f"{where}: no image")
     else:
         _check_row(where, texts)
-    return texts.get("split", split), texts["path"], texts["label"], image
+    return texts.get("split", split), texts["path"], texts["label"], image, *_weight(where, texts)
 
 
 def webdataset_source(path, skipped):
@@ -395,8 +413,9 @@ def pack_source(path, skipped):
         for start in range(0, len(pack), RECORDS):
             numbers = np.arange(start, min(start + RECORDS, len(pack)))
             images, labels = pack.read(numbers)
-            for number, image, label in zip(numbers, images, labels, strict=True):
-                yield split, f"{pack.path}: record {number}", pack.class_name(label), image
+            weights = pack.weights(start, numbers[-1] + 1)[:, None].tolist() if pack.has_weights else [()] * len(images)
+            for number, image, label, weight in zip(numbers, images, labels, weights, strict=True):
+                yield split, f"{pack.path}: record {number}", pack.class_name(label), image, *weight
 
 
 KINDS = {"folder": folder_source, "manifest": manifest_source, "parquet": parquet_source,

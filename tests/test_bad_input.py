@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from data_tools.checking import KEPT, check_images
-from data_tools.listing import counts_file
+from data_tools.listing import zeros_file
 from data_tools.sources import KINDS
 from tests.test_faults import small_disk
 from tests.test_pack import ROOT, by_class, contents, fails, picture, png, run, write_tree
@@ -271,5 +271,5 @@ def test_counts_find_no_space_before_they_are_counted(tmp_path):
     """A page of a file that the disk has no room for would kill the process when it is touched."""
     with small_disk(tmp_path / "disk", 64) as disk:
         with pytest.raises(OSError, match="No space left"):
-            counts_file(disk / "counts", 10**6)
-        assert not counts_file(disk / "few", 1000).any()
+            zeros_file(disk / "counts", 10**6)
+        assert not zeros_file(disk / "few", 1000).any()

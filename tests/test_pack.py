@@ -515,7 +515,7 @@ def test_splits_share_the_classes_of_train(tmp_path, capsys):
     run(tmp_path / "src", tmp_path / "pack")
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {**result, "seconds": 0, "bytes": 0} == {"records": 9, "classes": 3, "shards": 2, "skipped": 0, "seconds": 0,
-                                                    "bytes": 0}
+                                                    "bytes": 0, "left_out": {}}
     assert result["bytes"] == sum(map(len, [*train.values(), *test.values()]))
     packs = open_splits(tmp_path / "pack")
     assert list(packs) == ["train", "test"]
