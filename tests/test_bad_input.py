@@ -84,6 +84,13 @@ def test_a_bad_manifest_is_one_line(tmp_path, capsys, text, words):
     assert words in fails(capsys, tmp_path / "list.csv", tmp_path / "pack")
 
 
+def test_empty_lines_are_no_row(tmp_path):
+    (tmp_path / "x.png").write_bytes(picture(0))
+    (tmp_path / "list.csv").write_text("path,label\n" + "\n" * 2**21 + "x.png,1\n")
+    run(tmp_path / "list.csv", tmp_path / "pack")
+    assert contents(Pack(tmp_path / "pack")) == {picture(0): "1"}
+
+
 def test_a_path_that_is_too_long_is_one_line_in_parquet_too(tmp_path, capsys):
     write_parquet(tmp_path / "a.parquet", path=["x" * 70_000], label=["a"])
     assert "row 1: path of 70000 bytes" in fails(capsys, tmp_path / "a.parquet", tmp_path / "pack")
