@@ -1,13 +1,16 @@
 """Bad input to packing: one clear line and nothing left, or skipped and counted; never a broken pack."""
 
+import contextlib
 import io
 import os
 import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import unicodedata
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,6 +193,38 @@ def test_what_cannot_be_read_is_skipped(tmp_path):
             rows = dict(skipped_rows(out))
             assert rows.keys() == {f"a/{name}.png" for name in ["pipe", "socket", "huge", *links]}
             assert "being changed" in rows["a/environ.png"] and "more than" in rows["a/huge.png"]
+
+
+@contextlib.contextmanager
+def without_rights():
+    """Root may read everything."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_file_that_may_not_be_read_is_skipped_and_a_folder_is_one_line(capsys):
+    """A folder may be a class or a thousand: too much to be left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        folder.chmod(0o777)
+        files = write_tree(folder / "src", {"a": 3, "b": 2})
+        (folder / "src" / "a" / "0.png").chmod(0)
+        with without_rights():
+            run(folder / "src", folder / "pack", "--max-skipped", 1)
+        del files["a/0.png"]
+        assert contents(Pack(folder / "pack")) == by_class(files)
+        assert skipped_rows(folder / "pack") == [["a/0.png", "Permission denied"]]
+        assert "skipped 1 images" in capsys.readouterr().err
+        (folder / "src" / "b").chmod(0)
+        with without_rights():
+            error = fails(capsys, folder / "src", folder / "new")
+        assert "Permission denied" in error and "src/b" in error
+        (folder / "src" / "b").chmod(0o700)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
