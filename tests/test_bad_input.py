@@ -122,6 +122,18 @@ def test_names_of_folders_and_files_come_back(tmp_path, capfd):
     run(tmp_path / "src", out, "--max-skipped", 2)
     assert contents(Pack(out)) == by_class(files) | {picture(99): "é"}
     assert b"bad\xe9.png\t" in (out / "skipped.tsv").read_bytes()
+    said = capfd.readouterr().err
+    assert "skipped 2 images" in said and "\x1b" not in said and said.count("\n") == 1
+
+
+def test_results_are_printed_whatever_the_names(tmp_path):
+    write_tree(tmp_path / "src", {"a": 9})
+    out = os.fsencode(tmp_path) + b"/pack\xe9"
+    for tool, source, to, *flags in (("pack", tmp_path / "src", out), ("split", out, out + b"2", "--test", "0.3"),
+                                     ("export", out, out + b"3", "--to", "folder")):
+        done = subprocess.run([sys.executable, "-m", f"data_tools.{tool}", source, to, *flags], cwd=ROOT, timeout=60,
+                              capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"})
+        assert done.returncode == 0 and rb"pack\udce9" in done.stdout, done.stderr
 
 
 def deep(folder, num_bytes):
