@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import pathlib
 import socket
 import subprocess
 import sys
@@ -10,7 +11,6 @@ import tarfile
 import tempfile
 import unicodedata
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,7 +222,7 @@ def without_rights():
 def test_a_file_that_may_not_be_read_is_skipped_and_a_folder_is_one_line(capsys):
     """A folder may be a class or a thousand: too much to be left out."""
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+        folder = pathlib.Path(folder)
         folder.chmod(0o777)
         files = write_tree(folder / "src", {"a": 3, "b": 2})
         (folder / "src" / "a" / "0.png").chmod(0)
