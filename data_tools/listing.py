@@ -1,7 +1,9 @@
 """The list of what is packed: records in an order drawn at random, and the classes they name, bounded in memory."""
 
 import itertools
+import json
 import os
+import shutil
 import struct
 import sys
 from bisect import bisect_left
@@ -10,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_tools.class_table import name_hash
-from data_tools.external_sort import Sorter
+from data_tools.class_table import ClassTable, name_hash
+from data_tools.external_sort import Sorter, merged
+from data_tools.skipped import Tally
 from xc import pack as layout
 from xc.pack import PackError
 
@@ -28,23 +31,28 @@ class Record(NamedTuple):
     root: int  # the place of its source's root
     label: int
     data: bytes | None  # None: to be read from its path
+    key: bytes = b""  # its place in the order of a listing
+
+
+HEAD = struct.Struct(">B8sQHI?")  # split, place in the order, hash of the class, root, length of the path, bytes?
 
 
 class Listing:
     """All records of the sources, sorted by a hash of their number and the seed, and the class names they carry.
 
-    The order does not depend on the memory that sorting takes. What does not fit into it goes to files in `folder`.
+    The order depends neither on the memory that sorting takes nor on the number of parts, which are stretches of it
+    in every split. The records go to files in `folder`, the rest does where memory does not hold it.
     """
 
-    HEAD = struct.Struct(">B8sQHI?")  # split, place in the order, hash of the class, root, length of the path, bytes?
-
-    def __init__(self, folder, memory_bytes, seed, wanted=None, held_out=None):
+    def __init__(self, folder, memory_bytes, seed, wanted=None, held_out=None, parts=1):
         """
         wanted    sorted array of name_hash of the classes to take; None: all
         held_out  (split, share of the images that go there at random); the others are train. None: as the source says
         """
         self._folder, self._seed = folder, seed.to_bytes(8, "little")
-        self._records = Sorter(os.path.join(folder, "records"), memory_bytes // 2)
+        self._records = [Sorter(os.path.join(folder, f"records-{part}"), memory_bytes // 2 // parts)
+                         for part in range(parts)]
+        self._num_records = [0] * parts
         self._memory_bytes, self._total = memory_bytes // 4, 0  # of what is sorted beside
         self._paths, self._wanted = Sorter(os.path.join(folder, "paths"), memory_bytes // 8), wanted
         self._held_out = held_out
@@ -89,8 +97,10 @@ class Listing:
         path = os.fsencode(path)
         if may_repeat and data is None:
             self._paths.add(b"\0".join((path, b"%d" % root, name)))
-        head = self.HEAD.pack(SPLITS.index(split), place, number, root, len(path), data is not None)
-        self._records.add(b"".join((head, path, data or b"")))
+        head = HEAD.pack(SPLITS.index(split), place, number, root, len(path), data is not None)
+        part = int.from_bytes(place, "big") * len(self._records) >> 64
+        self._records[part].add(b"".join((head, path, data or b"")))
+        self._num_records[part] += 1
         self._total += 1
         return True
 
@@ -142,27 +152,66 @@ class Listing:
                             "images are of such classes); add it there or leave it out here")
         return counts
 
-    def chunks(self, table, most_records, most_bytes):
-        """Yields all records, once, in lists of one split, which end when they have so many records or bytes."""
-        for _, items in itertools.groupby(self._records, key=lambda item: item[0]):
+    def finish(self, skipped):
+        """Leaves in the folder what `Listed` opens, and nothing else. After class_names and class_counts.
+
+        skipped  Tally of the images that were left out of the list
+        """
+        facts = {"splits": self.splits, "num_records": self._num_records, "skipped": skipped.as_json(), "runs": [
+            [os.path.relpath(path, self._folder) for path in records.runs()] for records in self._records]}
+        for split in self._hashes:
+            os.unlink(os.path.join(self._folder, f"hashes-{split}"))
+        for name in ("paths", "by-value", *(f"names-{split}" for split in self._names)):
+            shutil.rmtree(os.path.join(self._folder, name), ignore_errors=True)  # where there were any
+        with open(os.path.join(self._folder, "facts.json"), "w") as file:
+            json.dump(facts, file)
+
+
+class Listed:
+    """The finished listing in a folder, which several processes may read.
+
+    splits  its splits; table  ClassTable; skipped  Tally; num_records  of each part
+    """
+
+    def __init__(self, folder):
+        with open(os.path.join(folder, "facts.json")) as file:
+            facts = json.load(file)
+        self._folder, self._runs = folder, facts["runs"]
+        self.splits, self.num_records = facts["splits"], facts["num_records"]
+        self.skipped, self.table = Tally(**facts["skipped"]), ClassTable.open(os.path.join(folder, "classes"))
+
+    @property
+    def total(self):
+        """Images that the sources have, those that were left out among them."""
+        return sum(self.num_records) + self.skipped.count
+
+    def class_counts(self, split):
+        """(C,) int64: images of each class that were listed."""
+        return np.memmap(os.path.join(self._folder, f"listed-{split}"), np.int64, "r")
+
+    def chunks(self, part, memory_bytes, most_records, most_bytes, start=b""):
+        """Yields the records of a part from that with the key `start` on, in lists of one split, which end when they
+        have so many records or bytes."""
+        items = merged([os.path.join(self._folder, path) for path in self._runs[part]], memory_bytes, start)
+        for _, of_split in itertools.groupby(items, key=lambda item: item[0]):
             chunk, num_bytes = [], 0
-            for item in items:
+            for item in of_split:
                 chunk.append(item)
                 num_bytes += len(item)
                 if len(chunk) >= most_records or num_bytes >= most_bytes:
-                    yield self._decoded(chunk, table)
+                    yield self._decoded(chunk)
                     chunk, num_bytes = [], 0
             if chunk:
-                yield self._decoded(chunk, table)
+                yield self._decoded(chunk)
 
-    def _decoded(self, items, table):
-        heads = [self.HEAD.unpack_from(item) for item in items]
-        labels = table.labels(np.array([number for _, _, number, *_ in heads], np.uint64)).tolist()
+    def _decoded(self, items):
+        heads = [HEAD.unpack_from(item) for item in items]
+        labels = self.table.labels(np.array([number for _, _, number, *_ in heads], np.uint64)).tolist()
         records = []
         for item, label, (split, _, _, root, length, has_data) in zip(items, labels, heads, strict=True):
-            end = self.HEAD.size + length
-            path, data = os.fsdecode(item[self.HEAD.size : end]), item[end:] if has_data else None
-            records.append(Record(SPLITS[split], path, root, label, data))
+            key = item[: HEAD.size + length]
+            path, data = os.fsdecode(key[HEAD.size :]), item[len(key) :] if has_data else None
+            records.append(Record(SPLITS[split], path, root, label, data, key))
         return records
 
 
