@@ -103,7 +103,7 @@ class _Numbers:
             self._write()
 
     def _write(self):
-        np.array(self._block, np.uint64).tofile(self._file)
+        self._file.write(np.array(self._block, np.uint64).tobytes())  # tofile says nothing of a full disk
         self._block = []
 
 

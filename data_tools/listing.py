@@ -217,4 +217,6 @@ class Listed:
 
 def counts_file(path, num_classes):
     """(C,) int64 zeros that live in a file: memory is not enough for those of every class."""
-    return np.memmap(path, np.int64, "w+", shape=num_classes)
+    with open(path, "wb") as file:  # or a full disk would kill the process when it counts
+        os.posix_fallocate(file.fileno(), 0, 8 * num_classes)
+    return np.memmap(path, np.int64, "r+", shape=num_classes)

@@ -94,9 +94,10 @@ def write_index(path, shards, class_counts, table, **attributes):
 
 def renumber(path, number):
     """Makes a shard, which stays as it is but for this, one of another number."""
-    with h5py.File(path, "r+", locking=False) as file:
+    with h5py.File(path, "r", locking=False) as file:
         if file.attrs["shard"] == number:
             return
+    with h5py.File(path, "r+", locking=False) as file:
         file.attrs.modify("shard", np.int64(number))
     sync(path)
 
