@@ -27,7 +27,6 @@ import io
 import json
 import os
 import random
-import resource
 import shutil
 import statistics
 import subprocess
@@ -44,6 +43,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.image_sets import copy_images, forget, write_patterns
+from benchmarks.measure import cpu_seconds
 from xc import data
 from xc.config import Config
 from xc.pack import decode
@@ -136,10 +137,7 @@ class Set:
     def forget(self, form):
         """Its bytes out of the page cache."""
         self.split.pack.close()
-        for path in self.forms[form]:
-            descriptor = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
+        forget(self.forms[form])
 
     def decode(self):
         """(images per second, CPU seconds per 1,000) of decoding alone."""
@@ -152,20 +150,14 @@ class Set:
 
 def one_pass(batches, num_images):
     """(images per second, CPU seconds per 1,000) of a pass, its workers' start and end included."""
-    begin, cpu = time.perf_counter(), _cpu_seconds()
+    begin, cpu = time.perf_counter(), cpu_seconds()
     iterator, found = iter(batches), 0
     for inputs, _ in iterator:
         found += len(inputs)
     del iterator, batches  # joins the workers, whose CPU time counts from then on
     seconds = time.perf_counter() - begin
     assert abs(num_images - found) < BATCH, (found, num_images)  # ours ends with a whole batch
-    return found / seconds, 1e3 * (_cpu_seconds() - cpu) / found
-
-
-def _cpu_seconds():
-    """Of this process and those that it has joined."""
-    both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(used.ru_utime + used.ru_stime for used in both)
+    return found / seconds, 1e3 * (cpu_seconds() - cpu) / found
 
 
 def measure(images, repeats):
@@ -202,26 +194,6 @@ def step_shares(images, ranks, steps):
     _, cpu = one_pass(images.ours(1, augment=1.0), len(images.files))
     return {"step_share": last["data_ms"] * last["images_per_second"] / (1e3 * BATCH * ranks),
             "step_cpu_share": cpu / 1e3 * last["images_per_second"] / ranks}
-
-
-def write_patterns(folder, count):
-    """Smooth coloured JPEGs, 200 to 280 pixels a side, in classes of ten."""
-    numbers = np.random.default_rng(0)
-    for i in range(count):
-        (folder / f"{i // 10:04d}").mkdir(parents=True, exist_ok=True)
-        coarse = Image.fromarray(numbers.integers(0, 256, (9, 9, 3), dtype=np.uint8))
-        size = tuple(numbers.integers(200, 281, 2).tolist())
-        coarse.resize(size, Image.Resampling.BICUBIC).save(folder / f"{i // 10:04d}" / f"{i % 10}.jpg", quality=90)
-
-
-def copy_images(tree, folder, count):
-    """The first `count` images of a tree TREE/<class>/."""
-    paths = sorted(Path(tree).glob("*/*.png"))[:count]
-    if not paths:
-        sys.exit(f"error: {tree} holds no <class>/<image>.png: make it by python -m data_tools.glyphs")
-    for path in paths:
-        (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, folder / path.parent.name)
 
 
 def main():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import statistics
 import sys
 import time
@@ -17,6 +18,12 @@ def median_step(step, repeats, warmup):
             wall.append(1e3 * (time.perf_counter() - wall_start))
             cpu.append(1e3 * (time.process_time() - cpu_start))
     return statistics.median(wall), statistics.median(cpu)
+
+
+def cpu_seconds():
+    """CPU time of this process and of those that it has joined."""
+    both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(used.ru_utime + used.ru_stime for used in both)
 
 
 def rss_mb():

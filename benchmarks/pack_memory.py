@@ -1,7 +1,8 @@
 """Peak memory of packing, by the number of records: python benchmarks/pack_memory.py --records 100000 1000000
 
 Every record is a tiny PNG in RecordIO, of one of --classes (or a tenth as many as records), so that what is kept of
-each record shows and not its image. Each packing is a process of its own. The last line is one JSON object.
+each record shows and not its image. Each packing is a process of its own. --plot FILE draws the curve. The last line is
+one JSON object.
 """
 
 import argparse
@@ -57,12 +58,29 @@ def measure(folder, count, classes, memory_mb, workers):
             "seconds": round(seconds, 1)}
 
 
+def draw(results, memory_mb, path):
+    """A picture of peak memory by number of records."""
+    from matplotlib.figure import Figure  # takes a second; a figure of its own needs no display
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.semilogx([run["records"] for run in results], [run["peak_rss_mb"] for run in results], marker="o")
+    for run in results:
+        axes.annotate(f"{run['classes']:,} classes", (run["records"], run["peak_rss_mb"]), fontsize=7)
+    axes.set_ylim(0)
+    axes.set_xlabel("records")
+    axes.set_ylabel(f"peak memory in MiB, --memory-mb {memory_mb:g}")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--records", type=int, nargs="+", default=[10**5, 10**6, 10**7])
     parser.add_argument("--classes", type=int)
     parser.add_argument("--memory-mb", type=float, default=16)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--plot", help="a PNG of the curve")
     args = parser.parse_args()
     results = []
     print("records   classes   peak MB   seconds")
@@ -70,6 +88,8 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             results.append(measure(folder, count, args.classes or max(1, count // 10), args.memory_mb, args.workers))
         print("{records:<9} {classes:<9} {peak_rss_mb:<9} {seconds}".format(**results[-1]), flush=True)
+    if args.plot:
+        draw(results, args.memory_mb, args.plot)
     print(json.dumps({"memory_mb": args.memory_mb, "runs": results}))
 
 

@@ -1,5 +1,6 @@
 """Images read and checked by worker processes, given back in their order."""
 
+import hashlib
 import itertools
 import multiprocessing
 import os
@@ -12,17 +13,21 @@ from collections import deque
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+from data_tools.encoding import Encoding
+from data_tools.image_check import check_image
 from xc import pack as layout
 from xc.pack import PackError, open_image
 
 CHUNK_RECORDS, CHUNK_BYTES = 64, 2**23  # what a worker is given, and where it stops and hands the rest back
+KEPT = Encoding()  # as images are
 
 
-def check_images(images, max_pixels, encoding):
+def check_images(images, max_pixels, encoding, check):
     """[(bytes or None, crc32 or reason why not)] of images; ends early after CHUNK_BYTES were read.
 
     images    [(path, None) or (any text, bytes)]; bytes that were given and stay as they are are not given back
     encoding  how they are encoded anew
+    check     how those that are not are looked at: one of CHECKS
     """
     results, num_bytes = [], 0
     with warnings.catch_warnings():
@@ -30,7 +35,10 @@ def check_images(images, max_pixels, encoding):
         for path, given in images:
             try:
                 data = _read(path) if given is None else given
-                data = encoding.apply(open_image(data, max_pixels), data)
+                if encoding == KEPT:
+                    check_image(data, max_pixels, check)
+                else:
+                    data = encoding.apply(open_image(data, max_pixels), data)
             except (OSError, ValueError) as error:
                 results.append((None, getattr(error, "strerror", None) or str(error)))
                 continue
@@ -41,14 +49,39 @@ def check_images(images, max_pixels, encoding):
     return results
 
 
+def content_hashes(paths):
+    """[16 bytes, or None] of files: those with the same hash have the same content, those without cannot be read."""
+    return [_content_hash(path) for path in paths]
+
+
+def _content_hash(path):
+    try:
+        return content_hash(_read(path))
+    except (OSError, ValueError):
+        return None
+
+
+def content_hash(data):
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
 def _read(path):
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
-        raise ValueError("not a file")
-    if status.st_size > layout.MAX_RECORD_BYTES:
-        raise ValueError(f"{status.st_size} bytes, more than {layout.MAX_RECORD_BYTES}")
-    with open(path, "rb") as file:
-        return file.read()
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else a pipe waits for its writer
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
+            raise ValueError("not a file")
+        if status.st_size > layout.MAX_RECORD_BYTES:
+            raise ValueError(f"{status.st_size} bytes, more than {layout.MAX_RECORD_BYTES}")
+        parts, left = [], status.st_size + 1
+        while part := os.read(descriptor, left):
+            parts.append(part)
+            left -= len(part)
+    finally:
+        os.close(descriptor)
+    if left != 1:
+        raise ValueError(f"not the {status.st_size} bytes that it was said to have: it is being changed")
+    return b"".join(parts)
 
 
 def read_in_order(pool, window, roots, chunks, *options):
@@ -68,15 +101,19 @@ def read_in_order(pool, window, roots, chunks, *options):
         if not pending:
             return
         chunk, future = pending.popleft()
-        try:
-            results = future.result()
-        except BrokenProcessPool as error:
-            raise PackError(f"a worker died (out of memory, or a decoder crashed) at or soon after "
-                            f"{chunk[0].path}") from error
+        results = result_of(future, chunk[0].path)
         if len(results) < len(chunk):
             pending.appendleft(start(chunk[len(results) :]))
         for record, (data, crc_or_reason) in zip(chunk, results, strict=False):
             yield record, data if isinstance(crc_or_reason, str) or data is not None else record.data, crc_or_reason
+
+
+def result_of(future, path):
+    """What a worker returns; PackError where it died on images from this path on."""
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise PackError(f"a worker died (out of memory, or a decoder crashed) at or soon after {path}") from error
 
 
 class InProcess(Executor):

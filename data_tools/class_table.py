@@ -67,6 +67,7 @@ class ClassTable:
         return table
 
     def _map(self, folder):
+        self.folder = folder
         self.ends = _mapped(folder, "ends", np.int64)
         self.names = _mapped(folder, "names", np.uint8)
         self._hashes, self._labels = _mapped(folder, "hashes", np.uint64), _mapped(folder, "labels", np.int64)
@@ -75,7 +76,11 @@ class ClassTable:
         return len(self.ends) - 1
 
     def name(self, label):
-        return self.names[self.ends[label] : self.ends[label + 1]].tobytes().decode()
+        return self.bytes_of(label).decode()
+
+    def bytes_of(self, label):
+        """The name as it is kept, in UTF-8."""
+        return self.names[self.ends[label] : self.ends[label + 1]].tobytes()
 
     def labels(self, hashes):
         """(n,) int64: labels of the names with these hashes (n,) uint64; −1 where there is none."""

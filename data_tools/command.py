@@ -14,8 +14,8 @@ from xc.pack import PackError
 class Parser(argparse.ArgumentParser):
     """Reports an error in one line."""
 
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {one_line(' '.join(message.split()))}\n")
+    def error(self, message, code=2):
+        self.exit(code, f"{self.prog}: error: {one_line(' '.join(message.split()))}\n")
 
 
 def between(least, most, kind=int):

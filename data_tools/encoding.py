@@ -6,13 +6,17 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-FORMATS = ("jpeg", "png", "webp")
+FORMATS = ("jpeg", "png", "webp", "raw")
+RAW = "ppm"  # the header and the pixels, nothing else: Netpbm's binary formats, P5 of grey and P6 of RGB
 
 
 @dataclass(frozen=True)
 class Encoding:
     """side  pixels that the shorter side has at most; format  one of FORMATS, None: that of the image, png where it is
-    none of them; quality  1 … 100, of jpeg and webp. None of all: images stay as they are."""
+    none of them; quality  1 … 100, of jpeg and webp. None of all: images stay as they are.
+
+    raw  uncompressed pixels, written anew whatever they were
+    """
 
     side: int | None = None
     format: str | None = None
@@ -21,7 +25,7 @@ class Encoding:
     def apply(self, image, data):
         """The bytes of a decoded Pillow image, which are `data` where nothing is to be done.
 
-        What the reader of packs would drop goes: metadata, further frames, the lower bits of 16, and of jpeg
+        What the reader of packs would drop goes: metadata, further frames, the lower bits of 16, and of jpeg and raw
         transparency. ValueError where the format does not take the image.
         """
         shorter = min(image.size)
@@ -30,13 +34,16 @@ class Encoding:
         format = self.format or (kept if kept in FORMATS else "png")
         if not smaller and self.quality is None and self.format in (None, kept):
             return data
-        image = _plain(image, with_alpha=format != "jpeg")
+        image = _plain(image, with_alpha=format not in ("jpeg", "raw"))
         if smaller:
             sides = [max(1, round(side * self.side / shorter)) for side in image.size]
             image = image.resize(sides, Image.Resampling.BICUBIC)
         file = io.BytesIO()
         try:
-            image.save(file, format, **({} if format == "png" else {"quality": self.quality or 90}))
+            if format in ("png", "raw"):
+                image.save(file, RAW if format == "raw" else format)
+            else:
+                image.save(file, format, quality=self.quality or 90)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot be written as {format}: {error}") from error
         return file.getvalue()

@@ -6,7 +6,7 @@ order that data_tools.pack gives them, else with --classes PACK. (A tree of val 
 without splits.)
 
 folder      OUT/<class name>/<record number>.<suffix by content>, of a folder of packs OUT/<split>/<class name>/…, and
-            OUT/list.csv with path, label (the class name) and split, which data_tools.pack takes as well as OUT.
+            OUT/list.csv with path, label (the class name), split and weight, which data_tools.pack takes, too.
             A / in a class name makes folders. What no folder can be called, or data_tools.pack would not find there,
             is escaped; list.csv has the names themselves. Undone by dropping every %/ and then decoding every %XX:
                 %XX    the byte XX: of a %, of control characters, of a / at the name's ends or after a /, of a . at
@@ -17,7 +17,7 @@ folder      OUT/<class name>/<record number>.<suffix by content>, of a folder of
 webdataset  OUT/<split>-000000.tar … (images-… of a pack without splits), each of at most --shard-mb; of every record
             NNNNNNNNN.<suffix by content> and NNNNNNNNN.cls, its label in digits. OUT/classes.txt has the class names,
             line n + 1 that of label n (with \\\\ \\n \\r for a backslash and for ends of lines in them). The same pack
-            gives the same bytes: all times are 0.
+            gives the same bytes: all times are 0. Weights are left out.
 """
 
 import contextlib
@@ -38,7 +38,8 @@ from data_tools.progress import Progress
 from xc.pack import INDEX_FILE, SPLITS, PackError, open_splits
 
 SUFFIXES = ((rb"\x89PNG\r\n\x1a\n", "png"), (rb"\xff\xd8\xff", "jpg"), (rb"RIFF....WEBP", "webp"), (rb"BM", "bmp"),
-            (rb"GIF8[79]a", "gif"), (rb"II[*+]\0|MM\0[*+]|MM\*\0|II\0\*", "tif"))
+            (rb"GIF8[79]a", "gif"), (rb"II[*+]\0|MM\0[*+]|MM\*\0|II\0\*", "tif"), (rb"P5\s", "pgm"),
+            (rb"P6\s", "ppm"))
 LIST = "list.csv"
 MAX_FOLDER, MAX_NAME = 200, 3000  # bytes of a folder's name, and of a class's folders; Linux takes 255 and 4,095
 MAX_FOLDERS = 100  # of a class: what makes and removes them calls itself for each
@@ -98,11 +99,11 @@ def _pieces(folder):
 class Folders:
     """Writes records as image files below a folder."""
 
-    def __init__(self, out, is_split, shun_splits):
-        self.out, self.is_split, self.shun_splits = out, is_split, shun_splits
+    def __init__(self, out, is_split, shun_splits, has_weights):
+        self.out, self.is_split, self.shun_splits, self.has_weights = out, is_split, shun_splits, has_weights
         self.file = open(os.path.join(out, LIST), "w", encoding="utf-8", newline="")
         self.list = csv.writer(self.file)
-        self.list.writerow(["path", "label"] + ["split"] * is_split)
+        self.list.writerow(["path", "label"] + ["split"] * is_split + ["weight"] * has_weights)
 
     def add(self, split, number, image, label, pack):
         name = pack.class_name(label)
@@ -115,7 +116,8 @@ class Folders:
             file = open(os.path.join(self.out, path), "xb")
         with file:
             file.write(image)
-        self.list.writerow([path, name] + [split] * self.is_split)
+        weight = pack.weights(number, number + 1).tolist() if self.has_weights else []
+        self.list.writerow([path, name] + [split] * self.is_split + weight)
 
     def end_split(self):
         pass
@@ -203,7 +205,7 @@ def export(src, out, *, to, split, classes, shard_mb):
     with new_folder(out) as partial:
         if to == "folder":  # most packs without splits say at their first class that they will not seem to have some
             seems_split = not is_split and all(first.class_name(n).partition("/")[0] in SPLITS for n in labels)
-            writer = Folders(partial, is_split, seems_split)
+            writer = Folders(partial, is_split, seems_split, first.has_weights)
         else:
             writer = TarShards(partial, is_split, first, shard_mb * 1e6)
         with contextlib.closing(writer), Progress("exporting", sum(totals.values())) as progress:

@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import math
 import os
 import shutil
 import struct
-import sys
 from bisect import bisect_left
+from collections import Counter
+from enum import IntEnum
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -20,7 +22,18 @@ from xc.pack import PackError
 
 SPLITS = ("", *layout.SPLITS)  # "" of sources without splits
 CLASS_SPLITS = {"", "train"}  # those whose names are the classes
+ROWS = 2**16  # looked at at once
 MAX_NAME_BYTES = 4096  # of a class
+
+
+class Fate(IntEnum):
+    """What becomes of a record: it is packed, or left out for one of the other reasons."""
+
+    KEPT = 0
+    REPEAT = 1  # the same image is there again with the same label
+    LEAK = 2  # an image of train that is in val or test too
+    CONFLICT = 3  # the same image has other labels
+    MANY = 4  # beyond --max-images-per-class
 
 
 class Record(NamedTuple):
@@ -31,10 +44,20 @@ class Record(NamedTuple):
     root: int  # the place of its source's root
     label: int
     data: bytes | None  # None: to be read from its path
-    key: bytes = b""  # its place in the order of a listing
+    weight: float = math.nan  # how often to draw it, in proportion; NaN: it has none
+    key: bytes = b""  # its place in the order of the list
 
 
-HEAD = struct.Struct(">B8sQHI?")  # split, place in the order, hash of the class, root, length of the path, bytes?
+class Listed(NamedTuple):
+    """What became of a record in the listing."""
+
+    number: int  # it is the n-th, from 0 up
+    split: str
+    name: int  # name_hash of its class
+
+
+# Split, place in the order, number, hash of the class, root, length of the path, weight, whether bytes follow it.
+HEAD = struct.Struct(">B8sQQHIf?")
 
 
 class Listing:
@@ -44,10 +67,14 @@ class Listing:
     in every split. The records go to files in `folder`, the rest does where memory does not hold it.
     """
 
-    def __init__(self, folder, memory_bytes, seed, wanted=None, held_out=None, parts=1):
+    ROW = np.dtype([("split", "u1"), ("name", "<u8")])  # of each record, in the order of their numbers
+    _ROW = struct.Struct("<BQ")
+
+    def __init__(self, folder, memory_bytes, seed, wanted=None, held_out=None, by="image", parts=1):
         """
         wanted    sorted array of name_hash of the classes to take; None: all
-        held_out  (split, share of the images that go there at random); the others are train. None: as the source says
+        held_out  (split, share that goes there at random); the others are train. None: as the source says
+        by        image or class: what that is a share of
         """
         self._folder, self._seed = folder, seed.to_bytes(8, "little")
         self._records = [Sorter(os.path.join(folder, f"records-{part}"), memory_bytes // 2 // parts)
@@ -55,16 +82,32 @@ class Listing:
         self._num_records = [0] * parts
         self._memory_bytes, self._total = memory_bytes // 4, 0  # of what is sorted beside
         self._paths, self._wanted = Sorter(os.path.join(folder, "paths"), memory_bytes // 8), wanted
-        self._held_out = held_out
-        self._names, self._hashes, self._numbers = {}, {}, True  # by split; whether all names are numbers
+        self._held_out, self._by = held_out, by
+        self._names, self._numbers = {}, True  # by split; whether all names are numbers
+        self._of_split, self._weighted = Counter(), Counter()
+        self._rows = open(os.path.join(folder, "rows"), "wb", buffering=2**20)
         self.has_gaps = False  # between the numbers; known when class_names has ended
+
+    def __len__(self):
+        return self._total
 
     @property
     def splits(self):
-        return [split for split in SPLITS if split in self._hashes]
+        return [split for split in SPLITS if split in self._of_split]
 
-    def add(self, root, split, path, name, data, may_repeat=False):
-        """Takes a record, and says whether its class is wanted. may_repeat: check_paths looks at this path."""
+    @property
+    def has_weights(self):
+        """PackError where only some records have a weight."""
+        if len(self._weighted) > 1:
+            raise PackError(f"{self._weighted[True]} images have a weight and {self._weighted[False]} have none; give "
+                            "all one, or none")
+        return self._weighted[True] > 0
+
+    def add(self, root, split, path, name, data, weight=math.nan, *, may_repeat=False):
+        """Takes a record and returns what is Listed, None where its class is not wanted.
+
+        may_repeat  check_paths looks at this path
+        """
         try:
             name = name.encode()
         except UnicodeEncodeError as error:
@@ -76,33 +119,37 @@ class Listing:
         if self._wanted is not None:
             found = bisect_left(self._wanted, number)
             if found == len(self._wanted) or self._wanted[found] != number:
-                return False
-        place = blake2b(self._total.to_bytes(8, "little"), key=self._seed, digest_size=8).digest()
-        owner = split
+                return None
+        place, owner = self.place(self._total), split
         if self._held_out is not None:
             if split:
                 raise PackError(f"{path}: is of split {split} already; leave out --split")
             # Names are those of train whatever the draw, so that no class is unknown to it.
             owner, (held_out, share) = "train", self._held_out
-            split = held_out if int.from_bytes(place, "big") < share * 2**64 else "train"
+            drawn = place if self._by == "image" else blake2b(name, key=self._seed, digest_size=8).digest()
+            split = held_out if int.from_bytes(drawn, "big") < share * 2**64 else "train"
         if owner not in self._names:
             share = self._memory_bytes if owner in CLASS_SPLITS else self._memory_bytes // 4
             self._names[owner] = Sorter(os.path.join(self._folder, f"names-{owner}"), share, unique=True)
-        if split not in self._hashes:
-            self._hashes[split] = open(os.path.join(self._folder, f"hashes-{split}"), "w+b", buffering=2**16)
         self._names[owner].add(name)
-        self._hashes[split].write(number.to_bytes(8, sys.byteorder))
+        self._rows.write(self._ROW.pack(SPLITS.index(split), number))
+        self._of_split[split] += 1
+        self._weighted[not math.isnan(weight)] += 1
         if owner in CLASS_SPLITS:
             self._numbers = self._numbers and name.isdigit()  # of bytes: ASCII digits
         path = os.fsencode(path)
         if may_repeat and data is None:
             self._paths.add(b"\0".join((path, b"%d" % root, name)))
-        head = HEAD.pack(SPLITS.index(split), place, number, root, len(path), data is not None)
+        head = HEAD.pack(SPLITS.index(split), place, self._total, number, root, len(path), weight, data is not None)
         part = int.from_bytes(place, "big") * len(self._records) >> 64
         self._records[part].add(b"".join((head, path, data or b"")))
         self._num_records[part] += 1
         self._total += 1
-        return True
+        return Listed(self._total - 1, split, number)
+
+    def place(self, number):
+        """8 bytes, by which the records are sorted."""
+        return blake2b(number.to_bytes(8, "little"), key=self._seed, digest_size=8).digest()
 
     def check_paths(self):
         """How often paths that may repeat do so. PackError where one has several labels. Once."""
@@ -137,86 +184,120 @@ class Listing:
             self.has_gaps = self.has_gaps or item[4:end] != (b"%d" % label).lstrip(b"0")
             yield item[end:]
 
-    def class_counts(self, split, table, owner):
-        """(C,) int64, in a file: images of each class. PackError where one is not of the table, which is owner's."""
-        counts, unknown = counts_file(os.path.join(self._folder, f"listed-{split}"), len(table)), 0
-        with self._hashes[split] as file:
-            file.seek(0)
-            while len(hashes := np.frombuffer(file.read(2**19), np.uint64)):
-                labels = table.labels(hashes)
-                unknown += np.count_nonzero(labels < 0)
-                np.add.at(counts, labels[labels >= 0], 1)
-        if unknown:
-            name = next(name for name in self._names[split] if table.labels(np.uint64([name_hash(name)]))[0] < 0)
-            raise PackError(f"class {name.decode()!r}{split and ' of ' + split} is not one of {owner} ({unknown} "
-                            "images are of such classes); add it there or leave it out here")
-        return counts
+    def rows(self):
+        """Yields (number of the first, array of ROW) of all records in the order of their numbers. Ends the adding."""
+        self._rows.close()
+        with open(self._rows.name, "rb") as file:
+            for first in range(0, self._total, ROWS):
+                yield first, np.frombuffer(file.read(ROWS * self.ROW.itemsize), self.ROW)
 
-    def finish(self, skipped):
-        """Leaves in the folder what `Listed` opens, and nothing else. After class_names and class_counts.
+    def class_counts(self, table, fates, folder):
+        """{split: (C,) int64} kept images of each class, in files of the folder, and {split: those of no class}.
 
-        skipped  Tally of the images that were left out of the list
+        fates  (number of records,) uint8, Fate of each
         """
-        facts = {"splits": self.splits, "num_records": self._num_records, "skipped": skipped.as_json(), "runs": [
-            [os.path.relpath(path, self._folder) for path in records.runs()] for records in self._records]}
-        for split in self._hashes:
-            os.unlink(os.path.join(self._folder, f"hashes-{split}"))
-        for name in ("paths", "by-value", *(f"names-{split}" for split in self._names)):
-            shutil.rmtree(os.path.join(self._folder, name), ignore_errors=True)  # where there were any
+        counts = {split: zeros_file(os.path.join(folder, f"listed-{split}"), len(table)) for split in self.splits}
+        unknown = Counter()
+        for first, rows in self.rows():
+            rows = rows[fates[first : first + len(rows)] == Fate.KEPT]
+            for split in self.splits:
+                labels = table.labels(rows["name"][rows["split"] == SPLITS.index(split)])
+                unknown[split] += np.count_nonzero(labels < 0)
+                np.add.at(counts[split], labels[labels >= 0], 1)
+        return counts, unknown
+
+    def refuse_unknown(self, unknown, table, owner):
+        """PackError that names a class where images, {split: number}, are of none in the table, which is owner's."""
+        for split, count in unknown.items():
+            if count:
+                name = next(name for name in self._names[split] if table.labels(np.uint64([name_hash(name)]))[0] < 0)
+                raise PackError(f"class {name.decode()!r}{split and ' of ' + split} is not one of {owner} ({count} "
+                                "images are of such classes); add it there or leave it out here")
+
+    def finish(self, table, has_weights, left_out, skipped):
+        """Leaves in the folder what FinishedListing opens, and reports; nothing is to be called after this.
+
+        table     ClassTable in a folder of this one, beside whose files class_counts has put its own
+        left_out  {reason: images} of what has another Fate than KEPT, or no class
+        skipped   Tally of the images that could not be listed
+        """
+        facts = {"splits": self.splits, "num_records": self._num_records, "has_weights": has_weights,
+                 "table": os.path.basename(table.folder), "left_out": left_out, "skipped": skipped.as_json(), "runs": [
+                     [os.path.relpath(path, self._folder) for path in records.runs()] for records in self._records]}
+        for entry in os.scandir(self._folder):
+            if entry.name == "rows":
+                os.unlink(entry)
+            elif entry.is_dir() and entry.name != facts["table"] and not entry.name.startswith("records-"):
+                shutil.rmtree(entry)
         with open(os.path.join(self._folder, "facts.json"), "w") as file:
             json.dump(facts, file)
 
 
-class Listed:
-    """The finished listing in a folder, which several processes may read.
+class FinishedListing:
+    """The list in a folder, as several processes may read it.
 
-    splits  its splits; table  ClassTable; skipped  Tally; num_records  of each part
+    splits       that have records
+    table        ClassTable
+    counts       {split: (C,) int64}: images of each class that are to be packed
+    has_weights  whether the records have weights
+    left_out     {reason: images}
+    skipped      Tally of images that could not be listed
     """
 
     def __init__(self, folder):
         with open(os.path.join(folder, "facts.json")) as file:
             facts = json.load(file)
-        self._folder, self._runs = folder, facts["runs"]
-        self.splits, self.num_records = facts["splits"], facts["num_records"]
-        self.skipped, self.table = Tally(**facts["skipped"]), ClassTable.open(os.path.join(folder, "classes"))
+        self._folder, self._runs, self._num_records = folder, facts["runs"], facts["num_records"]
+        self.splits, self.has_weights, self.left_out = facts["splits"], facts["has_weights"], facts["left_out"]
+        self.skipped, self.table = Tally(**facts["skipped"]), ClassTable.open(os.path.join(folder, facts["table"]))
+        self.counts = {split: np.memmap(os.path.join(self.table.folder, f"listed-{split}"), np.int64, "r")
+                       for split in self.splits}
+        self._fates = np.broadcast_to(np.uint8(Fate.KEPT), sum(self._num_records))  # takes no memory
+        if os.path.exists(path := os.path.join(folder, "fates")):
+            self._fates = np.memmap(path, np.uint8, "r")
 
     @property
     def total(self):
-        """Images that the sources have, those that were left out among them."""
-        return sum(self.num_records) + self.skipped.count
+        """Images that are to be packed or could not be listed."""
+        return sum(int(counts.sum()) for counts in self.counts.values()) + self.skipped.count
 
-    def class_counts(self, split):
-        """(C,) int64: images of each class that were listed."""
-        return np.memmap(os.path.join(self._folder, f"listed-{split}"), np.int64, "r")
+    def expected(self, part):
+        """Images of a part that are to be packed: of one of several parts about, where some of the list are not."""
+        return round(self._num_records[part] * (self.total - self.skipped.count) / sum(self._num_records))
 
     def chunks(self, part, memory_bytes, most_records, most_bytes, start=b""):
-        """Yields the records of a part from that with the key `start` on, in lists of one split, which end when they
-        have so many records or bytes."""
-        items = merged([os.path.join(self._folder, path) for path in self._runs[part]], memory_bytes, start)
-        for _, of_split in itertools.groupby(items, key=lambda item: item[0]):
+        """Yields the records of a part that are kept and of a class, in lists of one split and up to so many records.
+
+        A list ends with the record that reaches most_bytes. start is the key of the first.
+        """
+        records = merged([os.path.join(self._folder, path) for path in self._runs[part]], memory_bytes, start)
+        for _, items in itertools.groupby(records, key=lambda item: item[0]):
             chunk, num_bytes = [], 0
-            for item in of_split:
+            for item in items:
                 chunk.append(item)
                 num_bytes += len(item)
                 if len(chunk) >= most_records or num_bytes >= most_bytes:
-                    yield self._decoded(chunk)
+                    yield from self._decoded(chunk)
                     chunk, num_bytes = [], 0
-            if chunk:
-                yield self._decoded(chunk)
+            yield from self._decoded(chunk)
 
     def _decoded(self, items):
+        """Yields the list of Records that are packed, or nothing."""
         heads = [HEAD.unpack_from(item) for item in items]
-        labels = self.table.labels(np.array([number for _, _, number, *_ in heads], np.uint64)).tolist()
+        labels = self.table.labels(np.array([name for _, _, _, name, *_ in heads], np.uint64))
+        is_kept = (labels >= 0) & (self._fates[[number for _, _, number, *_ in heads]] == Fate.KEPT)
         records = []
-        for item, label, (split, _, _, root, length, has_data) in zip(items, labels, heads, strict=True):
-            key = item[: HEAD.size + length]
-            path, data = os.fsdecode(key[HEAD.size :]), item[len(key) :] if has_data else None
-            records.append(Record(SPLITS[split], path, root, label, data, key))
-        return records
+        for place in np.flatnonzero(is_kept):
+            split, _, _, _, root, length, weight, has_data = heads[place]
+            item, end = items[place], HEAD.size + length
+            path, data = os.fsdecode(item[HEAD.size : end]), item[end:] if has_data else None
+            records.append(Record(SPLITS[split], path, root, int(labels[place]), data, weight, item[:end]))
+        if records:
+            yield records
 
 
-def counts_file(path, num_classes):
-    """(C,) int64 zeros that live in a file: memory is not enough for those of every class."""
-    with open(path, "wb") as file:  # or a full disk would kill the process when it counts
-        os.posix_fallocate(file.fileno(), 0, 8 * num_classes)
-    return np.memmap(path, np.int64, "r+", shape=num_classes)
+def zeros_file(path, length, dtype=np.int64):
+    """(length,) zeros that live in a file: memory is not enough for a number of every class."""
+    with open(path, "wb") as file:  # find out here whether there is room: a page without it would kill the process
+        os.posix_fallocate(file.fileno(), 0, length * np.dtype(dtype).itemsize)
+    return np.memmap(path, dtype, "r+", shape=length)

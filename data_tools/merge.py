@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 
-from data_tools.listing import counts_file
+from data_tools.listing import zeros_file
 from data_tools.pack_writer import labels_of, renumber, write_index
 from data_tools.skipped import HEADER
 from xc import pack as layout
@@ -32,7 +32,7 @@ def merge(folder, out, listed, journals, tally, **attributes):
             raise PackError(f"no image{split and ' of ' + split} can be used: {tally}")
     for split in listed.splits:
         os.makedirs(os.path.join(pack, split), exist_ok=True)
-        counts = counts_file(os.path.join(folder, f"written-{split}-{secrets.token_hex(4)}"), len(listed.table))
+        counts = zeros_file(os.path.join(folder, f"written-{split}-{secrets.token_hex(4)}"), len(listed.table))
         merged[split] = shards, _ = [], counts
         for journal in journals:
             for number, shard in enumerate(journal.shards.get(split, ())):
@@ -42,10 +42,12 @@ def merge(folder, out, listed, journals, tally, **attributes):
                 shards.append(shard)
     for split, (shards, counts) in merged.items():  # last: a folder without an index is not a pack
         _appear(os.path.join(pack, split, layout.INDEX_FILE), folder, lambda path: write_index(
-            path, shards, counts, listed.table, skipped=tally.of_split[split], **attributes))  # noqa: B023
+            path, shards, counts, listed.table, listed.has_weights, skipped=tally.of_split[split], **attributes))  # noqa: B023
     lists = [os.path.join(folder, "listing"), *(journal.folder for journal in journals)]
     _appear(os.path.join(pack, "skipped.tsv"), folder,
             lambda path: _join(path, [os.path.join(place, "skipped.tsv") for place in lists]))
+    if os.path.exists(duplicates := os.path.join(folder, "listing", "duplicates.tsv")):
+        _appear(os.path.join(pack, "duplicates.tsv"), folder, lambda path: shutil.copyfile(duplicates, path))
     sync_tree(pack)
     os.rename(pack, out)
     sync(os.path.dirname(out))

@@ -10,11 +10,12 @@ with shards named after splits, OUT is a folder of packs with one class table, t
 the class names in sorted order; where all names are numbers they are sorted as numbers, so labels 0 … C − 1 of a CSV
 keep their values.
 
-Every image is decoded once as a check; its bytes are kept unless --resize, --format or --quality asks for others. Those
-that fail are left out, counted and listed in OUT/skipped.tsv. OUT appears only when everything is done; before that
-there is a folder .OUT.partial-pack beside it, which no reader accepts. Whatever ends a pack before, the same command
-goes on with that folder: behind the last shard that is whole, or with the list of images if that was not. Several
-processes, on any nodes that share the folder, make one pack by --part; the order of its records is that of one process.
+Every image is decoded once as a check, or looked at as --check says (data_tools/image_check.py); its bytes are kept
+unless --resize, --format or --quality asks for others. Those that fail are left out, counted and listed in
+OUT/skipped.tsv. OUT appears only when everything is done; before that there is a folder .OUT.partial-pack beside it,
+which no reader accepts. Whatever ends a pack before, the same command goes on with that folder: behind the last shard
+that is whole, or with the list of images if that was not. Several processes, on any nodes that share the folder, make
+one pack by --part; the order of its records is that of one process.
 The same SRC, seed and number of parts give the same bytes whatever the number of workers, the memory and interruptions.
 While it runs, memory holds what --memory-mb allows, one shard, and some megabytes and one decoded image per worker; the
 list is files in that folder, as large as the images that did not come in files of their own.
@@ -28,17 +29,21 @@ import shutil
 import signal
 import time
 from array import array
+from collections import Counter
 
 import numpy as np
 import PIL
 
-from data_tools.checking import CHUNK_BYTES, CHUNK_RECORDS, read_in_order, worker_pool
+from data_tools.checking import CHUNK_BYTES, CHUNK_RECORDS, KEPT, read_in_order, worker_pool
+from data_tools.choosing import choose
 from data_tools.claim import by_one
-from data_tools.class_table import ClassTable, name_hash, names_of
+from data_tools.class_table import name_hash, names_of
 from data_tools.command import Parser, between, check_paths
+from data_tools.duplicates import RULES, Duplicates
 from data_tools.encoding import FORMATS, Encoding
+from data_tools.image_check import CHECKS
 from data_tools.journal import Journal
-from data_tools.listing import CLASS_SPLITS, MAX_NAME_BYTES, Listed, Listing
+from data_tools.listing import CLASS_SPLITS, MAX_NAME_BYTES, Fate, FinishedListing, Listing, zeros_file
 from data_tools.merge import merge
 from data_tools.pack_writer import ShardWriter
 from data_tools.partial_folder import discard, fingerprint, kept, left, open_folder, owned, path_for
@@ -49,13 +54,19 @@ from xc import pack as layout
 from xc.disk import sync_tree
 from xc.pack import PackError, open_splits
 
+LEFT_OUT = {"repeat": "images that repeat others", "leak": "images of train that are in val or test too",
+            "conflict": "images with several labels", "few": "images of classes with fewer than --min-images",
+            "many": "images beyond --max-images-per-class"}
+# Of the parameters of `pack`, those that do not change its bytes, and those that `describe` has in another form.
+BESIDE = {"memory_mb", "workers", "max_skipped", "out", "restart", "src", "classes", "root", "part"}
+
 
 def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, workers, max_pixels, max_skipped,
-         resize, format, quality, part, restart):
+         resize, format, quality, check, split_by, min_images, max_images_per_class, duplicates, part, restart):
     """Packs src, a list of paths, into the new folder out and says what became of it; the parameters are the flags.
 
-    returns  dict of totals over the splits: records, classes, bytes, shards, skipped, seconds; where this was not the
-             last part, its own, and "part": "I/N"
+    returns  dict of totals over the splits: records, classes, bytes, shards, skipped, left_out ({reason: images}),
+             seconds; of a part that was not the last, its own without classes and left_out, and "part": "I/N"
 
     PackError or OSError, with nothing at out, for whatever the user can mend; `partial_folder.left` says what is kept.
     """
@@ -63,12 +74,18 @@ def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, wor
     started, (number, parts) = time.monotonic(), part
     out, memory_bytes = os.path.abspath(out), int(memory_mb * 1e6)
     check_paths(src, out, root)
-    if quality is not None and format == "png":
-        raise PackError("--quality is of jpeg and webp, png loses nothing; leave it out")
+    if quality is not None and format in ("png", "raw"):
+        raise PackError(f"--quality is of jpeg and webp, {format} loses nothing; leave it out")
+    if split_by == "class" and split is None:
+        raise PackError("--split-by class says how --split draws; give that too")
+    if min_images is not None and classes is not None and not os.path.isfile(classes):
+        raise PackError(f"--min-images {min_images} would change the class table of --classes {classes}; leave one out")
+    encoding = Encoding(resize, format, quality)
+    if check != "full" and encoding != KEPT:
+        raise PackError(f"--check {check} is for images that keep their bytes, all others are decoded; leave it out")
     if restart and parts > 1:
         raise PackError(f"--restart with --part would remove what other parts do; remove {path_for(out)} yourself")
     sources = [open_source(path, kind, root) for path in src]
-    encoding = Encoding(resize, format, quality)
     named = None
     if classes is not None:
         named = names_in(classes) if os.path.isfile(classes) else open_splits(classes)["train"]
@@ -81,7 +98,8 @@ def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, wor
         new = f"{listing}-{owner}"
         shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
         os.mkdir(new)
-        list_sources(new, src, sources, classes, named, split, seed, parts, memory_bytes, max_skipped)
+        list_sources(new, src, sources, classes, named, seed, parts, memory_bytes, workers, max_skipped, split,
+                     split_by, min_images, max_images_per_class, duplicates)
         sync_tree(new)
         os.rename(new, listing)
 
@@ -92,12 +110,12 @@ def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, wor
     with owned(folder, number, out), kept(folder, out, parts, lambda: os.path.isdir(listing),
                                           lambda: Journal(places[number]).shards):
         by_one(f"{listing}.claim", owner, lambda: os.path.isdir(listing), make_listing)
-        listed, journal = Listed(listing), Journal(places[number])
+        listed, journal = FinishedListing(listing), Journal(places[number])
         if journal.taken:
-            note(f"going on behind {journal.taken:,} of {listed.num_records[number]:,} images")
+            note(f"going on behind {journal.taken:,} of {listed.expected(number):,} images")
         if not journal.done:
             write_part(journal, listed, number, [source.root for source in sources], shard_mb * 1e6, memory_bytes,
-                       workers, max_skipped, max_pixels, encoding)
+                       workers, max_skipped, max_pixels, encoding, check)
         journals = [Journal(place) for place in places]
         to_come = sum(not one.done for one in journals)
         if not to_come:
@@ -123,11 +141,7 @@ def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, wor
         print(f"{os.path.join(out, split).rstrip('/')}: {of_split['records']} images of {np.count_nonzero(counts)} "
               f"classes, {of_split['bytes'] / 1e6:.1f} MB in {of_split['shards']} shards")
     return {**totals(shards for shards, _ in merged.values()), "classes": len(listed.table), "skipped": tally.count,
-            "seconds": round(time.monotonic() - started, 3)}
-
-
-# Of the parameters of `pack`, those that do not change its bytes, and those that `describe` has in another form.
-BESIDE = {"memory_mb", "workers", "max_skipped", "out", "restart", "src", "classes", "root", "part"}
+            "left_out": listed.left_out, "seconds": round(time.monotonic() - started, 3)}
 
 
 def describe(src, classes, root, parts, of_bytes):
@@ -139,42 +153,68 @@ def describe(src, classes, root, parts, of_bytes):
             "versions": {"pack": layout.VERSION, "parts": 1, "Pillow": PIL.__version__}, **flags}
 
 
-def list_sources(folder, src, sources, classes, named, split, seed, parts, memory_bytes, max_skipped):
-    """Lists the records of all sources and their classes into a folder, for Listed.
+def list_sources(folder, src, sources, classes, named, seed, parts, memory_bytes, workers, max_skipped, split, split_by,
+                 min_images, max_images_per_class, duplicates):
+    """Lists the records of all sources and their classes into a folder, for FinishedListing.
 
     named  of --classes: array of the hashes of the names that are wanted, or the Pack whose classes are taken
     """
     wanted, given = (named, None) if isinstance(named, array) else (None, named)
-    listing = Listing(folder, memory_bytes, seed, wanted, split, parts)
-    with Skipped(os.path.join(folder, "skipped.tsv"), max_skipped) as skipped, Progress("listing") as progress:
+    listing = Listing(folder, memory_bytes, seed, wanted, split, split_by, parts)
+    with (Skipped(os.path.join(folder, "skipped.tsv"), max_skipped) as skipped,
+          worker_pool(workers if duplicates != "keep" else 0) as pool, Progress("listing") as progress):
+        repeated = Duplicates(os.path.join(folder, "duplicates"), memory_bytes // 8, pool, 2 * workers + 1)
         for number, source in enumerate(sources):
             for record in source.records(skipped):
-                if not listing.add(number, *record, source.may_repeat):
+                listed = listing.add(number, *record, may_repeat=source.may_repeat)
+                if listed is None:
                     skipped.ignored[f"images of classes that {classes} does not name"] += 1
+                elif duplicates != "keep":
+                    repeated.add(listed, source.root, *record[1:4])
                 progress.add(1)
+        repeated.end()
     splits = listing.splits
     if not CLASS_SPLITS & set(splits):
         raise PackError(f"{', '.join(src)}: no images"
                         f"{' of split train, which gives the classes' if splits else ''}{_why(skipped)}")
     if "" in splits and len(splits) > 1:
         raise PackError(f"{', '.join(src)}: some images have a split and others none; give all one, or none")
+    if split is not None and split[0] not in splits:
+        raise PackError(f"--split {split[0]}={split[1]} of {len(listing)} images draws no {split_by}; give more, "
+                        "or leave it out")
     for what, count in sorted(skipped.ignored.items()):
         note(f"ignored {count} {what}")
     if repeats := listing.check_paths():
         note(f"{repeats} rows name a path again; their images are packed as often as they are named")
-    table = ClassTable(os.path.join(folder, "classes"), listing.class_names() if given is None else names_of(given),
-                       memory_bytes // 4)
+    has_weights, left_out = listing.has_weights, Counter()
+    if duplicates == "keep" and max_images_per_class is None:
+        fates = np.broadcast_to(np.uint8(Fate.KEPT), len(listing))  # takes no memory
+    else:
+        fates = zeros_file(os.path.join(folder, "fates"), len(listing), np.uint8)
+    if duplicates != "keep":
+        left_out += _resolve(repeated, duplicates, fates, os.path.join(folder, "duplicates.tsv"))
+    owner = "train" if given is None else "the pack of --classes"
+    choice = choose(listing, listing.class_names() if given is None else names_of(given), owner, fates, folder,
+                    memory_bytes, min_images, max_images_per_class, split_by == "class")
+    left_out += choice.left_out
+    for reason, count in left_out.items():
+        note(f"left out {count} {LEFT_OUT[reason]}")
+    if choice.num_few:
+        note(f"{choice.num_few} classes have fewer than --min-images {min_images} and get no label; the labels of "
+             f"the others are 0, 1, 2, … {len(choice.table) - 1}")
     if listing.has_gaps:
         note("the class names are numbers with gaps: their labels are 0, 1, 2, … without gaps")
-    if wanted is not None and len(wanted) > len(table):
-        note(f"{len(wanted) - len(table)} classes of {classes} have no images and get no label")
-    for split in splits:
-        listing.class_counts(split, table, "train" if given is None else "the pack of --classes")
-    listing.finish(skipped.tally)
+    absent = 0 if wanted is None else len(wanted) - len(choice.table) - choice.num_few
+    if absent > 0:
+        note(f"{absent} classes of {classes} have no images and get no label")
+    listing.finish(choice.table, has_weights, left_out, skipped.tally)
 
 
-def write_part(journal, listed, number, roots, shard_bytes, memory_bytes, workers, max_skipped, max_pixels, encoding):
-    """Writes the shards of a part of what is listed, from where its journal ends."""
+def write_part(journal, listed, number, roots, shard_bytes, memory_bytes, workers, max_skipped, *checking):
+    """Writes the shards of a part of what is listed, from where its journal ends.
+
+    checking  max_pixels, encoding, check of check_images
+    """
     split, writer, taken = None, None, journal.taken
     os.makedirs(journal.folder, exist_ok=True)
     with Skipped(os.path.join(journal.folder, "skipped.tsv"), max_skipped, listed.total, listed.skipped,
@@ -184,8 +224,8 @@ def write_part(journal, listed, number, roots, shard_bytes, memory_bytes, worker
             journal.add(split, writer and writer.write(), start, skipped.state(), taken)
 
         chunks = listed.chunks(number, memory_bytes // 2, CHUNK_RECORDS, CHUNK_BYTES, journal.start)
-        with worker_pool(workers) as pool, Progress("packing", listed.num_records[number], done=taken) as progress:
-            images = read_in_order(pool, 2 * workers + 1, roots, chunks, max_pixels, encoding)
+        with worker_pool(workers) as pool, Progress("packing", listed.expected(number), done=taken) as progress:
+            images = read_in_order(pool, 2 * workers + 1, roots, chunks, *checking)
             for record, data, crc_or_reason in images:
                 if data is None:
                     skipped.add(record.split, record.path, crc_or_reason)
@@ -194,9 +234,9 @@ def write_part(journal, listed, number, roots, shard_bytes, memory_bytes, worker
                         end_shard(record.key)
                     if split != record.split:
                         split = record.split
-                        writer = ShardWriter(os.path.join(journal.folder, split), shard_bytes,
+                        writer = ShardWriter(os.path.join(journal.folder, split), shard_bytes, listed.has_weights,
                                              len(journal.shards.get(split, ())))
-                    writer.add(data, crc_or_reason, record.label)
+                    writer.add(data, crc_or_reason, record.label, record.weight)
                 taken += 1
                 progress.add(1)
         end_shard(None)
@@ -209,9 +249,18 @@ def totals(shards_of_splits):
 
 
 def lost_classes(listed, split, counts):
-    """(number, first names) of the classes that were listed in a split, and have no image in it."""
-    labels = np.flatnonzero((listed.class_counts(split) > 0) & (counts == 0))
+    """(number, first names) of the classes that were to be packed in a split, and have no image in it."""
+    labels = np.flatnonzero((listed.counts[split] > 0) & (counts == 0))
     return len(labels), [listed.table.name(label) for label in labels[:NAMED]]
+
+
+def _resolve(repeated, rule, fates, path):
+    """Writes the report of duplicates, says what was found, and returns what was left out {reason: images}."""
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+        found, left_out = repeated.resolve(rule, fates, file)
+    note(f"{found['contents']} images come several times: {found['repeats']} times again with the same label, "
+         f"{found['leaks']} times in train though in val or test too, {found['conflicts']} times with several labels")
+    return left_out
 
 
 def names_in(path):
@@ -266,6 +315,15 @@ def main(argv=None):
     add("--root", metavar="DIR", help="where the paths in a manifest start (the folder of that file)")
     add("--split", type=held_out, metavar="NAME=SHARE", help="draw this share of the images for the split val or test, "
         "as in test=0.01, where the source has no splits")
+    add("--split-by", choices=("image", "class"), default="image", help="class: draw whole classes, which keep their "
+        "labels, but train has no image of them: for features, as those of retrieval (%(default)s)")
+    add("--min-images", type=between(1, 2**62), metavar="K", help="give no label to classes with fewer images in train "
+        "(of --split-by class: anywhere), and leave out their images")
+    add("--max-images-per-class", type=between(1, 2**62), metavar="M", help="of each class take M images for train, "
+        "drawn at random, where it has more")
+    add("--duplicates", choices=RULES, default="keep", help="images of the same bytes: report lists them in "
+        "OUT/duplicates.tsv; drop also keeps only one of those with the same label, and none in train of those that "
+        "are in val or test; drop-conflicting also keeps none of those with several labels (%(default)s)")
     add("--seed", type=between(0, 2**63 - 1), default=0, help="of the shuffle (%(default)s)")
     add("--shard-mb", type=between(1e-6, 2**20, float), default=256, help="most image data in one file (%(default)s)")
     add("--memory-mb", type=between(1e-3, 2**20, float), default=1024,
@@ -277,9 +335,12 @@ def main(argv=None):
         help="fail where more images cannot be used, a number or a share (%(default)s)")
     add("--resize", type=between(1, 2**14), metavar="PIXELS", help="make larger images so small that the shorter side "
         "has this length; of PNG, JPEG and WebP the format stays, others become PNG")
-    add("--format", choices=FORMATS, help="encode images that have another format anew (the bytes are kept)")
+    add("--format", choices=FORMATS, help="encode images that have another format anew (the bytes are kept); raw: "
+        "uncompressed, for fast reading")
     add("--quality", type=between(1, 100), help="encode all images anew, JPEG and WebP with this quality; without it, "
         "images that must be encoded anew get 90")
+    add("--check", choices=CHECKS, default="full", help="what is looked at of images whose bytes are kept: full, that "
+        "each decodes; header, its type, size and end, as data_tools/image_check.py says; none (%(default)s)")
     add("--part", type=part_of, default=(0, 1), metavar="I/N", help="do part I of N, from 0/N up, each in a process of "
         "its own with the same flags; the last makes the pack of all")
     add("--restart", action="store_true", help="begin anew, and remove what an interrupted pack has left")

@@ -1,5 +1,6 @@
 """The writer of packs; xc/pack.py has their layout and the reader."""
 
+import math
 import os
 from array import array
 from typing import NamedTuple
@@ -22,11 +23,13 @@ class Shard(NamedTuple):
 class ShardWriter:
     """Gathers records and writes them as one shard after the other.
 
-    number  of the next shard
+    number       of the next shard
+    has_weights  whether weights are written
     """
 
-    def __init__(self, folder, shard_bytes, number=0):
+    def __init__(self, folder, shard_bytes, has_weights=False, number=0):
         self.number, self._folder, self._shard_bytes = number, folder, shard_bytes
+        self._tables = layout.SHARD_TABLES | (layout.WEIGHT_TABLES if has_weights else {})
         os.makedirs(folder, exist_ok=True)
         self._clear()
 
@@ -34,17 +37,18 @@ class ShardWriter:
         """Whether the next shard has room for this record; it always has for its first."""
         return not self._labels or len(self._bytes) + len(data) <= self._shard_bytes
 
-    def add(self, data, crc, label):
+    def add(self, data, crc, label, weight=math.nan):
         self._bytes += data
         self._ends.append(len(self._bytes))
         self._labels.append(label)
         self._crcs.append(crc)
+        self._weights.append(weight)
 
     def write(self):
         """Writes what was gathered, and returns the Shard."""
         tables = {"bytes": np.frombuffer(self._bytes, np.uint8), "offsets": self._ends, "labels": self._labels,
-                  "crc32": self._crcs}
-        size = _write(os.path.join(self._folder, layout.SHARD_FILE.format(self.number)), layout.SHARD_TABLES, tables,
+                  "crc32": self._crcs, "weights": self._weights}
+        size = _write(os.path.join(self._folder, layout.SHARD_FILE.format(self.number)), self._tables, tables,
                       num_records=len(self._labels), shard=self.number)
         shard = Shard(len(self._labels), len(self._bytes), size)
         self.number += 1
@@ -53,30 +57,33 @@ class ShardWriter:
 
     def _clear(self):
         self._bytes, self._ends, self._labels, self._crcs = bytearray(), array("q", [0]), array("q"), array("I")
+        self._weights = array("f")
 
 
 class PackWriter:
     """Writes the shards of one pack, then its index. A shard ends before the record that would exceed shard_bytes."""
 
-    def __init__(self, folder, shard_bytes, class_counts):
+    def __init__(self, folder, shard_bytes, class_counts, has_weights=False):
         """class_counts  (C,) int64 zeros, which the writer counts up"""
-        self.class_counts, self.shards, self._folder = class_counts, [], folder
-        self._writer = ShardWriter(folder, shard_bytes)
+        self.class_counts, self.shards, self._folder, self._has_weights = class_counts, [], folder, has_weights
+        self._writer = ShardWriter(folder, shard_bytes, has_weights)
 
-    def add(self, data, crc, label):
+    def add(self, data, crc, label, weight=math.nan):
+        """weight  is written where the pack has weights"""
         if not self._writer.fits(data):
             self.end_shard()
-        self._writer.add(data, crc, label)
+        self._writer.add(data, crc, label, weight)
         self.class_counts[label] += 1
 
     def end_shard(self):
         self.shards.append(self._writer.write())
 
     def write_index(self, table, **attributes):
-        write_index(os.path.join(self._folder, layout.INDEX_FILE), self.shards, self.class_counts, table, **attributes)
+        write_index(os.path.join(self._folder, layout.INDEX_FILE), self.shards, self.class_counts, table,
+                    self._has_weights, **attributes)
 
 
-def write_index(path, shards, class_counts, table, **attributes):
+def write_index(path, shards, class_counts, table, has_weights, **attributes):
     """Writes the index of a pack.
 
     shards        [Shard] by their numbers
@@ -87,6 +94,8 @@ def write_index(path, shards, class_counts, table, **attributes):
     tables = {"shard_records": [shard.records for shard in shards],
               "shard_file_bytes": [shard.file_bytes for shard in shards], "class_names": table.names,
               "class_name_offsets": table.ends, "class_counts": class_counts}
+    if has_weights:
+        attributes["has_weights"] = 1
     _write(path, layout.INDEX_TABLES, tables, num_records=sum(shard.records for shard in shards),
            num_classes=len(table), num_bytes=sum(shard.num_bytes for shard in shards),
            classes_digest=layout.classes_digest([table.ends], [table.names]), **attributes)

@@ -7,7 +7,8 @@ every checksum. Memory: some numbers for each class.
 
 Of a timeline.json, which train.py --timeline-steps writes, it prints and draws one step instead.
 
-Exit code 2 and one line on stderr where something is wrong.
+Progress goes to stderr, the result alone to stdout. Exit code 2 and one line on stderr where something is wrong, 1
+where --verify finds a pack damaged.
 """
 
 import json
@@ -20,7 +21,7 @@ import numpy as np
 from data_tools import pack_pictures, timeline
 from data_tools.command import Parser, between
 from data_tools.progress import Progress
-from xc.pack import PackError, open_image, open_splits
+from xc.pack import INDEX_FILE, PackError, open_image, open_splits
 
 BAR = 40  # most characters of a bar
 
@@ -140,6 +141,17 @@ def write_new(path, data):
             raise
 
 
+def check_pictures(args):
+    """PackError for pictures that can be known not to be written, before anything is read."""
+    for flag, path in ("--sheet", args.sheet), ("--plot", args.plot):
+        if path and not path.endswith(".png"):
+            raise PackError(f"{flag} {path} is not allowed: give a name that ends in .png")
+        if path and os.path.lexists(path):
+            raise PackError(f"{flag} {path} exists; remove it or give another name")
+        if path and not os.path.isdir(os.path.dirname(path) or "."):
+            raise PackError(f"{flag} {path}: no such folder as {os.path.dirname(path)}; make it first")
+
+
 def show_timeline(parser, args):
     try:
         if args.sheet or args.verify:
@@ -167,7 +179,8 @@ def show_timeline(parser, args):
 def main(argv=None):
     parser = Parser(prog="data_tools.show", description=__doc__.partition("\n")[0])
     parser.add_argument("pack", metavar="PACK", help="a pack, a folder with packs train, val, test, or a timeline.json")
-    parser.add_argument("--verify", action="store_true", help="read everything and check every checksum")
+    parser.add_argument("--verify", action="store_true", help="read everything and check every checksum; exit code 1 "
+                        "where a pack is damaged")
     parser.add_argument("--sample", type=between(1, 10**7), default=256,
                         help="images that sizes and formats are found of (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -177,14 +190,12 @@ def main(argv=None):
     if args.pack.endswith(".json"):
         show_timeline(parser, args)
         return
+    is_pack = any(os.path.exists(os.path.join(args.pack, folder, INDEX_FILE)) for folder in ("", "train"))
     try:
-        for flag, path in ("--sheet", args.sheet), ("--plot", args.plot):
-            if path and not path.endswith(".png"):
-                raise PackError(f"{flag} {path} is not allowed: give a name that ends in .png")
-            if path and os.path.lexists(path):
-                raise PackError(f"{flag} {path} exists; remove it or give another name")
-            if path and not os.path.isdir(os.path.dirname(path) or "."):
-                raise PackError(f"{flag} {path}: no such folder as {os.path.dirname(path)}; make it first")
+        check_pictures(args)
+    except PackError as error:
+        parser.error(str(error))
+    try:
         packs = open_splits(args.pack)
         facts = {split: describe(pack, args.sample) for split, pack in packs.items()}
         for split, pack in packs.items() if args.verify else ():
@@ -195,7 +206,9 @@ def main(argv=None):
         if args.plot:
             counts = {split: pack.class_counts for split, pack in packs.items()}
             write_new(args.plot, pack_pictures.rank_frequency(counts))
-    except (PackError, OSError) as error:
+    except PackError as error:
+        parser.error(str(error), code=1 if args.verify and is_pack else 2)
+    except OSError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted\n")

@@ -7,8 +7,15 @@ from collections import Counter
 from xc.pack import PackError
 
 NAMED = 5  # how many of a long list a message names
-HEADER = "path\treason\n"
-ESCAPES = {ord("\\"): r"\\", ord("\t"): r"\t", ord("\n"): r"\n", ord("\r"): r"\r"}
+_ESCAPES = {ord("\\"): r"\\", ord("\t"): r"\t", ord("\n"): r"\n", ord("\r"): r"\r"}
+
+
+def row(*cells):
+    """A line of a TSV file, with \\t, \\n, \\r and \\\\ in place of what would end a cell."""
+    return "\t".join(str(cell).translate(_ESCAPES) for cell in cells) + "\n"
+
+
+HEADER = row("path", "reason")
 
 
 class Tally:
@@ -74,7 +81,7 @@ class Skipped:
         self._file.close()
 
     def add(self, split, path, reason):
-        print(path.translate(ESCAPES), reason.translate(ESCAPES), sep="\t", file=self._file)
+        self._file.write(row(path, reason))
         self.tally.add(split, path, reason)
         self.check()
 

@@ -1,7 +1,8 @@
 """What data sets come as: images in folders, manifests, tar shards, RecordIO, packs.
 
-A source yields (split or "", path, class name, bytes). Images that lie in files of their own are named by a path below
-the source's root and the bytes are None; all others are read once, in order, and their path is what messages call them.
+A source yields (split or "", path, class name, bytes), and behind these a weight where it has weights. Images that lie
+in files of their own are named by a path below the source's root and the bytes are None; all others are read once, in
+order, and their path is what messages call them.
 What cannot be packed is told to `skipped`: images by skipped.add(split, path, reason), and what is no image counted in
 skipped.ignored. Nothing is extracted, and memory holds some records, however long the source is.
 """
@@ -11,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -22,13 +24,18 @@ from data_tools import recordio
 from xc import pack as layout
 from xc.pack import PackError, open_splits
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_HEADER_BYTES = 2**14  # of what a tar file says about one member beside its block
 HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
            tarfile.SOLARIS_XHDTYPE)
 MAX_LABEL_BYTES = 2**16  # of a file .cls or .json
+MAX_PATH_BYTES = 4096  # of a path in a manifest; Linux takes 4,095
+MAX_LINE = 2**16  # characters of the first line of a manifest
+MAX_ROW = 2**20  # of every other row, which may be several lines
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\3\4")  # gzip, bzip2, xz, zstd, zip
 ROWS = 1024  # of a Parquet file in memory at once
 RECORDS = 256  # of a pack
+MAX_WEIGHT = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,8 @@ def open_source(path, kind, root):
     kind  one of KINDS; None: found by content
     root  of the paths in a manifest; None: its own folder
     """
+    if not os.path.isdir(path):
+        _check_file(path)
     kind = kind or kind_of(path)
     is_list = kind in ("manifest", "parquet")
     if not is_list and root is not None:
@@ -57,6 +66,8 @@ def kind_of(path):
     if not os.path.isdir(path):
         with open(path, "rb") as file:
             head = file.read(512)
+        if head.startswith(COMPRESSED):
+            raise PackError(f"{path}: compressed; unpack it first")
         if head[:4] == b"PAR1":
             return "parquet"
         if head[:4] == recordio.MAGIC:
@@ -73,17 +84,23 @@ def kind_of(path):
     return "folder"
 
 
+def _check_file(path):
+    """PackError for a pipe, a device and the like, which may have no end, or never a begin."""
+    if not os.path.isfile(path):
+        raise PackError(f"{path}: neither a file nor a folder")
+
+
 def _shard_folders(root):
     """([folders that are not splits], [(split or "", path)] of all files at the top and in the folders of splits)."""
     others, files = [], []
     for entry in _entries(root, Counter()):
-        if not entry.is_dir():
+        if not entry.is_dir(follow_symlinks=False):
             split = next((split for split in layout.SPLITS if entry.name.startswith((split + "-", split + "."))), "")
             files.append((split, entry.path))
         elif entry.name in layout.SPLITS:
             inner = list(_entries(entry.path, Counter()))
-            files += [(entry.name, one.path) for one in inner if not one.is_dir()]
-            others += [one.path for one in inner if one.is_dir()]
+            files += [(entry.name, one.path) for one in inner if not one.is_dir(follow_symlinks=False)]
+            others += [one.path for one in inner if one.is_dir(follow_symlinks=False)]
         else:
             others.append(entry.path)
     return others, files
@@ -97,13 +114,15 @@ def _shards(path, suffix):
     if len({bool(split) for split, _ in shards}) > 1:
         bare = next(file for split, file in shards if not split)
         raise PackError(f"{bare}: of no split, but other files are; let its name begin with train-, val- or test-")
+    for _, file in shards:
+        _check_file(file)
     return shards
 
 
 def folder_source(root, skipped):
     """Images of a tree, in a fixed order."""
     ignored = skipped.ignored
-    top = {entry.name for entry in _entries(root, Counter()) if entry.is_dir()}
+    top = {entry.name for entry in _entries(root, Counter()) if entry.is_dir(follow_symlinks=False)}
     has_splits = "train" in top and top <= set(layout.SPLITS)
     folders = [""]
     while folders:
@@ -111,7 +130,7 @@ def folder_source(root, skipped):
         inner = []
         for entry in _entries(os.path.join(root, folder), ignored):
             path = os.path.join(folder, entry.name)
-            if entry.is_dir():
+            if entry.is_dir(follow_symlinks=False):
                 inner.append(path)
             elif entry.name.lower().endswith(IMAGE_SUFFIXES):
                 split, _, name = folder.partition("/") if has_splits else ("", "", folder)
@@ -128,7 +147,7 @@ def _entries(folder, ignored):
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.name.startswith("."):
                 ignored["hidden files and folders"] += 1
-            elif entry.is_symlink() and entry.is_dir():  # may lead out of the tree, or round in circles
+            elif entry.is_symlink() and os.path.isdir(entry.path):  # may lead out of the tree, or round in circles
                 ignored["links to folders"] += 1
             else:
                 yield entry
@@ -138,32 +157,66 @@ def manifest_source(path, skipped):
     """Rows of a CSV or TSV file, in its order."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            header = file.readline(2**16)
+            header = file.readline(MAX_LINE)
+            if len(header) == MAX_LINE:
+                raise PackError(f"{path}: the first line has more than {MAX_LINE} characters; it must name the columns")
             delimiter = "\t" if "\t" in header else ","
             columns = [name.strip().lower() for name in next(csv.reader([header], delimiter=delimiter), [])]
             if len(set(columns)) != len(columns) or not {"path", "label"} <= set(columns):
-                raise PackError(f"{path}: the first line must name the columns path, label and, if wanted, split once "
-                                f"each; it is {header.strip()[:80]!r}")
-            rows = csv.reader(file, delimiter=delimiter, strict=True)
+                raise PackError(f"{path}: the first line must name the columns path, label and, if wanted, split and "
+                                f"weight once each; it is {header.strip()[:80]!r}")
+            lines = _Lines(path, file)
+            rows = csv.reader(lines, delimiter=delimiter, strict=True)
             for cells in filter(None, rows):
+                lines.left = MAX_ROW
                 where = f"{path}: line {rows.line_num + 1}"
                 if len(cells) != len(columns):
                     raise PackError(f"{where}: {len(cells)} cells, but the header has {len(columns)}")
                 row = {name: cell.strip() for name, cell in zip(columns, cells, strict=True)}
                 _check_row(where, row)
-                yield row.get("split", ""), row["path"], row["label"], None
+                yield row.get("split", ""), row["path"], row["label"], None, *_weight(where, row)
     except (UnicodeDecodeError, csv.Error) as error:
         raise PackError(f"{path}: not a CSV or TSV file in UTF-8: {error}") from error
+
+
+class _Lines:
+    """Lines of a file, of which so many characters may come until more are allowed: a row without an end must not fill
+    the memory."""
+
+    def __init__(self, path, file):
+        self.path, self.file, self.left = path, file, MAX_ROW
+
+    def __iter__(self):
+        while line := self.file.readline(self.left + 1):
+            self.left -= len(line)
+            if self.left < 0:
+                raise PackError(f"{self.path}: a row is longer than {MAX_ROW} characters: is a quote not closed?")
+            yield line
 
 
 def _check_row(where, row):
     """PackError where the texts path, label and split of a manifest's row are not allowed."""
     if "path" in row and not _stays_below(row["path"]):
         raise PackError(f"{where}: path {row['path']!r} must be relative and stay below the root")
+    if "path" in row and (num_bytes := len(row["path"].encode())) > MAX_PATH_BYTES:
+        raise PackError(f"{where}: path of {num_bytes} bytes, more than {MAX_PATH_BYTES}")
     if "split" in row and row["split"] not in layout.SPLITS:
         raise PackError(f"{where}: split {row['split']!r} is none of {', '.join(layout.SPLITS)}")
     if not row["label"]:
         raise PackError(f"{where}: no label")
+
+
+def _weight(where, row):
+    """(weight,) of a manifest's row, () where there is no such column."""
+    if "weight" not in row:
+        return ()
+    text, number = row["weight"], math.nan
+    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.ASCII | re.IGNORECASE):
+        number = float(text)
+    if not 0 <= number <= MAX_WEIGHT:
+        raise PackError(f"{where}: weight {text!r} is not a number from 0 to {MAX_WEIGHT:.4g}; give every row one, or "
+                        "leave the column out")
+    return (number,)
 
 
 def _stays_below(path):
@@ -197,9 +250,9 @@ def _parquet_columns(file, schema):
 
     kinds = dict(zip(schema.names, schema.types, strict=True))
     if len(kinds) != len(schema.names) or "label" not in kinds or not kinds.keys() & {"path", "image"}:
-        raise PackError(f"{file}: must have the columns label, path or image and, if wanted, split once each; it has "
-                        f"{', '.join(map(repr, schema.names))}")
-    columns = [name for name in ("path", "label", "split", "image") if name in kinds]
+        raise PackError(f"{file}: must have the columns label, path or image and, if wanted, split and weight once "
+                        f"each; it has {', '.join(map(repr, schema.names))}")
+    columns = [name for name in ("path", "label", "split", "weight", "image") if name in kinds]
     for name in columns:
         kind = kinds[name]
         if types.is_dictionary(kind):
@@ -208,11 +261,13 @@ def _parquet_columns(file, schema):
             if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
                 kind = kind.field("bytes").type
             fits = types.is_binary(kind) or types.is_large_binary(kind)
+        elif name == "weight":
+            fits = types.is_floating(kind) or types.is_integer(kind)
         else:
             fits = types.is_string(kind) or types.is_large_string(kind) or (name == "label" and types.is_integer(kind))
         if not fits:
             raise PackError(f"{file}: column {name} is of type {kind}; path and split must be texts, label a text or "
-                            "an integer, image binary")
+                            "an integer, weight a number, image binary")
     return columns
 
 
@@ -228,7 +283,7 @@ def _parquet_record(where, split, row):
         raise PackError(f"{where}: no image")
     else:
         _check_row(where, texts)
-    return texts.get("split", split), texts["path"], texts["label"], image
+    return texts.get("split", split), texts["path"], texts["label"], image, *_weight(where, texts)
 
 
 def webdataset_source(path, skipped):
@@ -283,9 +338,14 @@ def _members(file, split, skipped):
                     skipped.add(split, f"{file}: {member.name}", f"{member.size} bytes, too many")
                 else:
                     yield key, suffix, tar.extractfile(member).read()
-            # Between two members a cut shows only in this.
-            raw.seek(-min(1024, file_bytes), os.SEEK_END)
-            if len(end := raw.read()) < 1024 or any(end):
+            # tarfile takes a damaged header for the end, and a cut between two members, too.
+            raw.seek(tar.offset)
+            num_bytes = 0
+            while block := raw.read(2**20):
+                num_bytes += len(block)
+                if block.strip(b"\0"):
+                    raise tarfile.ReadError(f"no header at byte {tar.offset}, where there is more than zeros")
+            if num_bytes < tarfile.BLOCKSIZE * 2:
                 raise tarfile.ReadError("ends without the two empty blocks that close a tar file")
     except (tarfile.TarError, EOFError, UnicodeError, ValueError, OverflowError) as error:
         if isinstance(error, PackError):
@@ -314,6 +374,7 @@ def _label(suffix, data):
         if not isinstance(value, str | int) or isinstance(value, bool):
             raise ValueError("its .json has no field label that is a number or a name")
         text = str(value)
+        text.encode()  # JSON can name half of a pair, which is no character
     if not text.strip():
         raise ValueError(f"its .{suffix} is empty")
     return text.strip()
@@ -323,7 +384,11 @@ def recordio_source(path, skipped):
     """Images of MXNet RecordIO files. Of a label of several numbers the first is the class."""
     for split, file in _shards(path, ".rec"):
         index = os.path.splitext(file)[0] + ".idx"
-        for number, (start, data) in enumerate(recordio.records(file, index if os.path.exists(index) else None)):
+        if not os.path.exists(index):
+            index = None
+        else:
+            _check_file(index)
+        for number, (start, data) in enumerate(recordio.records(file, index)):
             where = f"{file}: record {number}"
             if data is None:
                 skipped.add(split, where, f"more than {layout.MAX_RECORD_BYTES} bytes")
@@ -348,8 +413,9 @@ def pack_source(path, skipped):
         for start in range(0, len(pack), RECORDS):
             numbers = np.arange(start, min(start + RECORDS, len(pack)))
             images, labels = pack.read(numbers)
-            for number, image, label in zip(numbers, images, labels, strict=True):
-                yield split, f"{pack.path}: record {number}", pack.class_name(label), image
+            weights = pack.weights(start, numbers[-1] + 1)[:, None].tolist() if pack.has_weights else [()] * len(images)
+            for number, image, label, weight in zip(numbers, images, labels, weights, strict=True):
+                yield split, f"{pack.path}: record {number}", pack.class_name(label), image, *weight
 
 
 KINDS = {"folder": folder_source, "manifest": manifest_source, "parquet": parquet_source,

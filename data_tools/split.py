@@ -11,7 +11,9 @@ shares and seed give the same bytes. Memory holds a shard of each split and some
             cannot learn what they are: such a split is for features, as those of retrieval, not for top-1.
 """
 
+import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -98,16 +100,19 @@ def split(src, out, *, test, val, by, seed, shard_mb):
                         "give less")
 
     with new_folder(out) as partial:
-        writers = {name: PackWriter(os.path.join(partial, name), shard_mb * 1e6, np.zeros_like(counts))
-                   for name in SPLITS if name == "train" or name in left}
+        writers = {name: PackWriter(os.path.join(partial, name), shard_mb * 1e6, np.zeros_like(counts),
+                                    pack.has_weights) for name in SPLITS if name == "train" or name in left}
         unread = counts.copy()
         with Progress("splitting", len(pack)) as progress:
             for start in range(0, len(pack), CHUNK_RECORDS):
-                images, labels = pack.read(np.arange(start, min(start + CHUNK_RECORDS, len(pack))))
-                for image, label, chance in zip(images, labels, random.random(len(images)), strict=True):
+                end = min(start + CHUNK_RECORDS, len(pack))
+                images, labels = pack.read(np.arange(start, end))
+                weights = pack.weights(start, end) if pack.has_weights else itertools.repeat(math.nan, end - start)
+                chances = random.random(len(images))
+                for image, label, weight, chance in zip(images, labels, weights, chances, strict=True):
                     name = drawn(left, label, chance * unread[label])
                     unread[label] -= 1
-                    writers[name].add(image, zlib.crc32(image), label)
+                    writers[name].add(image, zlib.crc32(image), label, weight)
                 progress.add(len(images))
         if unread.any():
             raise PackError(f"{src}: its class_counts are not those of its records; see data_tools.show --verify")

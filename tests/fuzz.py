@@ -45,7 +45,8 @@ import data_tools.export
 import data_tools.pack
 import data_tools.show
 import data_tools.split
-from data_tools import glyphs, recordio
+from data_tools import encoding, glyphs, recordio
+from data_tools.image_check import CHECKS, check_image
 from xc import backbone, checkpoint, config, data, exchange, heads, metrics, pack, run_folder, saver, schedule, synth
 from xc.noise_scale import NoiseScale
 from xc.optim import RowSGD, backbone_optimizer
@@ -302,10 +303,10 @@ def change_image(random, folder):
             other.unlink()
     change_bytes(random, path)
     if path.suffix == ".png" and random.randrange(4):
-        path.write_bytes(_with_checksums(path.read_bytes()))
+        path.write_bytes(with_checksums(path.read_bytes()))
 
 
-def _with_checksums(png):
+def with_checksums(png):
     result, place = bytearray(png[:8]), 8
     while place + 12 <= len(png):
         length = int.from_bytes(png[place : place + 4], "big")
@@ -320,6 +321,14 @@ def read_images(folder, out):
         for channels in 1, 3:
             pixels = pack.decode(path.read_bytes(), 16, channels, max_pixels=2**22)
             assert pixels.shape == (channels, 16, 16) and pixels.dtype == np.uint8
+        for check in CHECKS:
+            try:
+                check_image(path.read_bytes(), 2**22, check)
+            except ValueError as error:
+                raise Finding(f"--check {check} refuses what decodes: {error}") from error
+        image = pack.open_image(path.read_bytes(), max_pixels=2**22)
+        for kind in encoding.FORMATS:
+            pack.open_image(encoding.Encoding(5, kind).apply(image, b""))
 
 
 # Packs.

@@ -33,11 +33,33 @@ def test_pixels_stay_near(kind, mode, format):
         image = open_image(data)
         coded = Encoding(side, format).apply(image, data)
         assert open_image(coded).size == size
-        assert open_image(coded).format == (format or (kind if kind in ("PNG", "JPEG", "WEBP") else "PNG")).upper() or (
-            coded is data)
+        expected = {"raw": "PPM", None: kind if kind in ("PNG", "JPEG", "WEBP") else "PNG"}.get(format, format)
+        assert open_image(coded).format == expected.upper() or coded is data
         for channels in 1, 3:
             distance = np.abs(decode(coded, 20, channels).astype(int) - decode(data, 20, channels))
             assert distance.mean() < 12
+
+
+@pytest.mark.parametrize("kind, mode", KINDS)
+def test_raw_pixels_are_those_that_the_reader_takes(kind, mode):
+    data = smooth(kind, mode=mode)
+    raw = Encoding(format="raw").apply(open_image(data), data)
+    grey = mode in ("L", "LA", "1", "F", "I;16")
+    assert len(raw) == 60 * 40 * (1 if grey else 3) + len(b"P5\n60 40\n255\n")
+    for size in 40, 60:  # the reader stretches it to a square
+        for channels in (1,) if grey else (3,):
+            assert np.array_equal(decode(raw, size, channels), decode(data, size, channels))
+    assert Encoding(format="raw").apply(open_image(raw), raw) == raw
+    for cut in 3, 12, len(raw) - 1:
+        with pytest.raises(ValueError):
+            open_image(raw[:cut])
+
+
+@pytest.mark.parametrize("data", [b"P3\n1 1\n255\n1 2 3\n", b"P2 1 1 255 7", b"P1 1 1 1", b"P4 1 1 \1",
+                                  b"Pf 1 1 1 abcd", b"P6 1 1 254 abc", b"P5 1 1 1 \1"])
+def test_pixels_that_take_minutes_to_read_are_refused(data):
+    with pytest.raises(ValueError, match="a PPM that is not one of bytes"):
+        open_image(data)
 
 
 @pytest.mark.parametrize("encoding, kind, kept", [
@@ -80,7 +102,8 @@ def test_nothing_is_lost_with_any_number_of_workers(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--format", "png", "--quality", 9], "--quality is of jpeg and webp"), (["--quality", 0], "not between 1 and 100"),
+    (["--format", "png", "--quality", 9], "--quality is of jpeg and webp"),
+    (["--format", "raw", "--quality", 9], "--quality is of jpeg and webp"), (["--quality", 0], "not between 1 and 100"),
     (["--format", "gif"], "invalid choice"), (["--resize", 0], "not between")])
 def test_flags_that_make_no_sense(tmp_path, capsys, flags, words):
     (tmp_path / "src").mkdir()

@@ -147,7 +147,8 @@ def test_tars_hold_the_same(plain, split, tmp_path, shard_mb):
 
 @pytest.mark.parametrize("to", ["folder", "webdataset"])
 def test_suffixes_are_those_of_the_contents(tmp_path, to):
-    formats = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "bmp": "BMP", "gif": "GIF", "tif": "TIFF"}
+    formats = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "bmp": "BMP", "gif": "GIF", "tif": "TIFF",
+               "ppm": "PPM"}
     images = [(picture(i, format), 0) for i, format in enumerate(formats.values())]
     write_pack(tmp_path / "pack", ["k"], images)
     export(tmp_path / "pack", tmp_path / "out", "--to", to)

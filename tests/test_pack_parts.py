@@ -269,7 +269,8 @@ def test_a_part_is_of_one_process(source, tmp_path, capsys):
 
 OTHERS = [("--seed", 1), ("--shard-mb", 1), ("--max-pixels", 10**6), ("--resize", 3), ("--format", "png"),
           ("--quality", 50), ("--split", "val=0.5"), ("--part", "1/3"), ("--root", "."), ("--classes", "names"),
-          ("--from", None)]
+          ("--from", "manifest"), ("--check", "none"), ("--min-images", 2), ("--max-images-per-class", 5),
+          ("--duplicates", "drop")]
 
 
 @pytest.mark.parametrize("flag, value", OTHERS)
@@ -281,7 +282,7 @@ def test_another_command_is_refused(tmp_path, capsys, monkeypatch, flag, value):
         (tmp_path / f"{i}.png").write_bytes(picture(i))
     run("list.csv", tmp_path / "pack", "--part", "0/2")
     capsys.readouterr()
-    args = (flag, value or "manifest", *(() if flag == "--part" else ("--part", "1/2")))
+    args = (flag, value, *(() if flag == "--part" else ("--part", "1/2")))
     error = fails(capsys, "list.csv", tmp_path / "pack", *args)
     assert f"{kept(tmp_path / 'pack')} was left by another command" in error and "--restart" in error
     assert ("parts 2, now 3" if flag == "--part" else f"{flag} ") in error

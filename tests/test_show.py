@@ -1,8 +1,10 @@
 """What is shown of a pack is what is in it."""
 
+import importlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 from PIL import Image
 
 import data_tools.pack
+import data_tools.progress
 import data_tools.show
 from data_tools import pack_pictures
 from data_tools.show import doubling, long_tail, sample, sheet
@@ -159,6 +162,47 @@ def test_mistakes_are_one_line(packs, tmp_path, monkeypatch, capsys, args, words
     write_pack(tmp_path / "broken", ["k"], [(picture(0), 0), (b"none", 0)])
     (tmp_path / "there.png").touch()
     assert words in fails(capsys, *args)
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "index", "record", "split"])
+def test_damage_that_verify_finds_has_a_code_of_its_own(packs, tmp_path, capsys, damage):
+    path = Path(shutil.copytree(packs, tmp_path / "packs"))
+    shard = path / "train" / "shard-00001.h5"
+    if damage == "cut":
+        os.truncate(shard, 100)
+    elif damage == "missing":
+        shard.unlink()
+    elif damage == "index":
+        (path / "train" / "index.h5").write_bytes(b"no index")
+    elif damage == "split":
+        (path / "test" / "index.h5").unlink()
+    else:
+        data = shard.read_bytes()
+        place = data.index(b"IDAT") + 9
+        shard.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    for flags in ["--verify"], ["--verify", "--json"]:
+        with pytest.raises(SystemExit) as exit:
+            show(path, *flags)
+        said = capsys.readouterr()
+        assert exit.value.code == 1 and said.out == "" and said.err.count("\n") == 1
+    for wrong in [tmp_path / "none", "--verify"], [tmp_path, "--verify"], [path, "--verify", "--plot", "a.jpg"]:
+        with pytest.raises(SystemExit) as exit:
+            show(*wrong)
+        assert exit.value.code == 2
+
+
+@pytest.mark.parametrize("tool, flags", [("show", ["--verify", "--sample", 20]), ("split", ["out", "--test", 0.2]),
+                                         ("export", ["out", "--to", "folder"])])
+def test_progress_is_told_apart_from_the_result(packs, tmp_path, monkeypatch, capsys, tool, flags):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data_tools.progress.Progress, "line_seconds", 0)
+    importlib.import_module(f"data_tools.{tool}").main([str(arg) for arg in (packs / "train", *flags, "--json")])
+    said = capsys.readouterr()
+    json.loads(said.out)
+    assert said.out.count("\n") == 1
+    lines = said.err.splitlines()
+    assert len(lines) >= 1 and all(re.match(r"(sampling|verifying train|splitting|exporting): \d+ of \d+", line)
+                                   for line in lines)
 
 
 def test_a_full_disk_leaves_no_picture(packs, tmp_path):

@@ -7,7 +7,6 @@ import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from xc import checkpoint, tensor_file, watchdog
@@ -28,7 +27,7 @@ class Saver:
     """Writes checkpoints behind the steps: `save` copies the state, a thread writes it. One save at most is in flight.
 
     Memory: a copy of what this rank writes, its class rows, their momentum and graph, its residuals, on rank 0 the
-    backbone too; in host memory, until it is on the disk.
+    backbone too; in host memory, from the first save on.
 
     A save that fails on any rank is given up on all of them, with a line that says so; the checkpoints before it stay.
     After `most_failures` of them, one after the other, all ranks get a UserError.
@@ -41,16 +40,18 @@ class Saver:
         """
         self._folder, self._world, self._identity, self._keep = Path(run) / "checkpoints", world, identity, keep
         self._most_failures, self._failures, self._thread, self._error = most_failures, 0, None, None
+        self._copies = {}  # {file name: {name: tensor}} of the last save
         self._moved = 0, False  # how far the thread is, and whether it waits for other ranks
 
     def save(self, state, position, top1=None):
         """Begin to write the state at a schedule.Position, where an evaluation gave `top1`. Collective."""
         self.finish()
-        files = {name: {key: _copied(tensor) for key, tensor in tables.items()}
-                 for name, tables in checkpoint.files_of(state, self._world).items()}
+        last = self._copies
+        self._copies = {name: {key: _copied(tensor, last.get(name, {}).get(key)) for key, tensor in tables.items()}
+                        for name, tables in checkpoint.files_of(state, self._world).items()}
         meta = checkpoint.meta_of(state, position) | self._identity | {"top1": top1}
         self._moved = 0, False
-        self._thread = threading.Thread(target=self._write, args=(files, meta), name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(self._copies, meta), name="checkpoint")
         self._thread.start()
 
     def finish(self, last=False):
@@ -147,10 +148,11 @@ def _remove(folder):
     shutil.rmtree(hidden)
 
 
-def _copied(tensor):
-    """A copy in host memory. numpy asks for huge pages, which torch does not: they take half the time to come."""
-    memory = torch.from_numpy(np.empty(tensor.numel() * tensor.element_size(), np.uint8))
-    return memory.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+def _copied(tensor, last):
+    """A copy in host memory, in that of the last copy where it fits: new memory takes longer to come than the copy."""
+    if last is None or (last.shape, last.dtype) != (tensor.shape, tensor.dtype):
+        last = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return last.copy_(tensor.detach())
 
 
 def _check_finite(name, tensors):

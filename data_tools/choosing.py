@@ -1,0 +1,87 @@
+"""Which of the listed images are packed, and the classes that get labels."""
+
+import itertools
+import os
+import struct
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+from data_tools.class_table import BLOCK, ClassTable
+from data_tools.external_sort import Sorter
+from data_tools.listing import CLASS_SPLITS, SPLITS, Fate
+from xc.pack import PackError
+
+PLACE = struct.Struct(">Q8sQ")  # label, place in the order, number
+
+
+class Choice(NamedTuple):
+    table: ClassTable
+    counts: dict  # {split: (C,) int64, in a file}: images of each class that are to be packed
+    left_out: Counter  # {reason: images}
+    num_few: int  # classes with too few images
+
+
+def choose(listing, names, owner, fates, folder, memory_bytes, min_images, max_images, whole_classes):
+    """The Choice; fates is changed to it.
+
+    names          class names (bytes) in the order of their labels, and owner, whose they are
+    fates          (number of records,) uint8, Fate of each
+    folder         where files go
+    min_images     a class with fewer in train, or where there are no splits, gets no label; None: all get one
+    max_images     of each class of train; the first in the order of packing stay
+    whole_classes  the splits are of whole classes: min_images goes for all splits
+
+    PackError where an image is of no class, or nothing is left.
+    """
+    table = ClassTable(os.path.join(folder, "classes"), names, memory_bytes // 4)
+    counts, unknown = listing.class_counts(table, fates, table.folder)
+    num_few = 0
+    if min_images is None:
+        listing.refuse_unknown(unknown, table, owner)
+    else:
+        counted = [counts[split] for split in counts if whole_classes or split in CLASS_SPLITS]
+        largest = max(int(sums.max()) for _, sums in _sums(counted))
+        if largest < min_images:
+            raise PackError(f"--min-images {min_images}: no class has so many images; the largest has {largest}")
+        every = table
+        frequent = (every.bytes_of(label) for first, sums in _sums(counted)
+                    for label in first + np.flatnonzero(sums >= min_images))
+        table = ClassTable(os.path.join(folder, "frequent"), frequent, memory_bytes // 4)
+        counts, unknown = listing.class_counts(table, fates, table.folder)
+        num_few = len(every) - len(table)
+    left_out = Counter(few=sum(unknown.values()))
+    if max_images is not None:
+        for split in CLASS_SPLITS & counts.keys():
+            left_out["many"] += _limit(listing, split, table, counts[split], max_images, fates,
+                                       Sorter(os.path.join(folder, "by-class"), memory_bytes // 8))
+    for split, of_split in counts.items():
+        if not of_split.any():
+            raise PackError(f"no image{split and ' of ' + split} is left of those that were listed; choose less "
+                            "strictly, or leave that split out")
+    return Choice(table, counts, +left_out, num_few)
+
+
+def _sums(counts):
+    """Yields (first label, sums over a list of (C,) arrays) for some labels after the other."""
+    for first in range(0, len(counts[0]), BLOCK):
+        yield first, sum(of_split[first : first + BLOCK] for of_split in counts)
+
+
+def _limit(listing, split, table, counts, most, fates, by_class):
+    """Marks all but `most` images of each class of a split, lowers counts to it, and returns how many were marked."""
+    for first, rows in listing.rows():
+        is_kept = fates[first : first + len(rows)] == Fate.KEPT
+        chosen = np.flatnonzero(is_kept & (rows["split"] == SPLITS.index(split)))
+        labels = table.labels(rows["name"][chosen])
+        many = (labels >= 0) & (counts[labels] > most)
+        for label, number in zip(labels[many].tolist(), (first + chosen[many]).tolist(), strict=True):
+            by_class.add(PLACE.pack(label, listing.place(number), number))
+    marked = 0
+    for _, group in itertools.groupby(map(PLACE.unpack, by_class), lambda item: item[0]):
+        for _, _, number in itertools.islice(group, most, None):
+            fates[number] = Fate.MANY
+            marked += 1
+    np.minimum(counts, most, out=counts)
+    return marked

@@ -1,0 +1,115 @@
+"""Images that are there more than once: found by the hash of their bytes, sorted on disk, reported, left out.
+
+An image of a group, that is of those with the same bytes, is a
+
+    repeat    of a label that another image of the group has, in a later split (test, val, train) or listed before it
+    leak      of train, while others of the group are in val or test
+    conflict  where the group has several labels
+
+The report names every image of every group: the hash, the number of labels of the group, split, label, path, whether it
+is the first of its label, a repeat or a leak, and whether it was kept or dropped.
+"""
+
+import itertools
+import os
+import struct
+from collections import Counter, deque
+
+from data_tools.checking import CHUNK_RECORDS, content_hash, content_hashes, result_of
+from data_tools.external_sort import Sorter
+from data_tools.listing import SPLITS, Fate
+from data_tools.skipped import row
+
+RULES = ("keep", "report", "drop", "drop-conflicting")
+HASH_BYTES = 16
+TEST_FIRST = SPLITS[::-1]  # of several images one of the last split is kept
+FATES = {"first": Fate.KEPT, "repeat": Fate.REPEAT, "leak": Fate.LEAK}
+
+
+class Duplicates:
+    """Takes the images that are listed, and says which of them are there again.
+
+    folder        where sorting puts what memory_bytes do not hold
+    pool, window  the workers that read files, and how many lists of them are under way at most
+    """
+
+    # Hash of the image, of the class name, place of the split in TEST_FIRST, number, length of the class name. The name
+    # and the path follow.
+    KEY = struct.Struct(f">{HASH_BYTES}sQBQH")
+
+    def __init__(self, folder, memory_bytes, pool, window):
+        self._folder, self._memory_bytes = folder, memory_bytes
+        self._sorter = Sorter(os.path.join(folder, "images"), memory_bytes // 2)
+        self._pool, self._window, self._chunk, self._pending = pool, window, [], deque()
+
+    def add(self, listed, root, path, label, data):
+        """Takes an image: what is Listed of it, its path below a root, its class name, its bytes if not to be read."""
+        label = label.encode()
+        key = listed.name, TEST_FIRST.index(listed.split), listed.number, len(label)
+        names = label + os.fsencode(path)
+        if data is not None:
+            self._sorter.add(self.KEY.pack(content_hash(data), *key) + names)
+            return
+        self._chunk.append((os.path.join(root, path), key, names))
+        if len(self._chunk) == CHUNK_RECORDS:
+            self._submit()
+
+    def end(self):
+        """Waits for the workers. Then all images are taken."""
+        self._submit()
+        while self._pending:
+            self._take()
+
+    def resolve(self, rule, fates, report):
+        """Writes the report to a text file and sets fates[number] of what the rule, one of RULES, leaves out. Once.
+
+        returns  Counter of images (repeats, leaks, conflicts) and of groups (contents); Counter of those left out by
+                 reason
+        """
+        report.write(row("hash", "labels", "split", "label", "path", "image", "done"))
+        found, left_out = Counter(), Counter()
+        for image, group in itertools.groupby(self._sorter, lambda item: item[:HASH_BYTES]):
+            # A group may be as large as the whole list, and how it ends decides about its first image.
+            same, size = Sorter(os.path.join(self._folder, image.hex()), self._memory_bytes // 2), 0
+            labels, last, is_tested = 0, None, False
+            for item in group:
+                _, name, place, *_ = self.KEY.unpack_from(item)
+                labels, last = labels + (name != last), name
+                is_tested = is_tested or TEST_FIRST[place] in ("test", "val")
+                same.add(item)
+                size += 1
+            if size > 1:
+                found["contents"] += 1
+                for number, fate, cells in self._judged(same, labels, is_tested, rule, found):
+                    fates[number] = fate
+                    left_out[fate.name.lower()] += fate != Fate.KEPT
+                    report.write(row(image.hex(), labels, *cells, "kept" if fate == Fate.KEPT else "dropped"))
+        return found, +left_out
+
+    def _judged(self, group, labels, is_tested, rule, found):
+        """Yields (number, Fate, cells of the report) of the images of a group, which `found` counts."""
+        last = None
+        for item in group:
+            _, name, place, number, length = self.KEY.unpack_from(item)
+            is_leak, is_repeat, last = is_tested and TEST_FIRST[place] == "train", name == last, name
+            found.update(repeats=is_repeat, leaks=is_leak, conflicts=labels > 1)
+            image = "leak" if is_leak else "repeat" if is_repeat else "first"
+            fate = Fate.CONFLICT if rule == "drop-conflicting" and labels > 1 else FATES[image]
+            if rule == "report":
+                fate = Fate.KEPT
+            end = self.KEY.size + length
+            yield number, fate, (TEST_FIRST[place], item[self.KEY.size : end].decode(), os.fsdecode(item[end:]), image)
+
+    def _submit(self):
+        if self._chunk:
+            future = self._pool.submit(content_hashes, [file for file, _, _ in self._chunk])
+            self._pending.append((self._chunk, future))
+            self._chunk = []
+        if len(self._pending) >= self._window:
+            self._take()
+
+    def _take(self):
+        chunk, future = self._pending.popleft()
+        for (_, key, names), image in zip(chunk, result_of(future, chunk[0][0]), strict=True):
+            if image is not None:  # what cannot be read is told when it is to be packed
+                self._sorter.add(self.KEY.pack(image, *key) + names)

@@ -1,0 +1,151 @@
+"""Checks of images before they are packed: none refuses what decodes, the full one takes nothing else."""
+
+import io
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data_tools.show
+from data_tools.image_check import CHECKS, _is_plain_png, check_image
+from tests.fuzz import with_checksums
+from tests.test_encoding import KINDS, smooth
+from tests.test_pack import contents, fails, file_hashes, picture, png, run
+from xc.data import Images
+from xc.pack import Pack, open_image
+
+MOST = 10**6  # pixels
+
+
+def jpeg(size, mode, **options):
+    file = io.BytesIO()
+    Image.open(io.BytesIO(picture(sum(size), "PNG", size))).convert(mode).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+JPEGS = [jpeg((1, 1), "L"), jpeg((9, 7), "RGB"), jpeg((40, 33), "RGB", progressive=True), jpeg((70, 21), "L"),
+         jpeg((33, 40), "CMYK", quality=95), jpeg((64, 64), "RGB", subsampling=0),
+         jpeg((17, 300), "RGB", optimize=True), jpeg((50, 50), "RGB", restart_marker_blocks=2)]
+PLAIN = {"L", "LA", "RGB", "RGBA"}
+PNGS = [picture(size, "PNG", (size, 9), mode) for size in (1, 7, 40) for mode in sorted(PLAIN | {"P", "1", "I;16"})]
+
+
+def verdict(check, *args):
+    """Why an image is refused; None where it is not."""
+    try:
+        check(*args)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def refused(data, check):
+    return verdict(check_image, data, MOST, check)
+
+
+def spoilt(data, rng):
+    data = bytearray(data)
+    for _ in range(rng.choice([1, 1, 3])):
+        place = rng.randrange(2, len(data))
+        match rng.randrange(4):
+            case 0:
+                data[place] ^= 1 << rng.randrange(8)
+            case 1:
+                data[place : place + 2] = bytes([255, rng.randrange(256)])
+            case 2:
+                del data[place : place + rng.randrange(1, 9)]
+            case 3:
+                data[place:place] = rng.randbytes(rng.randrange(1, 9))
+    return bytes(data)
+
+
+@pytest.mark.parametrize("images", ["JPEGS", "PNGS"])
+def test_an_image_passes_just_where_it_decodes(images):
+    rng, verdicts, images = random.Random(0), [], globals()[images]
+    for number in range(3000):
+        data = spoilt(images[number % len(images)], rng)
+        if images is PNGS and number % 4:
+            data = with_checksums(data)
+        verdicts.append(verdict(open_image, data, MOST))
+        assert refused(data, "full") == verdicts[-1]
+    assert 300 < sum(one is None for one in verdicts) < 2900
+
+
+def test_a_png_of_pixels_alone_is_known_without_pillow():
+    for data in PNGS:
+        assert _is_plain_png(data, MOST) == (open_image(data).mode in PLAIN), open_image(data).mode
+    head, bomb = png(3, 2, 0)[:33], png(60000, 50000, 1000)
+    for data in (b"", PNGS[0][:-12], png(3, 2, 9), png(3, 2, 7), png(0, 2, 2), head, head + PNGS[0][-12:], bomb,
+                 PNGS[0][:8] + PNGS[0][33:], PNGS[0][:33] + PNGS[0][8:], PNGS[0][:-12] + head[8:] + PNGS[0][-12:]):
+        assert not _is_plain_png(data, MOST)
+    assert _is_plain_png(png(3, 2, 8), 6) and not _is_plain_png(png(3, 2, 8), 5)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("kind, mode", KINDS)
+def test_what_decodes_is_never_refused(check, kind, mode):
+    data = smooth(kind, mode=mode)
+    for whole in (data, data + b"\0" * 7, data + b"more"):  # cameras and editors put things behind the end
+        assert refused(whole, check) == verdict(open_image, whole, MOST) is None
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow mentions odd metadata
+@pytest.mark.parametrize("kind, mode", KINDS)
+def test_a_cut_image_is_found(kind, mode):
+    data = smooth(kind, size=(23, 11), mode=mode)
+    for length in range(len(data)):
+        full, header = refused(data[:length], "full"), refused(data[:length], "header")
+        if full is not None:  # of a PNG and a TIFF the last bytes may be none of the picture
+            assert header is not None, length
+        assert length == 0 or refused(data[:length], "none") is None
+    assert refused(b"", "none") == "empty"
+
+
+def test_the_header_check_trusts_what_lies_between():
+    for kind in "JPEG", "GIF", "WEBP":
+        data = bytearray(picture(0, kind, (90, 90)))
+        start, end = len(data) // 2, len(data) - 2
+        data[start:end] = b"\xff\xc8" * ((end - start) // 2) + bytes((end - start) % 2)
+        assert refused(data, "header") is None is not refused(data, "full"), kind
+    data = bytearray(smooth("PNG"))
+    data[len(data) // 2] ^= 1  # which its checksum shows
+    assert refused(data, "header") == refused(data, "full") is not None
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_bombs_are_refused_by_their_header(check):
+    for data in png(60000, 50000, 1000), png(60000, 50000, 1000)[:50]:
+        assert (refused(data, check) is None) == (check == "none")
+
+
+def test_none_and_header_leave_it_to_the_reader(tmp_path, capsys):
+    good = {picture(i): "a" for i in range(9)}
+    cut, text = picture(50, size=(40, 40))[:-900], b"hello"
+    (tmp_path / "src" / "a").mkdir(parents=True)
+    for i, data in enumerate([*good, cut, text, b""]):
+        (tmp_path / "src" / "a" / f"{i}.png").write_bytes(data)
+    for check, taken in ("full", []), ("header", []), ("none", [cut, text]):
+        for workers in 0, 2:
+            out = tmp_path / f"{check}{workers}"
+            run(tmp_path / "src", out, "--check", check, "--max-skipped", 3, "--workers", workers)
+        assert file_hashes(tmp_path / f"{check}0") == file_hashes(tmp_path / f"{check}2")
+        pack = Pack(tmp_path / f"{check}0")
+        assert contents(pack) == good | dict.fromkeys(taken, "a") and pack.verify() == 9 + len(taken)
+        assert pack.skipped == 3 - len(taken)
+    images, _ = pack.read(np.arange(len(pack)))
+    bad = {images.index(cut), images.index(text)}
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        data_tools.show.main([str(tmp_path / "none0")])
+    assert f"record {min(bad)}: " in capsys.readouterr().err
+    reader = Images(pack, 3, 6, max_bad_records=2)
+    assert len(reader.examples(np.arange(len(pack)), replace=False)[0]) == 9 and reader.bad_records == bad
+
+
+@pytest.mark.parametrize("flags", [["--resize", 9], ["--format", "png"], ["--quality", 9]])
+def test_a_check_is_of_bytes_that_are_kept(tmp_path, capsys, flags):
+    (tmp_path / "src").mkdir()
+    for check in "header", "none":
+        error = fails(capsys, tmp_path / "src", tmp_path / "pack", "--check", check, *flags)
+        assert f"--check {check} is for images that keep their bytes" in error
