@@ -29,7 +29,7 @@ from data_tools.class_list import intervals_of
 from data_tools.command import Parser, between
 from data_tools.progress import Progress
 from xc import checkpoint, tensor_file
-from xc.saver import sync
+from xc.disk import sync
 from xc.shard import Shard
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16"}

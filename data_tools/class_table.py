@@ -26,19 +26,20 @@ def names_of(pack):
 
 
 class ClassTable:
-    """The names of classes in the order of their labels.
-
-    folder        where its files go, new
-    names         iterable of names (bytes), all different, in the order of their labels; at least one
-    memory_bytes  that the making may take; the finished table is files, looked into through the page cache
+    """The names of classes in the order of their labels: files, looked into through the page cache.
 
     len(table)  number of classes
     names       uint8, ends int64 (C + 1,): the names one behind the other, and where each begins and ends
     """
 
     def __init__(self, folder, names, memory_bytes):
+        """Makes a table.
+
+        folder        where its files go, new
+        names         iterable of names (bytes), all different, in the order of their labels; at least one
+        memory_bytes  that the making may take
+        """
         os.mkdir(folder)
-        self.folder = folder
         by_hash = Sorter(os.path.join(folder, "runs"), memory_bytes)
         end = 0
         with _Numbers(os.path.join(folder, "ends")) as ends, open(os.path.join(folder, "names"), "wb") as flat:
@@ -56,6 +57,17 @@ class ClassTable:
                 last = number
                 hashes.add(number)
                 labels.add(label)
+        self._map(folder)
+
+    @classmethod
+    def open(cls, folder):
+        """The table that was made in this folder."""
+        table = cls.__new__(cls)
+        table._map(folder)
+        return table
+
+    def _map(self, folder):
+        self.folder = folder
         self.ends = _mapped(folder, "ends", np.int64)
         self.names = _mapped(folder, "names", np.uint8)
         self._hashes, self._labels = _mapped(folder, "hashes", np.uint64), _mapped(folder, "labels", np.int64)
@@ -96,7 +108,7 @@ class _Numbers:
             self._write()
 
     def _write(self):
-        np.array(self._block, np.uint64).tofile(self._file)
+        self._file.write(np.array(self._block, np.uint64).tobytes())  # tofile says nothing of a full disk
         self._block = []
 
 

@@ -47,6 +47,12 @@ class Sorter:
                 self._join(level)
         yield from self._merged(self._levels[-1])
 
+    def runs(self):
+        """Ends the adding. All is in files then, which stay: their paths, for `merged`, fewer than MAX_RUNS a level."""
+        if self._items:
+            self._spill()
+        return [path for runs in self._levels for path in runs]
+
     def _clear(self):
         self._items, self._bytes = set() if self._unique else [], 0
 
@@ -78,13 +84,28 @@ class Sorter:
 
     def _merged(self, runs):
         last = None
-        for item in heapq.merge(*map(self._read, runs)):
+        for item in merged(runs, self._memory_bytes):
             if not (self._unique and item == last):
                 yield item
             last = item
+        for path in runs:
+            os.unlink(path)
 
-    def _read(self, path):
-        with open(path, "rb", buffering=max(2**16, min(2**22, self._memory_bytes // MAX_RUNS))) as file:
-            while length := file.read(LENGTH.size):
-                yield file.read(*LENGTH.unpack(length))
-        os.unlink(path)
+
+def merged(runs, memory_bytes, start=b""):
+    """Yields the strings of sorted runs in the order of their bytes, beginning with the first that is not less than
+    start. The buffers take memory_bytes at most, but 64 KiB a run."""
+    buffer_bytes = max(2**16, min(2**22, memory_bytes // max(1, len(runs))))
+    return heapq.merge(*(_read(path, buffer_bytes, start) for path in runs))
+
+
+def _read(path, buffer_bytes, start):
+    with open(path, "rb", buffering=buffer_bytes) as file:
+        while length := file.read(LENGTH.size):
+            (length,) = LENGTH.unpack(length)
+            head = file.read(min(length, len(start)))
+            if head < start:
+                file.seek(length - len(head), os.SEEK_CUR)
+            else:
+                yield head + file.read(length - len(head))
+                start = b""  # none that follows is less

@@ -1,8 +1,10 @@
 """The list of what is packed: records in an order drawn at random, and the classes they name, bounded in memory."""
 
 import itertools
+import json
 import math
 import os
+import shutil
 import struct
 from bisect import bisect_left
 from collections import Counter
@@ -12,8 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_tools.class_table import name_hash
-from data_tools.external_sort import Sorter
+from data_tools.class_table import ClassTable, name_hash
+from data_tools.external_sort import Sorter, merged
+from data_tools.skipped import Tally
 from xc import pack as layout
 from xc.pack import PackError
 
@@ -42,6 +45,7 @@ class Record(NamedTuple):
     label: int
     data: bytes | None  # None: to be read from its path
     weight: float = math.nan  # how often to draw it, in proportion; NaN: it has none
+    key: bytes = b""  # its place in the order of the list
 
 
 class Entry(NamedTuple):
@@ -52,25 +56,30 @@ class Entry(NamedTuple):
     name: int  # name_hash of its class
 
 
+# Split, place in the order, number, hash of the class, root, length of the path, weight, whether bytes follow it.
+HEAD = struct.Struct(">B8sQQHIf?")
+
+
 class Listing:
     """All records of the sources, sorted by a hash of their number and the seed, and the class names they carry.
 
-    The order does not depend on the memory that sorting takes. What does not fit into it goes to files in `folder`.
+    The order depends neither on the memory that sorting takes nor on the number of parts, which are stretches of it
+    in every split. The records go to files in `folder`, the rest does where memory does not hold it.
     """
 
-    # Split, place in the order, number, hash of the class, root, length of the path, weight, whether bytes follow it.
-    HEAD = struct.Struct(">B8sQQHIf?")
     ROW = np.dtype([("split", "u1"), ("name", "<u8")])  # of each record, in the order of their numbers
     _ROW = struct.Struct("<BQ")
 
-    def __init__(self, folder, memory_bytes, seed, wanted=None, held_out=None, by="image"):
+    def __init__(self, folder, memory_bytes, seed, wanted=None, held_out=None, by="image", parts=1):
         """
         wanted    sorted array of name_hash of the classes to take; None: all
         held_out  (split, share that goes there at random); the others are train. None: as the source says
         by        image or class: what that is a share of
         """
         self._folder, self._seed = folder, seed.to_bytes(8, "little")
-        self._records = Sorter(os.path.join(folder, "records"), memory_bytes // 2)
+        self._records = [Sorter(os.path.join(folder, f"records-{part}"), memory_bytes // 2 // parts)
+                         for part in range(parts)]
+        self._num_records = [0] * parts
         self._memory_bytes, self._total = memory_bytes // 4, 0  # of what is sorted beside
         self._paths, self._wanted = Sorter(os.path.join(folder, "paths"), memory_bytes // 8), wanted
         self._held_out, self._by = held_out, by
@@ -131,9 +140,10 @@ class Listing:
         path = os.fsencode(path)
         if may_repeat and data is None:
             self._paths.add(b"\0".join((path, b"%d" % root, name)))
-        head = self.HEAD.pack(SPLITS.index(split), place, self._total, number, root, len(path), weight,
-                              data is not None)
-        self._records.add(b"".join((head, path, data or b"")))
+        head = HEAD.pack(SPLITS.index(split), place, self._total, number, root, len(path), weight, data is not None)
+        part = int.from_bytes(place, "big") * len(self._records) >> 64
+        self._records[part].add(b"".join((head, path, data or b"")))
+        self._num_records[part] += 1
         self._total += 1
         return Entry(self._total - 1, split, number)
 
@@ -204,32 +214,84 @@ class Listing:
                 raise PackError(f"class {name.decode()!r}{split and ' of ' + split} is not one of {owner} ({count} "
                                 "images are of such classes); add it there or leave it out here")
 
-    def chunks(self, table, fates, most_records, most_bytes):
-        """Yields the records that are kept and of a class, in lists of one split and up to so many records.
+    def finish(self, table, has_weights, left_out, skipped):
+        """Leaves in the folder what FinishedListing opens, and reports; nothing is to be called after this.
 
-        A list ends with the record that reaches most_bytes. Once.
+        table     ClassTable in a folder of this one, beside whose files class_counts has put its own
+        left_out  {reason: images} of what has another Fate than KEPT, or no class
+        skipped   Tally of the images that could not be listed
         """
-        for _, items in itertools.groupby(self._records, key=lambda item: item[0]):
+        facts = {"splits": self.splits, "num_records": self._num_records, "has_weights": has_weights,
+                 "table": os.path.basename(table.folder), "left_out": left_out, "skipped": skipped.as_json(), "runs": [
+                     [os.path.relpath(path, self._folder) for path in records.runs()] for records in self._records]}
+        for entry in os.scandir(self._folder):
+            if entry.name == "rows":
+                os.unlink(entry)
+            elif entry.is_dir() and entry.name != facts["table"] and not entry.name.startswith("records-"):
+                shutil.rmtree(entry)
+        with open(os.path.join(self._folder, "facts.json"), "w") as file:
+            json.dump(facts, file)
+
+
+class FinishedListing:
+    """The list in a folder, as several processes may read it.
+
+    splits       that have records
+    table        ClassTable
+    counts       {split: (C,) int64}: images of each class that are to be packed
+    has_weights  whether the records have weights
+    left_out     {reason: images}
+    skipped      Tally of images that could not be listed
+    """
+
+    def __init__(self, folder):
+        with open(os.path.join(folder, "facts.json")) as file:
+            facts = json.load(file)
+        self._folder, self._runs, self._num_records = folder, facts["runs"], facts["num_records"]
+        self.splits, self.has_weights, self.left_out = facts["splits"], facts["has_weights"], facts["left_out"]
+        self.skipped, self.table = Tally(**facts["skipped"]), ClassTable.open(os.path.join(folder, facts["table"]))
+        self.counts = {split: np.memmap(os.path.join(self.table.folder, f"listed-{split}"), np.int64, "r")
+                       for split in self.splits}
+        self._fates = np.broadcast_to(np.uint8(Fate.KEPT), sum(self._num_records))  # takes no memory
+        if os.path.exists(path := os.path.join(folder, "fates")):
+            self._fates = np.memmap(path, np.uint8, "r")
+
+    @property
+    def total(self):
+        """Images that are to be packed or could not be listed."""
+        return sum(int(counts.sum()) for counts in self.counts.values()) + self.skipped.count
+
+    def expected(self, part):
+        """Images of a part that are to be packed: of one of several parts about, where some of the list are not."""
+        return round(self._num_records[part] * (self.total - self.skipped.count) / sum(self._num_records))
+
+    def chunks(self, part, memory_bytes, most_records, most_bytes, start=b""):
+        """Yields the records of a part that are kept and of a class, in lists of one split and up to so many records.
+
+        A list ends with the record that reaches most_bytes. start is the key of the first.
+        """
+        records = merged([os.path.join(self._folder, path) for path in self._runs[part]], memory_bytes, start)
+        for _, items in itertools.groupby(records, key=lambda item: item[0]):
             chunk, num_bytes = [], 0
             for item in items:
                 chunk.append(item)
                 num_bytes += len(item)
                 if len(chunk) >= most_records or num_bytes >= most_bytes:
-                    yield from self._decoded(chunk, table, fates)
+                    yield from self._decoded(chunk)
                     chunk, num_bytes = [], 0
-            yield from self._decoded(chunk, table, fates)
+            yield from self._decoded(chunk)
 
-    def _decoded(self, items, table, fates):
+    def _decoded(self, items):
         """Yields the list of Records that are packed, or nothing."""
-        heads = [self.HEAD.unpack_from(item) for item in items]
-        labels = table.labels(np.array([name for _, _, _, name, *_ in heads], np.uint64))
-        is_kept = (labels >= 0) & (fates[[number for _, _, number, *_ in heads]] == Fate.KEPT)
+        heads = [HEAD.unpack_from(item) for item in items]
+        labels = self.table.labels(np.array([name for _, _, _, name, *_ in heads], np.uint64))
+        is_kept = (labels >= 0) & (self._fates[[number for _, _, number, *_ in heads]] == Fate.KEPT)
         records = []
         for place in np.flatnonzero(is_kept):
             split, _, _, _, root, length, weight, has_data = heads[place]
-            item, end = items[place], self.HEAD.size + length
-            path, data = os.fsdecode(item[self.HEAD.size : end]), item[end:] if has_data else None
-            records.append(Record(SPLITS[split], path, root, int(labels[place]), data, weight))
+            item, end = items[place], HEAD.size + length
+            path, data = os.fsdecode(item[HEAD.size : end]), item[end:] if has_data else None
+            records.append(Record(SPLITS[split], path, root, int(labels[place]), data, weight, item[:end]))
         if records:
             yield records
 

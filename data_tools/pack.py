@@ -17,11 +17,13 @@ Images that do not decode are found after that and not replaced.
 
 Every image is decoded once as a check, or looked at as --check says (data_tools/image_check.py); its bytes are kept
 unless --resize, --format or --quality asks for others. Those that fail are left out, counted and listed in
-OUT/skipped.tsv. OUT appears only when everything is done; before that there is a folder .OUT.partial-… beside it, which
-no reader accepts.
-The same SRC and seed give the same bytes whatever the number of workers and the memory. While it runs, memory holds
-what --memory-mb allows, one shard of every split, and some megabytes and one decoded image per worker; what sorting
-needs beyond that are files in that folder, once as large as the images that did not come in files of their own.
+OUT/skipped.tsv. OUT appears only when everything is done; before that there is a folder .OUT.partial-pack beside it,
+which no reader accepts. Whatever ends a pack before, the same command goes on with that folder: behind the last shard
+that is whole, or with the list of images if that was not. Several processes, on any nodes that share the folder, make
+one pack by --part; the order of its records is that of one process.
+The same SRC, seed and number of parts give the same bytes whatever the number of workers, the memory and interruptions.
+While it runs, memory holds what --memory-mb allows, one shard, and some megabytes and one decoded image per worker; the
+list is files in that folder, as large as the images that did not come in files of their own.
 """
 
 import argparse
@@ -35,40 +37,48 @@ from array import array
 from collections import Counter
 
 import numpy as np
+import PIL
 
 from data_tools.checking import CHUNK_BYTES, CHUNK_RECORDS, KEPT, read_in_order, worker_pool
 from data_tools.choosing import choose
+from data_tools.claim import by_one
 from data_tools.class_table import name_hash, names_of
-from data_tools.command import Parser, between, check_paths, new_folder
+from data_tools.command import Parser, between, check_paths
 from data_tools.duplicates import RULES, Duplicates
 from data_tools.encoding import FORMATS, Encoding
 from data_tools.image_check import CHECKS
-from data_tools.listing import CLASS_SPLITS, MAX_NAME_BYTES, Fate, Listing, zeros_file
-from data_tools.pack_writer import PackWriter
+from data_tools.journal import Journal
+from data_tools.listing import CLASS_SPLITS, MAX_NAME_BYTES, Fate, FinishedListing, Listing, zeros_file
+from data_tools.merge import merge
+from data_tools.pack_writer import ShardWriter
+from data_tools.partial_folder import discard, fingerprint, kept, left, open_folder, owned, path_for
 from data_tools.progress import Progress, note
 from data_tools.skipped import NAMED, Skipped
 from data_tools.sources import KINDS, open_source
 from xc import pack as layout
+from xc.disk import sync_tree
 from xc.pack import PackError, open_splits
 
 LEFT_OUT = {"repeat": "images that repeat others", "leak": "images of train that are in val or test too",
             "conflict": "images with several labels", "few": "images of classes with fewer than --min-images",
             "many": "images beyond --max-images-per-class"}
+# Of the parameters of `pack`, those that do not change its bytes, and those that `describe` has in another form.
+BESIDE = {"memory_mb", "workers", "max_skipped", "out", "restart", "src", "classes", "root", "part"}
 
 
 def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, workers, max_pixels, max_skipped,
-         resize, format, quality, check, split_by, min_images, max_images_per_class, duplicates):
+         resize, format, quality, check, split_by, min_images, max_images_per_class, duplicates, part, restart):
     """Packs src, a list of paths, into the new folder out and says what became of it; the parameters are the flags.
 
     returns  dict of totals over the splits: records, classes, bytes, shards, skipped, left_out ({reason: images}),
-             seconds
+             seconds; of a part that was not the last, its own without classes and left_out, and "part": "I/N"
 
-    PackError or OSError, with nothing left at out, for whatever the user can mend.
+    PackError or OSError, with nothing at out, for whatever the user can mend; `partial_folder.left` says what is kept.
     """
-    started = time.monotonic()
-    out = os.path.abspath(out)
+    of_bytes = {name: value for name, value in locals().items() if name not in BESIDE}
+    started, (number, parts) = time.monotonic(), part
+    out, memory_bytes = os.path.abspath(out), int(memory_mb * 1e6)
     check_paths(src, out, root)
-    sources = [open_source(path, kind, root) for path in src]
     if quality is not None and format in ("png", "raw"):
         raise PackError(f"--quality is of jpeg and webp, {format} loses nothing; leave it out")
     if split_by == "class" and split is None:
@@ -78,105 +88,175 @@ def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, wor
     encoding = Encoding(resize, format, quality)
     if check != "full" and encoding != KEPT:
         raise PackError(f"--check {check} is for images that keep their bytes, all others are decoded; leave it out")
-    given, wanted = None, None
-    if classes is not None and os.path.isfile(classes):
-        wanted = names_in(classes)
-    elif classes is not None:
-        given = open_splits(classes)["train"]
+    if restart and parts > 1:
+        raise PackError(f"--restart with --part would remove what other parts do; remove {path_for(out)} yourself")
+    sources = [open_source(path, kind, root) for path in src]
+    named = None
+    if classes is not None:
+        named = names_in(classes) if os.path.isfile(classes) else open_splits(classes)["train"]
 
-    with new_folder(out) as partial, open(os.path.join(partial, "skipped.tsv"), "w", encoding="utf-8",
-                                          errors="surrogateescape") as skipped_file:
-        work, memory_bytes = os.path.join(partial, "work"), int(memory_mb * 1e6)
-        os.mkdir(work)  # for files that go when the pack is whole
-        skipped = Skipped(skipped_file, max_skipped)
-        listing = Listing(work, memory_bytes, seed, wanted, split, split_by)
-        with worker_pool(workers if duplicates != "keep" else 0) as pool, Progress("listing") as progress:
-            repeated = Duplicates(os.path.join(work, "duplicates"), memory_bytes // 8, pool, 2 * workers + 1)
-            for number, source in enumerate(sources):
-                for record in source.records(skipped):
-                    listed = listing.add(number, *record, may_repeat=source.may_repeat)
-                    if listed is None:
-                        skipped.ignored[f"images of classes that {classes} does not name"] += 1
-                    elif duplicates != "keep":
-                        repeated.add(listed, source.root, *record[1:4])
-                    progress.add(1)
-            repeated.end()
-        splits = listing.splits
-        if not CLASS_SPLITS & set(splits):
-            raise PackError(f"{', '.join(src)}: no images"
-                            f"{' of split train, which gives the classes' if splits else ''}{_why(skipped)}")
-        if "" in splits and len(splits) > 1:
-            raise PackError(f"{', '.join(src)}: some images have a split and others none; give all one, or none")
-        if split is not None and split[0] not in splits:
-            raise PackError(f"--split {split[0]}={split[1]} of {len(listing)} images draws no {split_by}; give more, "
-                            "or leave it out")
-        for what, count in sorted(skipped.ignored.items()):
-            note(f"ignored {count} {what}")
-        if repeats := listing.check_paths():
-            note(f"{repeats} rows name a path again; their images are packed as often as they are named")
-        has_weights, left_out = listing.has_weights, Counter()
-        if duplicates == "keep" and max_images_per_class is None:
-            fates = np.broadcast_to(np.uint8(Fate.KEPT), len(listing))  # takes no memory
-        else:
-            fates = zeros_file(os.path.join(work, "fates"), len(listing), np.uint8)
-        if duplicates != "keep":
-            left_out += _resolve(repeated, duplicates, fates, os.path.join(partial, "duplicates.tsv"))
-        owner = "train" if given is None else "the pack of --classes"
-        choice = choose(listing, listing.class_names() if given is None else names_of(given), owner, fates, work,
-                        memory_bytes, min_images, max_images_per_class, split_by == "class")
-        table, listed = choice.table, choice.counts
-        left_out += choice.left_out
-        for reason, count in left_out.items():
-            note(f"left out {count} {LEFT_OUT[reason]}")
-        if choice.num_few:
-            note(f"{choice.num_few} classes have fewer than --min-images {min_images} and get no label; the labels of "
-                 f"the others are 0, 1, 2, … {len(table) - 1}")
-        if listing.has_gaps:
-            note("the class names are numbers with gaps: their labels are 0, 1, 2, … without gaps")
-        if wanted is not None and len(wanted) > len(table) + choice.num_few:
-            note(f"{len(wanted) - len(table) - choice.num_few} classes of {classes} have no images and get no label")
-        total = sum(int(counts.sum()) for counts in listed.values()) + skipped.count
-        skipped.set_total(total)
+    folder = open_folder(out, describe(src, classes, root, parts, of_bytes), restart)
+    owner, listing = f"part-{number}", os.path.join(folder, "listing")
+    places, merged = [os.path.join(folder, f"part-{i}") for i in range(parts)], {}
 
-        writers = {split: PackWriter(os.path.join(partial, split), shard_mb * 1e6,
-                                     zeros_file(os.path.join(work, f"written-{split}"), len(table)), has_weights)
-                   for split in splits}
-        with worker_pool(workers) as pool, Progress("packing", total - skipped.count) as progress:
-            roots = [source.root for source in sources]
-            chunks = listing.chunks(table, fates, CHUNK_RECORDS, CHUNK_BYTES)
-            images = read_in_order(pool, 2 * workers + 1, roots, chunks, max_pixels, encoding, check)
-            for record, data, crc_or_reason in images:
-                if data is None:
-                    skipped.add(record.split, record.path, crc_or_reason)
-                else:
-                    writers[record.split].add(data, crc_or_reason, record.label, record.weight)
-                progress.add(1)
-        for split, writer in writers.items():
-            if not writer.num_added:
-                raise PackError(f"no image{_of(split)} can be used: {skipped}")
-            writer.end_shard()
-        for split, writer in writers.items():  # last: a folder without an index is not a pack
-            writer.write_index(table, source=", ".join(os.path.basename(os.path.abspath(path)) for path in src),
-                               seed=seed, skipped=skipped.of_split[split])
-        lost = {split: np.flatnonzero((listed[split] > 0) & (writers[split].class_counts == 0)) for split in splits}
-        lost = {split: (len(labels), [table.name(label) for label in labels[:NAMED]]) for split, labels in lost.items()}
-        with_images = {split: np.count_nonzero(writers[split].class_counts) for split in splits}
-        shutil.rmtree(work)
+    def make_listing():
+        new = f"{listing}-{owner}"
+        shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+        os.mkdir(new)
+        list_sources(new, src, sources, classes, named, seed, parts, memory_bytes, workers, max_skipped, split,
+                     split_by, min_images, max_images_per_class, duplicates)
+        sync_tree(new)
+        os.rename(new, listing)
 
-    if skipped.count:
-        note(f"skipped {skipped.count} images, listed in {os.path.join(out, 'skipped.tsv')}: {skipped}")
-    for split, writer in writers.items():
+    def make_pack():
+        names = ", ".join(os.path.basename(os.path.abspath(path)) for path in src)
+        merged.update(merge(folder, out, listed, journals, tally, source=names, seed=seed))
+
+    with owned(folder, number, out), kept(folder, out, parts, lambda: os.path.isdir(listing),
+                                          lambda: Journal(places[number]).shards):
+        by_one(f"{listing}.claim", owner, lambda: os.path.isdir(listing), make_listing)
+        listed, journal = FinishedListing(listing), Journal(places[number])
+        if journal.taken:
+            note(f"going on behind {journal.taken:,} of {listed.expected(number):,} images")
+        if not journal.done:
+            write_part(journal, listed, number, [source.root for source in sources], shard_mb * 1e6, memory_bytes,
+                       workers, max_skipped, max_pixels, encoding, check)
+        journals = [Journal(place) for place in places]
+        to_come = sum(not one.done for one in journals)
+        if not to_come:
+            tally = sum((one.tally for one in journals), listed.skipped)
+            tally.check(max_skipped, listed.total)
+            by_one(os.path.join(folder, "pack.claim"), owner, lambda: os.path.lexists(out), make_pack)
+        if merged:
+            lost = {split: lost_classes(listed, split, counts) for split, (_, counts) in merged.items()}
+            discard(folder)
+
+    if not merged:
+        note(f"part {number} of {parts} is done{f', {to_come} are to come; the last makes the pack' * bool(to_come)}")
+        return {"part": f"{number}/{parts}", **totals(journal.shards.values()), "skipped": journal.tally.count,
+                "seconds": round(time.monotonic() - started, 3)}
+    if tally.count:
+        note(f"skipped {tally.count} images, listed in {os.path.join(out, 'skipped.tsv')}: {tally}")
+    for split, (shards, counts) in merged.items():
         count, names = lost[split]
         if count:
             note(f"warning: {count} classes{_of(split)} lost all their images; they keep their labels: "
                  + ", ".join(names) + (", …" if count > NAMED else ""))
-        place = os.path.join(out, split).rstrip("/")
-        print(f"{place}: {writer.num_records} images of {with_images[split]} classes, {writer.num_bytes / 1e6:.1f} MB "
-              f"in {len(writer.shard_records)} shards")
-    return {"records": sum(writer.num_records for writer in writers.values()), "classes": len(table),
-            "bytes": sum(writer.num_bytes for writer in writers.values()),
-            "shards": sum(len(writer.shard_records) for writer in writers.values()),
-            "skipped": skipped.count, "left_out": left_out, "seconds": round(time.monotonic() - started, 3)}
+        of_split = totals([shards])
+        print(f"{os.path.join(out, split).rstrip('/')}: {of_split['records']} images of {np.count_nonzero(counts)} "
+              f"classes, {of_split['bytes'] / 1e6:.1f} MB in {of_split['shards']} shards")
+    return {**totals(shards for shards, _ in merged.values()), "classes": len(listed.table), "skipped": tally.count,
+            "left_out": listed.left_out, "seconds": round(time.monotonic() - started, 3)}
+
+
+def describe(src, classes, root, parts, of_bytes):
+    """dict for JSON of all that the bytes of a pack depend on, with the names of the flags."""
+    flags = {"--from" if name == "kind" else f"--{name}".replace("_", "-"): value for name, value in of_bytes.items()}
+    return {"SRC": [os.path.abspath(path) for path in src], "state of SRC": [fingerprint(path) for path in src],
+            "--classes": classes and [os.path.abspath(classes), fingerprint(classes)],
+            "--root": root and os.path.abspath(root), "parts": parts,
+            "versions": {"pack": layout.VERSION, "parts": 1, "Pillow": PIL.__version__}, **flags}
+
+
+def list_sources(folder, src, sources, classes, named, seed, parts, memory_bytes, workers, max_skipped, split, split_by,
+                 min_images, max_images_per_class, duplicates):
+    """Lists the records of all sources and their classes into a folder, for FinishedListing.
+
+    named  of --classes: array of the hashes of the names that are wanted, or the Pack whose classes are taken
+    """
+    wanted, given = (named, None) if isinstance(named, array) else (None, named)
+    listing = Listing(folder, memory_bytes, seed, wanted, split, split_by, parts)
+    with (Skipped(os.path.join(folder, "skipped.tsv"), max_skipped) as skipped,
+          worker_pool(workers if duplicates != "keep" else 0) as pool, Progress("listing") as progress):
+        repeated = Duplicates(os.path.join(folder, "duplicates"), memory_bytes // 8, pool, 2 * workers + 1)
+        for number, source in enumerate(sources):
+            for record in source.records(skipped):
+                listed = listing.add(number, *record, may_repeat=source.may_repeat)
+                if listed is None:
+                    skipped.ignored[f"images of classes that {classes} does not name"] += 1
+                elif duplicates != "keep":
+                    repeated.add(listed, source.root, *record[1:4])
+                progress.add(1)
+        repeated.end()
+    splits = listing.splits
+    if not CLASS_SPLITS & set(splits):
+        raise PackError(f"{', '.join(src)}: no images"
+                        f"{' of split train, which gives the classes' if splits else ''}{_why(skipped)}")
+    if "" in splits and len(splits) > 1:
+        raise PackError(f"{', '.join(src)}: some images have a split and others none; give all one, or none")
+    if split is not None and split[0] not in splits:
+        raise PackError(f"--split {split[0]}={split[1]} of {len(listing)} images draws no {split_by}; give more, "
+                        "or leave it out")
+    for what, count in sorted(skipped.ignored.items()):
+        note(f"ignored {count} {what}")
+    if repeats := listing.check_paths():
+        note(f"{repeats} rows name a path again; their images are packed as often as they are named")
+    has_weights, left_out = listing.has_weights, Counter()
+    if duplicates == "keep" and max_images_per_class is None:
+        fates = np.broadcast_to(np.uint8(Fate.KEPT), len(listing))  # takes no memory
+    else:
+        fates = zeros_file(os.path.join(folder, "fates"), len(listing), np.uint8)
+    if duplicates != "keep":
+        left_out += _resolve(repeated, duplicates, fates, os.path.join(folder, "duplicates.tsv"))
+    owner = "train" if given is None else "the pack of --classes"
+    choice = choose(listing, listing.class_names() if given is None else names_of(given), owner, fates, folder,
+                    memory_bytes, min_images, max_images_per_class, split_by == "class")
+    left_out += choice.left_out
+    for reason, count in left_out.items():
+        note(f"left out {count} {LEFT_OUT[reason]}")
+    if choice.num_few:
+        note(f"{choice.num_few} classes have fewer than --min-images {min_images} and get no label; the labels of "
+             f"the others are 0, 1, 2, … {len(choice.table) - 1}")
+    if listing.has_gaps:
+        note("the class names are numbers with gaps: their labels are 0, 1, 2, … without gaps")
+    absent = 0 if wanted is None else len(wanted) - len(choice.table) - choice.num_few
+    if absent > 0:
+        note(f"{absent} classes of {classes} have no images and get no label")
+    listing.finish(choice.table, has_weights, left_out, skipped.tally)
+
+
+def write_part(journal, listed, number, roots, shard_bytes, memory_bytes, workers, max_skipped, *checking):
+    """Writes the shards of a part of what is listed, from where its journal ends.
+
+    checking  max_pixels, encoding, check of check_images
+    """
+    split, writer, taken = None, None, journal.taken
+    os.makedirs(journal.folder, exist_ok=True)
+    with Skipped(os.path.join(journal.folder, "skipped.tsv"), max_skipped, listed.total, listed.skipped,
+                 journal.skipped) as skipped:
+
+        def end_shard(start):
+            journal.add(split, writer and writer.write(), start, skipped.state(), taken)
+
+        chunks = listed.chunks(number, memory_bytes // 2, CHUNK_RECORDS, CHUNK_BYTES, journal.start)
+        with worker_pool(workers) as pool, Progress("packing", listed.expected(number), done=taken) as progress:
+            images = read_in_order(pool, 2 * workers + 1, roots, chunks, *checking)
+            for record, data, crc_or_reason in images:
+                if data is None:
+                    skipped.add(record.split, record.path, crc_or_reason)
+                else:
+                    if writer and not (split == record.split and writer.fits(data)):
+                        end_shard(record.key)
+                    if split != record.split:
+                        split = record.split
+                        writer = ShardWriter(os.path.join(journal.folder, split), shard_bytes, listed.has_weights,
+                                             len(journal.shards.get(split, ())))
+                    writer.add(data, crc_or_reason, record.label, record.weight)
+                taken += 1
+                progress.add(1)
+        end_shard(None)
+
+
+def totals(shards_of_splits):
+    shards = [shard for shards in shards_of_splits for shard in shards]
+    return {"records": sum(shard.records for shard in shards), "bytes": sum(shard.num_bytes for shard in shards),
+            "shards": len(shards)}
+
+
+def lost_classes(listed, split, counts):
+    """(number, first names) of the classes that were to be packed in a split, and have no image in it."""
+    labels = np.flatnonzero((listed.counts[split] > 0) & (counts == 0))
+    return len(labels), [listed.table.name(label) for label in labels[:NAMED]]
 
 
 def _resolve(repeated, rule, fates, path):
@@ -200,8 +280,8 @@ def names_in(path):
 
 def _why(skipped):
     what = [f"{count} {what} ignored" for what, count in sorted(skipped.ignored.items())]
-    if skipped.count:
-        what.append(f"{skipped.count} skipped: {skipped}")
+    if skipped.tally.count:
+        what.append(f"{skipped.tally.count} skipped: {skipped.tally}")
     return f" ({'; '.join(what)})" if what else ""
 
 
@@ -220,6 +300,13 @@ def held_out(text):
     if name not in layout.SPLITS[1:] or not re.fullmatch(r"0?\.\d*[1-9]\d*", share):
         raise argparse.ArgumentTypeError(f"{text} is not like test=0.01: val or test, and a share between 0 and 1")
     return name, float(share)
+
+
+def part_of(text):
+    match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text} is not like 0/16: a part from 0 up, and how many there are")
+    return int(match[1]), int(match[2])
 
 
 def main(argv=None):
@@ -259,15 +346,18 @@ def main(argv=None):
         "images that must be encoded anew get 90")
     add("--check", choices=CHECKS, default="full", help="what is looked at of images whose bytes are kept: full, that "
         "each decodes; header, its type, size and end, as data_tools/image_check.py says; none (%(default)s)")
+    add("--part", type=part_of, default=(0, 1), metavar="I/N", help="do part I of N, from 0/N up, each in a process of "
+        "its own with the same flags; the last makes the pack of all")
+    add("--restart", action="store_true", help="begin anew, and remove what an interrupted pack has left")
     args = parser.parse_args(argv)
     try:
         print(json.dumps(pack(**vars(args))))
     except PackError as error:
         parser.error(str(error))
     except (OSError, RuntimeError) as error:  # h5py has either for a disk that refuses
-        parser.error(f"{args.out}: {error}; nothing was kept")
+        parser.error(f"{args.out}: {error}; {left(args.out)}")
     except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted; nothing was kept\n")
+        parser.exit(130, f"{parser.prog}: interrupted; {left(args.out)}\n")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,21 @@ from xc.message import one_line
 
 
 class Progress:
-    """A bar where stderr is a terminal, otherwise a line every few seconds. total, in `unit`, may be unknown."""
+    """A bar where stderr is a terminal, otherwise a line every few seconds; both with rate and time left.
+
+    total  in `unit`, may be unknown
+    done   how much of it was done before
+    """
 
     line_seconds = 5
 
-    def __init__(self, what, total=None, unit="images"):
-        self.what, self.total, self.unit, self.done, self._shown = what, total, unit, 0, time.monotonic()
-        self._bar = tqdm(total=total, desc=what, unit=f" {unit}", unit_scale=True) if sys.stderr.isatty() else None
+    def __init__(self, what, total=None, unit="images", done=0):
+        self.what, self.total, self.unit, self.done = what, total, unit, done
+        self._before, self._started = done, time.monotonic()
+        self._shown = self._started
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, desc=what, unit=f" {unit}", unit_scale=True)
 
     def __enter__(self):
         return self
@@ -28,9 +36,18 @@ class Progress:
         self.done += count
         if self._bar is not None:
             self._bar.update(count)
-        elif time.monotonic() - self._shown >= self.line_seconds:
-            self._shown = time.monotonic()
-            note(f"{self.what}: {self.done:.0f}{f' of {self.total:.0f}' if self.total else ''} {self.unit}")
+        elif (now := time.monotonic()) - self._shown >= self.line_seconds:
+            self._shown = now
+            rate = (self.done - self._before) / max(now - self._started, 1e-9)
+            of = f" of {self.total:,.0f}" if self.total else ""
+            left = f", {_duration((self.total - self.done) / rate)} left" if self.total and rate else ""
+            note(f"{self.what}: {self.done:,.0f}{of} {self.unit}, {rate:,.{0 if rate >= 10 else 1}f}/s{left}")
+
+
+def _duration(seconds):
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def note(text):

@@ -1,6 +1,7 @@
 """The report of images that are left out of a pack."""
 
 import math
+import os
 from collections import Counter
 
 from xc.pack import PackError
@@ -14,38 +15,85 @@ def row(*cells):
     return "\t".join(str(cell).translate(_ESCAPES) for cell in cells) + "\n"
 
 
+HEADER = row("path", "reason")
+
+
+class Tally:
+    """How many images were left out, of_split Counter {split: number}, and the first of them, with why."""
+
+    def __init__(self, of_split=(), first=()):
+        self.of_split, self.first = Counter(of_split), list(first)
+
+    @property
+    def count(self):
+        return self.of_split.total()
+
+    def add(self, split, path, reason):
+        self.of_split[split] += 1
+        if len(self.first) < NAMED:
+            self.first.append(f"{path} ({reason})")
+
+    def __add__(self, other):
+        return Tally(self.of_split + other.of_split, (self.first + other.first)[:NAMED])
+
+    def __str__(self):
+        return ", ".join(self.first) + (", …" if self.count > NAMED else "")
+
+    def as_json(self):
+        return {"of_split": self.of_split, "first": self.first}
+
+    def check(self, allowed, total=None):
+        """PackError where they are too many.
+
+        allowed  "100", or "1%" of the total, which is not known (None) before all are listed
+        """
+        if allowed.endswith("%"):
+            most = math.inf if total is None else int(float(allowed[:-1]) / 100 * total)
+        else:
+            most = int(allowed)
+        if self.count > most:
+            raise PackError(f"{self.count}{'' if total is None else f' of {total}'} images cannot be used, but "
+                            f"--max-skipped {allowed} allows {most}: {self}; mend or remove them, or allow more")
+
+
 class Skipped:
     """Writes the images that are left out to a file, and ends the packing where they are too many.
 
-    allowed  "100", or "1%" of the total, which is known when all are listed
-    ignored  Counter of what is no image: {what: number}
+    path           of the file, without a header
+    allowed,total  as for Tally.check
+    before         Tally of those that other files have
+    resumed        what `state` gave to an earlier process: the file is cut back to it
+
+    tally    of this file; ignored  Counter of what is no image: {what: number}
     """
 
-    def __init__(self, file, allowed):
-        self.count, self.of_split, self.ignored = 0, Counter(), Counter()
-        self._file, self._allowed, self._total, self._first = file, allowed, None, []
-        self._most = math.inf if allowed.endswith("%") else int(allowed)
-        file.write(row("path", "reason"))
+    def __init__(self, path, allowed, total=None, before=None, resumed=None):
+        self.tally, self.ignored = Tally(**resumed["tally"]) if resumed else Tally(), Counter()
+        self._allowed, self._total, self._before = allowed, total, before or Tally()
+        self._file = open(path, "a", encoding="utf-8", errors="surrogateescape", newline="\n")  # noqa: SIM115
+        self._file.truncate(resumed["length"] if resumed else 0)
+        self.check()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._file.close()
 
     def add(self, split, path, reason):
         self._file.write(row(path, reason))
-        self.count += 1
-        self.of_split[split] += 1
-        if self.count <= NAMED:
-            self._first.append(f"{path} ({reason})")
-        self._check()
+        self.tally.add(split, path, reason)
+        self.check()
 
-    def set_total(self, total):
-        self._total = total
-        if self._allowed.endswith("%"):
-            self._most = int(float(self._allowed[:-1]) / 100 * total)
-        self._check()
+    def all(self):
+        """Tally of these and of those before."""
+        return self._before + self.tally
 
-    def _check(self):
-        if self.count > self._most:
-            of = "" if self._total is None else f" of {self._total}"
-            raise PackError(f"{self.count}{of} images cannot be used, but --max-skipped {self._allowed} "
-                            f"allows {self._most}: {self}; mend or remove them, or allow more")
+    def check(self):
+        self.all().check(self._allowed, self._total)
 
-    def __str__(self):
-        return ", ".join(self._first) + (", …" if self.count > NAMED else "")
+    def state(self):
+        """For JSON; what it counts is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return {"length": os.fstat(self._file.fileno()).st_size, "tally": self.tally.as_json()}

@@ -123,8 +123,10 @@ def split(src, out, *, test, val, by, seed, shard_mb):
         for writer in writers.values():  # last: a folder without an index is not a pack
             writer.write_index(table, source=pack.source, seed=pack.seed, skipped=0)
         shutil.rmtree(work)
-    facts = {name: {"records": writer.num_records, "classes": int(np.count_nonzero(writer.class_counts)),
-                    "bytes": writer.num_bytes, "shards": len(writer.shard_records)} for name, writer in writers.items()}
+    facts = {name: {"records": sum(shard.records for shard in writer.shards),
+                    "classes": int(np.count_nonzero(writer.class_counts)),
+                    "bytes": sum(shard.num_bytes for shard in writer.shards), "shards": len(writer.shards)}
+             for name, writer in writers.items()}
     return facts | {"seconds": round(time.monotonic() - started, 3)}
 
 

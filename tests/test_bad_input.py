@@ -11,6 +11,7 @@ import tarfile
 import tempfile
 import unicodedata
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from data_tools.checking import KEPT, check_images
 from data_tools.listing import zeros_file
 from data_tools.sources import KINDS
 from tests.test_faults import small_disk
-from tests.test_pack import ROOT, by_class, contents, fails, picture, png, run, write_tree
+from tests.test_pack import ROOT, by_class, contents, fails, file_hashes, picture, png, run, write_tree
 from tests.test_sources import image_record, odd, samples, skipped_rows, write_parquet, write_rec, write_tar
 from xc.pack import Pack
 
@@ -305,20 +306,27 @@ def test_a_disk_that_fills_up_in_any_phase_is_one_line(tmp_path):
     files = write_tree(tmp_path / "src", classes)
     numbered = {f"{int(name[:4])}/0.png": data for name, data in files.items()}
     write_tar(tmp_path / "a.tar", samples(numbered))
+    flags = ["--workers", "0", "--memory-mb", "0.02", "--shard-mb", "0.05"]
+    run(tmp_path / "a.tar", tmp_path / "unbroken", *flags)
     with small_disk(tmp_path / "disk", 64) as disk:
-        refused, kilobytes, before = 0, 8, sorted(os.listdir(tmp_path))
+        refused, kilobytes, before = Counter(), 8, sorted(os.listdir(tmp_path))
         while True:
             subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", disk], check=True)
-            done = subprocess.run([sys.executable, "-m", "data_tools.pack", tmp_path / "a.tar", disk / "pack",
-                                   "--workers", "0", "--memory-mb", "0.02", "--shard-mb", "0.05"], cwd=ROOT,
-                                  capture_output=True, text=True, timeout=60)
+            done = subprocess.run([sys.executable, "-m", "data_tools.pack", tmp_path / "a.tar", disk / "pack", *flags],
+                                  cwd=ROOT, capture_output=True, text=True, timeout=60)
             if done.returncode == 0:
                 break
-            assert done.returncode == 2 and done.stderr.count("\n") == 1, (kilobytes, done.returncode, done.stderr)
-            assert "No space left on device" in done.stderr and done.stderr.endswith("nothing was kept\n")
-            assert os.listdir(disk) == [] and sorted(os.listdir(tmp_path)) == before
-            refused, kilobytes = refused + 1, kilobytes * 5 // 4
-        assert refused > 8 and len(Pack(disk / "pack")) == Pack(disk / "pack").verify() == 700
+            *others, error = done.stderr.splitlines()
+            assert done.returncode == 2 and "No space left on device" in error, (kilobytes, done.stderr)
+            assert all(line.startswith("going on behind ") for line in others)
+            kept = os.listdir(disk)  # when all images are listed, and from then on
+            assert error.endswith("the same command goes on from there" if kept else "nothing was kept")
+            assert kept == [".pack.partial-pack"] or not (kept or refused[True])
+            assert sorted(os.listdir(tmp_path)) == before
+            refused[bool(kept)] += 1
+            kilobytes = kilobytes * 5 // 4
+        assert refused[False] > 8 and refused[True] > 1 and os.listdir(disk) == ["pack"]
+        assert file_hashes(disk / "pack") == file_hashes(tmp_path / "unbroken")
 
 
 def test_counts_find_no_space_before_they_are_counted(tmp_path):

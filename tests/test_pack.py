@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -710,7 +711,9 @@ def test_progress_in_plain_lines(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data_tools.progress.Progress, "line_seconds", 0)
     run(tmp_path / "src", tmp_path / "b")
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "listing: 1 images" and lines[-1] == "packing: 28 of 28 images"
+    assert re.fullmatch(r"listing: 1 images, [\d,.]+/s", lines[0])
+    assert re.fullmatch(r"packing: 1 of 28 images, [\d,.]+/s, \d+ s left", lines[28])
+    assert re.fullmatch(r"packing: 28 of 28 images, [\d,.]+/s, 0 s left", lines[-1])
 
 
 def test_max_record_bytes(tmp_path, monkeypatch):
@@ -756,9 +759,9 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, args, words):
     assert words in fails(capsys, *args)
 
 
-def slow(module, *args, until):
-    """A real process of a tool whose fsync takes a tenth of a second; returned when `until` is true."""
-    code = ("import os, runpy, signal, time; os.fsync = lambda fd: time.sleep(0.1); "
+def slow(module, *args, until, seconds=0.1):
+    """A real process of a tool whose fsync takes so many seconds; returned when `until` is true."""
+    code = (f"import os, runpy, signal, time; os.fsync = lambda fd: time.sleep({seconds}); "
             "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a job in the background may ignore it
             f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)")
     process = subprocess.Popen([sys.executable, "-c", code, *args], cwd=ROOT, stderr=subprocess.PIPE, text=True,
@@ -771,13 +774,13 @@ def slow(module, *args, until):
 
 
 def slow_pack(tmp_path, *args):
-    """A process that packs a tenth of a second per shard, one image each; returned when it is at work."""
+    """A process that packs slowly, one image per shard; returned when it is at work."""
     write_tree(tmp_path / "src", {"a": 60})
-    return slow("data_tools.pack", tmp_path / "src", tmp_path / "pack", "--shard-mb", "1e-6", *args,
-                until=lambda: list(tmp_path.glob(".pack.partial-*/shard-00002.h5")))
+    return slow("data_tools.pack", tmp_path / "src", tmp_path / "pack", "--shard-mb", "1e-6", *args, seconds=0.02,
+                until=lambda: list(tmp_path.glob(".pack.partial-*/*/shard-00002.h5")))
 
 
-def test_a_killed_pack_leaves_nothing_that_looks_whole(tmp_path, capsys):
+def test_a_killed_pack_leaves_nothing_that_looks_whole(tmp_path):
     process = slow_pack(tmp_path, "--workers", "2")
     workers = psutil.Process(process.pid).children(recursive=True)
     assert len(workers) >= 2
@@ -791,11 +794,11 @@ def test_a_killed_pack_leaves_nothing_that_looks_whole(tmp_path, capsys):
     shutil.copytree(left, tmp_path / "renamed")
     with pytest.raises(PackError, match="index.h5: no such file"):
         Pack(tmp_path / "renamed")
-    run(tmp_path / "src", tmp_path / "pack")
-    assert Pack(tmp_path / "pack").verify() == 60
-    shutil.copy(tmp_path / "pack" / "index.h5", left)  # killed later still
+    run(tmp_path / "src", tmp_path / "pack", "--shard-mb", "1e-6")
+    assert Pack(tmp_path / "pack").verify() == 60 and not left.exists()
+    shutil.copytree(tmp_path / "pack", left / "pack" / "train")  # killed later still
     with pytest.raises(PackError, match="did not end"):
-        Pack(left)
+        Pack(left / "pack" / "train")
     until = time.monotonic() + 10
     while any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
         assert time.monotonic() < until, "workers outlive their parent"
@@ -803,12 +806,14 @@ def test_a_killed_pack_leaves_nothing_that_looks_whole(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("number, send", [(signal.SIGTERM, os.kill), (signal.SIGINT, os.killpg)])
-def test_an_interrupted_pack_cleans_up(tmp_path, number, send):
+def test_an_interrupted_pack_says_what_it_keeps(tmp_path, number, send):
     process = slow_pack(tmp_path, "--workers", "1")
     send(process.pid, number)  # a terminal's Ctrl-C reaches the workers too
     error = process.communicate(timeout=30)[1]
-    assert process.returncode == 130 and error == "data_tools.pack: interrupted; nothing was kept\n"
-    assert os.listdir(tmp_path) == ["src"]
+    assert process.returncode == 130 and error == (
+        f"data_tools.pack: interrupted; {tmp_path}/.pack.partial-pack keeps what was done: the same command goes on "
+        "from there\n")
+    assert sorted(os.listdir(tmp_path)) == [".pack.partial-pack", "src"]
 
 
 def test_no_space_is_one_line(tmp_path):
@@ -817,8 +822,10 @@ def test_no_space_is_one_line(tmp_path):
             "runpy.run_module('data_tools.pack', run_name='__main__', alter_sys=True)")
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "src", tmp_path / "pack", "--workers", "0"], cwd=ROOT,
                           stderr=subprocess.PIPE, text=True, timeout=30)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "too large; nothing was kept" in done.stderr
-    assert os.listdir(tmp_path) == ["src"]
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"too large; {tmp_path}/.pack.partial-pack keeps what was done" in done.stderr  # the list of images
+    run(tmp_path / "src", tmp_path / "pack")
+    assert Pack(tmp_path / "pack").verify() == 60 and sorted(os.listdir(tmp_path)) == ["pack", "src"]
 
 
 def test_a_dead_worker_is_one_line(tmp_path, capsys, monkeypatch):

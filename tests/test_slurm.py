@@ -14,6 +14,7 @@ import pytest
 from tests.launch import ROOT, losses, mpirun
 from tests.slurm_cluster import Cluster, missing
 from tests.test_mpi import SYNTH
+from xc.pack import open_splits
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(300)]
 FLAGS = [*SYNTH[1:], "--eval-every", 0]
@@ -277,6 +278,35 @@ def test_a_sweep_of_two(cluster, tmp_path):
     for task, step in (1, first[0]), (2, first[1]):
         log = cluster.checkout / f"slurm/logs/sweep-{number}_{task}"
         assert f"step-{step:08d}" in log.with_suffix(".log").read_text() and (log / "rank-0.log").exists()
+
+
+def test_an_array_makes_one_pack(cluster, tiny_packs, tmp_path):
+    """Whose tasks Slurm starts in any order, on either node."""
+    command = ["slurm/pack.sbatch", tiny_packs.parent / "tree", tmp_path / "packs", "--shard-mb", 0.002]
+    number = cluster.submit("--array=3-5", *command)
+    assert [job["JobState"] for job in cluster.wait(number)] == ["COMPLETED"] * 3
+    assert os.listdir(tmp_path) == ["packs"]
+    for split, whole in open_splits(tiny_packs).items():
+        pack, every = open_splits(tmp_path / "packs")[split], range(len(whole))
+        assert pack.verify() == len(whole) and pack.num_shards > 3
+        assert pack.read(every)[0] == whole.read(every)[0] and (pack.read(every)[1] == whole.read(every)[1]).all()
+
+
+def test_an_array_with_gaps_is_no_pack(cluster, tmp_path):
+    number = cluster.submit("--array=0,2", "slurm/pack.sbatch", tmp_path, tmp_path / "packs")
+    for job in cluster.wait(number):
+        assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0") and "have gaps" in read_log(cluster, job)
+
+
+def test_a_requeued_pack_goes_on(cluster, tiny_packs, tmp_path):
+    """As Slurm does it when a node is lost."""
+    tree, out = tiny_packs.parent / "tree", tmp_path / "packs"
+    number = cluster.submit("slurm/pack.sbatch", tree, out, "--shard-mb", 1e-4)
+    until(lambda: list(tmp_path.glob(".packs.partial-pack/part-0/train/*")), "a shard")
+    cluster.run("scontrol", "requeue", number)
+    log = ended(cluster, number, restarts=1)
+    assert "going on behind" in log
+    assert open_splits(out)["train"].verify() == 120
 
 
 @pytest.mark.parametrize("arguments, text", [

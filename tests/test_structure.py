@@ -5,7 +5,7 @@ from pathlib import Path
 
 XC = Path(__file__).parent.parent / "xc"
 FLOORS = [
-    {"loss_scale", "margin", "message", "noise_scale", "schedule", "shard", "stop", "tensor_file", "topk",
+    {"disk", "loss_scale", "margin", "message", "noise_scale", "schedule", "shard", "stop", "tensor_file", "topk",
      "watchdog"},
     {"config", "pack", "schedule_plot", "traffic"},
     {"world", "run_folder", "synth", "knn_graph"},

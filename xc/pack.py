@@ -85,8 +85,8 @@ class Pack:
         self.path = os.fspath(path)
         if not os.path.isdir(self.path):
             raise PackError(f"{self.path}: no such folder; a pack is a folder written by data_tools.pack")
-        if any(part.startswith(".") and PARTIAL in part for part in os.path.abspath(self.path).split(os.sep)[-2:]):
-            raise PackError(f"{self.path}: left by a packing that did not end; delete it and pack again")
+        if any(part.startswith(".") and PARTIAL in part for part in os.path.abspath(self.path).split(os.sep)[-3:]):
+            raise PackError(f"{self.path}: left by a packing that did not end; give its command again, or delete it")
         self._index = index = _File(os.path.join(self.path, INDEX_FILE), INDEX_TABLES)
         self.num_records, self.num_classes = index.integer("num_records"), index.integer("num_classes")
         self.num_bytes, self.skipped = index.integer("num_bytes"), index.integer("skipped")

@@ -11,6 +11,7 @@ import torch
 
 from xc import checkpoint, tensor_file, watchdog
 from xc.config import UserError
+from xc.disk import sync
 
 
 class SaveError(UserError):
@@ -159,12 +160,3 @@ def _check_finite(name, tensors):
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
             raise ValueError(f"{key} of {name} is not finite")
-
-
-def sync(path):
-    """The file or folder is on the disk, not only in memory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,56 @@
+"""What a part of a pack has written: a file of JSON lines, from which an interrupted process goes on."""
+
+import json
+import os
+
+from data_tools.pack_writer import Shard
+from data_tools.skipped import Tally
+from xc.disk import sync
+
+
+class Journal:
+    """The journal in a folder, which may not be there yet, as far as it was written.
+
+    shards   {split: [Shard]}, which are whole and on the disk
+    start    key of the record to go on from; b"": of the first
+    skipped  state of `Skipped` at that record; None: nothing was written
+    taken    records that were read before it
+    done     whether there is no further record
+    """
+
+    def __init__(self, folder):
+        self.folder, self.shards, self.start, self.skipped, self.taken, self.done = folder, {}, b"", None, 0, False
+        self._path = os.path.join(folder, "journal")
+        self._length = 0  # of its whole lines; the last may have been cut
+        if os.path.exists(self._path):
+            with open(self._path, "rb") as file:
+                for line in file:
+                    if line.endswith(b"\n"):
+                        self._length += len(line)
+                        self._take(**json.loads(line))
+
+    @property
+    def tally(self):
+        """Tally of the images that were left out."""
+        return Tally(**self.skipped["tally"]) if self.skipped else Tally()
+
+    def _take(self, split, shard, start, skipped, taken):
+        if shard is not None:
+            self.shards.setdefault(split, []).append(Shard(*shard))
+        self.start, self.skipped, self.taken = bytes.fromhex(start or ""), skipped, taken
+        self.done = start is None
+
+    def add(self, split, shard, start, skipped, taken):
+        """Notes a Shard of a split that is on the disk, or None, and where to go on: a key; None, at the end."""
+        entry = {"split": split, "shard": shard, "start": None if start is None else start.hex(), "skipped": skipped,
+                 "taken": taken}
+        line = json.dumps(entry).encode() + b"\n"
+        if shard is not None:
+            sync(os.path.join(self.folder, split))  # the folder knows its file
+        with open(self._path, "ab") as file:
+            file.truncate(self._length)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self._length += len(line)
+        self._take(**entry)
