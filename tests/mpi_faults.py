@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from xc import data, exchange, pipeline, rollback, saver, watchdog, world
+from xc import data, exchange, pipeline, rollback, saver, tensor_file, watchdog, world
 
 FAULTY_RANK, AT_CALL, BAD_STEP = 1, 12, 21
 
@@ -65,13 +65,13 @@ def at_a_call_of(function, fault):
     return call
 
 
-def slow_on_rank_0(sync):
-    def slow_sync(path):
+def slow_on_rank_0(function):
+    def slow_function(*arguments, **progress):
         if world.launched_rank() == 0:
             time.sleep(3)
-        sync(path)
+        return function(*arguments, **progress)
 
-    return slow_sync
+    return slow_function
 
 
 def spoiled(function):
@@ -96,7 +96,7 @@ if __name__ == "__main__":
     elif name == "without":
         rollback.Rollbacks.skipped = {BAD_STEP - 1, BAD_STEP}
     elif name == "slow-disk":
-        saver.sync = slow_on_rank_0(saver.sync)
+        saver.sync, tensor_file.write = slow_on_rank_0(saver.sync), slow_on_rank_0(tensor_file.write)
     else:
         data.Queue.take = at_a_call_of(data.Queue.take, globals()[name])
     import train
