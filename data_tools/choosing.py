@@ -60,6 +60,9 @@ def choose(listing, names, owner, fates, folder, memory_bytes, min_images, max_i
         if not of_split.any():
             raise PackError(f"no image{split and ' of ' + split} is left of those that were listed; choose less "
                             "strictly, or leave that split out")
+    for array in (fates, *counts.values()):
+        if isinstance(array, np.memmap):
+            array.flush()  # parts on other nodes read it
     return Choice(table, counts, +left_out, num_few)
 
 

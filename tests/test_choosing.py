@@ -255,6 +255,27 @@ def test_all_of_it_at_once(tmp_path, capsys, splits):
             one: n for one, n in stay.items() if one[0] == split and one[1] in of_train}
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_the_number_of_parts_chooses_nothing(tmp_path, capsys, kind):
+    rows = noisy(7, ("train", "test"), count=400, contents=300)
+    source, _ = write(tmp_path / "source", rows, kind)
+    sizes = Counter(label for split, label, _ in brute_force(rows, "drop")[0].elements() if split == "train")
+    least = sorted(sizes.values())[len(sizes) // 2]
+    flags = ["--duplicates", "drop", "--min-images", least, "--max-images-per-class", least]
+    run(source, tmp_path / "1", *flags)
+    said, whole = facts(capsys), open_splits(tmp_path / "1")
+    assert said["left_out"].keys() == {"repeat", "leak", "few", "many"}
+    for parts in 2, 5:
+        for part in reversed(range(parts)):
+            run(source, tmp_path / str(parts), *flags, "--part", f"{part}/{parts}")
+        assert facts(capsys)["left_out"] == said["left_out"]
+        for split, pack in open_splits(tmp_path / str(parts)).items():
+            assert pack.read(np.arange(len(pack)))[0] == whole[split].read(np.arange(len(whole[split])))[0]
+            assert pack.classes_digest == whole[split].classes_digest
+        reports = [tmp_path / name / "duplicates.tsv" for name in ("1", str(parts))]
+        assert reports[0].read_bytes() == reports[1].read_bytes()
+
+
 # Drawing a split.
 
 
