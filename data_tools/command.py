@@ -4,6 +4,7 @@ import argparse
 import os
 import secrets
 import shutil
+import sys
 from contextlib import contextmanager
 
 from xc import pack as layout
@@ -12,7 +13,11 @@ from xc.pack import PackError
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports an error in one line."""
+    """Reports an error in one line, and lets the results of commands be printed whatever the names in them."""
+
+    def parse_args(self, args=None, namespace=None):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
+        return super().parse_args(args, namespace)
 
     def error(self, message, code=2):
         self.exit(code, f"{self.prog}: error: {one_line(' '.join(message.split()))}\n")

@@ -43,7 +43,7 @@ class Duplicates:
         self._pool, self._window, self._chunk, self._pending = pool, window, [], deque()
 
     def add(self, listed, root, path, label, data):
-        """Takes an image: what is Listed of it, its path below a root, its class name, its bytes if not to be read."""
+        """Takes an image: its Entry in the listing, path below a root, class name, bytes if it has no file."""
         label = label.encode()
         key = listed.name, TEST_FIRST.index(listed.split), listed.number, len(label)
         names = label + os.fsencode(path)

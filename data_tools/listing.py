@@ -48,8 +48,8 @@ class Record(NamedTuple):
     key: bytes = b""  # its place in the order of the list
 
 
-class Listed(NamedTuple):
-    """What became of a record in the listing."""
+class Entry(NamedTuple):
+    """What the listing says of a record that it took."""
 
     number: int  # it is the n-th, from 0 up
     split: str
@@ -104,7 +104,7 @@ class Listing:
         return self._weighted[True] > 0
 
     def add(self, root, split, path, name, data, weight=math.nan, *, may_repeat=False):
-        """Takes a record and returns what is Listed, None where its class is not wanted.
+        """Takes a record and returns its Entry, None where its class is not wanted.
 
         may_repeat  check_paths looks at this path
         """
@@ -145,7 +145,7 @@ class Listing:
         self._records[part].add(b"".join((head, path, data or b"")))
         self._num_records[part] += 1
         self._total += 1
-        return Listed(self._total - 1, split, number)
+        return Entry(self._total - 1, split, number)
 
     def place(self, number):
         """8 bytes, by which the records are sorted."""

@@ -1,14 +1,19 @@
 """Packs a data set of images into a few large files: python -m data_tools.pack SRC OUT
 
 SRC  a tree of images; an image's class is the path of its folder below SRC (letters/a/1.png is of class letters/a).
-     Or a manifest (CSV, TSV or Parquet with the columns path, label and, if wanted, split), WebDataset tar shards,
-     MXNet RecordIO, or a pack: data_tools/sources.py. Several become one pack.
+     Or a manifest (CSV, TSV or Parquet with the columns path, label and, if wanted, split and weight), WebDataset tar
+     shards, MXNet RecordIO, or a pack: data_tools/sources.py. Several become one pack.
 OUT  the pack, a new folder; its layout is documented in xc/pack.py.
 
 With folders train, val, test (train at least) at the top of the tree and nothing else there, with a column split, or
 with shards named after splits, OUT is a folder of packs with one class table, that of train. Labels are the places of
 the class names in sorted order; where all names are numbers they are sorted as numbers, so labels 0 … C − 1 of a CSV
 keep their values.
+
+What is packed can be chosen. --duplicates compares the bytes of the images as they come (data_tools/duplicates.py says
+what it finds; images in files of their own are read once more for it), and of the rest --min-images counts what was
+listed; --max-images-per-class then takes the first of each class in the order of the shuffle, which the seed fixes.
+Images that do not decode are found after that and not replaced.
 
 Every image is decoded once as a check, or looked at as --check says (data_tools/image_check.py); its bytes are kept
 unless --resize, --format or --quality asks for others. Those that fail are left out, counted and listed in
@@ -258,8 +263,8 @@ def _resolve(repeated, rule, fates, path):
     """Writes the report of duplicates, says what was found, and returns what was left out {reason: images}."""
     with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
         found, left_out = repeated.resolve(rule, fates, file)
-    note(f"{found['contents']} images come several times: {found['repeats']} times again with the same label, "
-         f"{found['leaks']} times in train though in val or test too, {found['conflicts']} times with several labels")
+    note(f"{found['contents']} images come several times: {found['repeats']} repeats of the same label, "
+         f"{found['leaks']} in train that are in val or test too, {found['conflicts']} with several labels")
     return left_out
 
 
@@ -318,7 +323,7 @@ def main(argv=None):
     add("--split-by", choices=("image", "class"), default="image", help="class: draw whole classes, which keep their "
         "labels, but train has no image of them: for features, as those of retrieval (%(default)s)")
     add("--min-images", type=between(1, 2**62), metavar="K", help="give no label to classes with fewer images in train "
-        "(of --split-by class: anywhere), and leave out their images")
+        "(of --split-by class: anywhere), and leave out their images; 1: to those that lose all by --duplicates")
     add("--max-images-per-class", type=between(1, 2**62), metavar="M", help="of each class take M images for train, "
         "drawn at random, where it has more")
     add("--duplicates", choices=RULES, default="keep", help="images of the same bytes: report lists them in "

@@ -5,6 +5,8 @@ import time
 
 from tqdm import tqdm
 
+from xc.message import one_line
+
 
 class Progress:
     """A bar where stderr is a terminal, otherwise a line every few seconds; both with rate and time left.
@@ -49,4 +51,4 @@ def _duration(seconds):
 
 
 def note(text):
-    print(text, file=sys.stderr, flush=True)
+    print(one_line(text), file=sys.stderr, flush=True)  # names of files may hold anything

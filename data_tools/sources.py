@@ -167,8 +167,10 @@ def manifest_source(path, skipped):
                                 f"weight once each; it is {header.strip()[:80]!r}")
             lines = _Lines(path, file)
             rows = csv.reader(lines, delimiter=delimiter, strict=True)
-            for cells in filter(None, rows):
+            for cells in rows:
                 lines.left = MAX_ROW
+                if not cells:
+                    continue
                 where = f"{path}: line {rows.line_num + 1}"
                 if len(cells) != len(columns):
                     raise PackError(f"{where}: {len(cells)} cells, but the header has {len(columns)}")

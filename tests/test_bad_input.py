@@ -1,11 +1,14 @@
 """Bad input to packing: one clear line and nothing left, or skipped and counted; never a broken pack."""
 
+import contextlib
 import io
 import os
+import pathlib
 import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import unicodedata
 import zlib
 from collections import Counter
@@ -85,6 +88,13 @@ def test_a_bad_manifest_is_one_line(tmp_path, capsys, text, words):
     assert words in fails(capsys, tmp_path / "list.csv", tmp_path / "pack")
 
 
+def test_empty_lines_are_no_row(tmp_path):
+    (tmp_path / "x.png").write_bytes(picture(0))
+    (tmp_path / "list.csv").write_text("path,label\n" + "\n" * 2**21 + "x.png,1\n")
+    run(tmp_path / "list.csv", tmp_path / "pack")
+    assert contents(Pack(tmp_path / "pack")) == {picture(0): "1"}
+
+
 def test_a_path_that_is_too_long_is_one_line_in_parquet_too(tmp_path, capsys):
     write_parquet(tmp_path / "a.parquet", path=["x" * 70_000], label=["a"])
     assert "row 1: path of 70000 bytes" in fails(capsys, tmp_path / "a.parquet", tmp_path / "pack")
@@ -113,6 +123,18 @@ def test_names_of_folders_and_files_come_back(tmp_path, capfd):
     run(tmp_path / "src", out, "--max-skipped", 2)
     assert contents(Pack(out)) == by_class(files) | {picture(99): "é"}
     assert b"bad\xe9.png\t" in (out / "skipped.tsv").read_bytes()
+    said = capfd.readouterr().err
+    assert "skipped 2 images" in said and "\x1b" not in said and said.count("\n") == 1
+
+
+def test_results_are_printed_whatever_the_names(tmp_path):
+    write_tree(tmp_path / "src", {"a": 9})
+    out = os.fsencode(tmp_path) + b"/pack\xe9"
+    for tool, source, to, *flags in (("pack", tmp_path / "src", out), ("split", out, out + b"2", "--test", "0.3"),
+                                     ("export", out, out + b"3", "--to", "folder")):
+        done = subprocess.run([sys.executable, "-m", f"data_tools.{tool}", source, to, *flags], cwd=ROOT, timeout=60,
+                              capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"})
+        assert done.returncode == 0 and rb"pack\udce9" in done.stdout, done.stderr
 
 
 def deep(folder, num_bytes):
@@ -184,6 +206,38 @@ def test_what_cannot_be_read_is_skipped(tmp_path):
             rows = dict(skipped_rows(out))
             assert rows.keys() == {f"a/{name}.png" for name in ["pipe", "socket", "huge", *links]}
             assert "being changed" in rows["a/environ.png"] and "more than" in rows["a/huge.png"]
+
+
+@contextlib.contextmanager
+def without_rights():
+    """Root may read everything."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_file_that_may_not_be_read_is_skipped_and_a_folder_is_one_line(capsys):
+    """A folder may be a class or a thousand: too much to be left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        folder.chmod(0o777)
+        files = write_tree(folder / "src", {"a": 3, "b": 2})
+        (folder / "src" / "a" / "0.png").chmod(0)
+        with without_rights():
+            run(folder / "src", folder / "pack", "--max-skipped", 1)
+        del files["a/0.png"]
+        assert contents(Pack(folder / "pack")) == by_class(files)
+        assert skipped_rows(folder / "pack") == [["a/0.png", "Permission denied"]]
+        assert "skipped 1 images" in capsys.readouterr().err
+        (folder / "src" / "b").chmod(0)
+        with without_rights():
+            error = fails(capsys, folder / "src", folder / "new")
+        assert "Permission denied" in error and "src/b" in error
+        (folder / "src" / "b").chmod(0o700)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
