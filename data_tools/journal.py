@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 
 from data_tools.pack_writer import Shard
 from data_tools.skipped import Tally
@@ -22,12 +23,11 @@ class Journal:
         self.folder, self.shards, self.start, self.skipped, self.taken, self.done = folder, {}, b"", None, 0, False
         self._path = os.path.join(folder, "journal")
         self._length = 0  # of its whole lines; the last may have been cut
-        if os.path.exists(self._path):
-            with open(self._path, "rb") as file:
-                for line in file:
-                    if line.endswith(b"\n"):
-                        self._length += len(line)
-                        self._take(**json.loads(line))
+        with suppress(FileNotFoundError), open(self._path, "rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    self._length += len(line)
+                    self._take(**json.loads(line))
 
     @property
     def tally(self):

@@ -26,8 +26,8 @@ Every dataset is one-dimensional, little-endian, contiguous and uncompressed: im
 record is then one stretch of the file. HDF5 says where the stretches lie; they are read with pread, which has no
 file position, so threads share a handle without a lock and a fork does no harm. Attributes are integers and texts of
 fixed length in UTF-8: HDF5 keeps texts of variable length in a heap, and can loop for ever on a damaged one. The same
-source, seed and --shard-mb give the same bytes, so no file holds a time. All numbers have 64 bits, and opening a pack
-or reading a record costs nothing that grows with the number of classes.
+source, seed, --shard-mb and number of parts give the same bytes, so no file holds a time. All numbers have 64 bits, and
+opening a pack or reading a record costs nothing that grows with the number of classes.
 
 Packs may come from strangers: links to other files, virtual, external, chunked and oddly typed datasets are refused,
 every offset, label and checksum is checked before use, and no buffer is larger than the file that fills it.
