@@ -66,8 +66,10 @@ def draw(results, memory_mb, path):
     axes = figure.subplots()
     axes.semilogx([run["records"] for run in results], [run["peak_rss_mb"] for run in results], marker="o")
     for run in results:
-        axes.annotate(f"{run['classes']:,} classes", (run["records"], run["peak_rss_mb"]), fontsize=7)
-    axes.set_ylim(0)
+        axes.annotate(f"{run['classes']:,} classes", (run["records"], run["peak_rss_mb"]), xytext=(0, 8),
+                      textcoords="offset points", ha="center", fontsize=7)
+    axes.set_ylim(0, 1.2 * max(run["peak_rss_mb"] for run in results))
+    axes.margins(x=0.15)
     axes.set_xlabel("records")
     axes.set_ylabel(f"peak memory in MiB, --memory-mb {memory_mb:g}")
     axes.grid(alpha=0.3)
