@@ -6,23 +6,48 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import data_tools.pack
 from tests.worlds import run_ranks
 from xc.config import Config
-from xc.data import Loader, Order, _uniform, augment, open_splits
+from xc.data import Loader, _uniform, augment, open_splits
 
 CFG = Config(data="x", out="x", loader_threads=2, prefetch=2)
 
 
-@pytest.mark.parametrize("cut", [1, 7, 40, 1000])
-def test_order_is_one_permutation_an_epoch(cut):
-    order = Order(101, seed=4)
-    found = np.concatenate([order.records(first, min(cut, 303 - first)) for first in range(0, 303, cut)])
-    epochs = found.reshape(3, 101)
-    assert all(sorted(epoch) == list(range(101)) for epoch in epochs)
-    assert not np.array_equal(epochs[0], epochs[1])
-    assert np.array_equal(Order(101, seed=4).records(150, 20), found[150:170])
-    assert not np.array_equal(Order(101, seed=5).records(0, 101), epochs[0])
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """A folder of packs: train with 9, 1 and 4 images of three classes, test with one of each."""
+    folder = tmp_path_factory.mktemp("uneven")
+    for split, counts in ("train", (9, 1, 4)), ("test", (1, 1, 1)):
+        for label, count in enumerate(counts):
+            (folder / "tree" / split / str(label)).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.full((4, 4), 16 * i + label, np.uint8)
+                Image.fromarray(pixels).save(folder / "tree" / split / str(label) / f"{i}.png")
+    data_tools.pack.main([str(folder / "tree"), str(folder / "packs"), "--workers", "0"])
+    return folder / "packs"
+
+
+def sampled(packs, sampler, num_ranks):
+    """Inputs and labels of three epochs of the 14 images, in steps of 7 on some ranks."""
+    splits = open_splits(dataclasses.replace(CFG, data=str(packs), sampler=sampler))
+    ranks = run_ranks(num_ranks, lambda w: Loader(splits["train"], dataclasses.replace(CFG, augment=0), w)
+                      .train(0, 42, 7).take(6))
+    inputs, labels = (torch.cat([rank[step][i] for step in range(6) for rank in ranks]) for i in (0, 1))
+    return inputs, labels
+
+
+@pytest.mark.parametrize("sampler, shares", [("natural", [9, 1, 4]), ("balanced", [14 / 3] * 3),
+                                             ("sqrt", [7, 7 / 3, 14 / 3])])
+def test_samplers_take_classes_by_their_share(sampler, shares, uneven):
+    inputs, labels = sampled(uneven, sampler, 1)
+    for epoch in labels.reshape(3, 14):
+        assert (abs(epoch.bincount() - torch.tensor(shares)) < 1).all()
+    assert {len(inputs[labels == label].unique(dim=0)) for label in (0, 1, 2)} == {9, 1, 4}  # all images came
+    for found in (sampled(uneven, sampler, num_ranks) for num_ranks in (3, 8)):
+        assert torch.equal(found[0], inputs) and torch.equal(found[1], labels)
 
 
 def batches(world, packs, cfg=CFG, split="train", num_parts=1):

@@ -1,17 +1,17 @@
-"""From a data set to batches: which examples a step takes, decoding, augmentation, reading ahead.
+"""From a data set to batches: decoding, augmentation, reading ahead.
 
 A split is what the Loader takes examples from, `Images` of a pack or a `synth.Split`:
 
     num_classes, classes_digest, input_shape   (channels, size, size) or (dim,): one example as the backbone sees it
     len(split)                                 examples of an epoch
-    split.order(seed).records(first, count)    record numbers of examples of the endless training sequence
+    split.order(seed).records(first, count)    record numbers of examples of the endless training sequence (xc/order.py)
     split.examples(records, replace=True)      float inputs (n, *input_shape) and labels (n,), as tensors; of records
                                                that cannot be used others, or (replace=False) none
     split.bad_records                          set of the records that this rank could not use and left out
 
 The order of examples over all ranks is one endless sequence, epoch after epoch, fixed by the seed. A step takes the
 next `global_batch` of it and each rank its part of those, so a run's position is one number, any number of ranks can
-go on from it, and no example is left out or repeated within an epoch.
+go on from it, and with --sampler natural no example is left out or repeated within an epoch.
 """
 
 import math
@@ -28,6 +28,8 @@ import torch.nn.functional as F
 from xc import pack as packs
 from xc import synth, watchdog
 from xc.config import UserError
+from xc.keyed import GOLDEN, mix
+from xc.order import ByClass, Natural
 from xc.shard import Shard
 
 
@@ -35,7 +37,8 @@ def open_splits(cfg):
     """{"train": split, …} of what --data names: a pack, a folder of packs, or synth: and a description."""
     if cfg.data.startswith(synth.PREFIX):
         return synth.open_splits(cfg)
-    return {name: Images(one, cfg.channels, cfg.image_size, cfg.max_bad_records)
+    return {name: Images(one, cfg.channels, cfg.image_size, cfg.max_bad_records,
+                         cfg.sampler if name == "train" else "natural")
             for name, one in packs.open_splits(cfg.data).items()}
 
 
@@ -46,16 +49,27 @@ class Images:
     number of threads the same one; a test does without.
     """
 
-    def __init__(self, pack, channels, image_size, max_bad_records=0):
+    def __init__(self, pack, channels, image_size, max_bad_records=0, sampler="natural"):
         self.pack, self.num_classes, self.classes_digest = pack, pack.num_classes, pack.classes_digest
         self.input_shape = (channels, image_size, image_size)
         self.max_bad_records, self.bad_records, self._lock = max_bad_records, set(), threading.Lock()
+        self.sampler = sampler
 
     def __len__(self):
         return len(self.pack)
 
+    @property
+    def order_bytes(self):
+        """Memory that the order takes while it is made, at most; a third of that afterwards."""
+        return 0 if self.sampler == "natural" else 8 * len(self) + 80 * self.num_classes
+
     def order(self, seed):
-        return Order(len(self), seed)
+        """The order of examples by the sampler. PackError or ValueError where the pack's labels are bad."""
+        pack = self.pack
+        if self.sampler == "natural":
+            return Natural(len(self), seed)
+        class_weights = pack.class_counts > 0 if self.sampler == "balanced" else np.sqrt(pack.class_counts)
+        return ByClass(pack.labels, pack.class_counts, class_weights, seed)
 
     def examples(self, records, replace=True):
         try:
@@ -105,29 +119,6 @@ def _too_many_bad(num_bad, most, which):
             "python -m data_tools.show --verify")
 
 
-class Order:
-    """The endless sequence of record numbers: every epoch a new permutation of all records.
-
-    Holds one epoch's permutation, 8 bytes per record, and reads the pack all over: for sets that the page cache holds.
-    """
-
-    def __init__(self, num_records, seed):
-        self.num_records, self.seed = num_records, seed
-        self._epoch, self._permutation = None, None
-
-    def records(self, first, count):
-        """Record numbers of examples first ... first + count - 1 of the sequence, (count,) int64."""
-        pieces = []
-        while count:
-            epoch, place = divmod(first, self.num_records)
-            if epoch != self._epoch:
-                self._epoch = epoch
-                self._permutation = np.random.default_rng([self.seed, epoch]).permutation(self.num_records)
-            pieces.append(self._permutation[place : place + count])
-            first, count = first + len(pieces[-1]), count - len(pieces[-1])
-        return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
-
-
 class Loader:
     """Batches of one rank, read or made, and augmented ahead in threads.
 
@@ -135,7 +126,7 @@ class Loader:
     """
 
     def __init__(self, split, cfg, world):
-        self.split, self.cfg, self.world = split, cfg, world
+        self.split, self.cfg, self.world, self.order = split, cfg, world, split.order(cfg.seed)
 
     def bad_records(self):
         """Number of records that ranks have left out so far, None where there are none. UserError where they are more
@@ -150,10 +141,9 @@ class Loader:
 
         micro_batch  examples of each over all ranks, which does not depend on their number; divides last - first
         """
-        order = self.split.order(self.cfg.seed)
         mine = Shard.of(micro_batch, self.world.size, self.world.rank)
-        return Queue(((start + mine.first, order.records(start + mine.first, len(mine)), self.cfg.augment)
-                      for start in range(first, last, micro_batch)), self._load, self.cfg, self.world.device)
+        places = ((start + mine.first, len(mine)) for start in range(first, last, micro_batch))
+        return Queue(places, self._load, self.cfg, self.world.device)
 
     def test(self, global_batch):
         """Yields every record once over all ranks, unaltered; as many batches on every rank, some may be empty."""
@@ -165,10 +155,10 @@ class Loader:
         while batch := queue.take(1):
             yield batch[0]
 
-    def _load(self, first_example, records, strength):
-        inputs, labels = self.split.examples(records)
-        if strength and inputs.dim() == 4 and len(inputs):  # vectors stay as they are
-            inputs = augment(inputs, first_example, strength, self.cfg.seed)
+    def _load(self, first, count):
+        inputs, labels = self.split.examples(self.order.records(first, count))
+        if self.cfg.augment and inputs.dim() == 4 and len(inputs):  # vectors stay as they are
+            inputs = augment(inputs, first, self.cfg.augment, self.cfg.seed)
         return inputs, labels
 
 
@@ -219,6 +209,6 @@ def _uniform(seed, first, count, width):
     splitmix64 of a counter; numpy's generators cannot start at each example cheaply.
     """
     with np.errstate(over="ignore"):
-        x = np.arange(first * width, (first + count) * width, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        x = synth.mix(x + np.uint64(seed) * np.uint64(0xD1B54A32D192ED03))
+        x = np.arange(first * width, (first + count) * width, dtype=np.uint64) * GOLDEN
+        x = mix(x + np.uint64(seed) * np.uint64(0xD1B54A32D192ED03))
     return ((x >> np.uint64(11)) * 2.0**-53).reshape(count, width)
