@@ -2,15 +2,19 @@
 of the example."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import data_tools.pack
+from tests.test_pack import weighted
 from tests.worlds import run_ranks
-from xc.config import Config
+from xc.config import Config, UserError
 from xc.data import Loader, _uniform, augment, open_splits
 
 CFG = Config(data="x", out="x", loader_threads=2, prefetch=2)
@@ -48,6 +52,33 @@ def test_samplers_take_classes_by_their_share(sampler, shares, uneven):
     assert {len(inputs[labels == label].unique(dim=0)) for label in (0, 1, 2)} == {9, 1, 4}  # all images came
     for found in (sampled(uneven, sampler, num_ranks) for num_ranks in (3, 8)):
         assert torch.equal(found[0], inputs) and torch.equal(found[1], labels)
+
+
+def test_the_weighted_sampler_takes_images_by_their_weight(uneven, tmp_path):
+    packs = Path(shutil.copytree(uneven, tmp_path / "packs"))
+    assert weighted(packs / "train") == 14  # the record's number; the test pack needs none
+    split = open_splits(dataclasses.replace(CFG, data=str(packs), sampler="weighted"))["train"]
+    pixels = split.examples(np.arange(14))[0]
+    inputs, labels = sampled(packs, "weighted", 1)
+    records = (inputs[:, None] == pixels).all(4).all(3).all(2).nonzero()[:, 1]
+    for epoch in records.reshape(3, 14):
+        assert (abs(epoch.bincount(minlength=14) - 14 * torch.arange(14) / 91) < 1).all()
+    assert torch.equal(labels, split.examples(np.arange(14))[1][records])
+    found = sampled(packs, "weighted", 3)
+    assert torch.equal(found[0], inputs) and torch.equal(found[1], labels)
+
+
+def test_weights_that_are_missing_or_nothing_are_refused(uneven, tmp_path):
+    packs = Path(shutil.copytree(uneven, tmp_path / "packs"))
+    cfg = dataclasses.replace(CFG, data=str(packs), sampler="weighted")
+    with pytest.raises(UserError, match="--sampler weighted: .*train has no weights"):
+        open_splits(cfg)
+    weighted(packs / "train")
+    (shard,) = (packs / "train").glob("shard-*")
+    with h5py.File(shard, "r+") as file:
+        file["weights"][...] = 0
+    with pytest.raises(UserError, match="--sampler weighted: all weights of .*train are 0"):
+        open_splits(cfg)["train"].order(0)
 
 
 def batches(world, packs, cfg=CFG, split="train", num_parts=1):

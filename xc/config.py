@@ -66,7 +66,8 @@ class Config:
                                   "0: 64 on a CPU, 256 on a GPU")
 
     sampler: str = _flag("natural", "natural: every image once an epoch; balanced: every class equally often; "
-                                    "sqrt: a class by the square root of its number of images", SAMPLERS)
+                                    "sqrt: a class by the square root of its number of images; weighted: an image "
+                                    "by its weight in the pack", SAMPLERS)
     epochs: float = _flag(10.0, "passes over the training set, or as many examples with another --sampler")
     steps: int = _flag(0, "optimizer steps; 0: from --epochs")
     global_batch: int = _flag(128, "examples per step over all ranks; any number of ranks gives the same recipe")

@@ -29,7 +29,7 @@ from xc import pack as packs
 from xc import synth, watchdog
 from xc.config import UserError
 from xc.keyed import GOLDEN, mix
-from xc.order import ByClass, Natural
+from xc.order import ByClass, ByWeight, Natural
 from xc.shard import Shard
 
 
@@ -54,6 +54,9 @@ class Images:
         self.input_shape = (channels, image_size, image_size)
         self.max_bad_records, self.bad_records, self._lock = max_bad_records, set(), threading.Lock()
         self.sampler = sampler
+        if sampler == "weighted" and not pack.has_weights:
+            raise UserError(f"--sampler weighted: {pack.path} has no weights: pack a manifest with a column weight, or "
+                            "take another sampler")
 
     def __len__(self):
         return len(self.pack)
@@ -61,13 +64,18 @@ class Images:
     @property
     def order_bytes(self):
         """Memory that the order takes while it is made, at most; a third of that afterwards."""
-        return 0 if self.sampler == "natural" else 8 * len(self) + 80 * self.num_classes
+        return {"natural": 0, "weighted": 24 * len(self)}.get(self.sampler, 8 * len(self) + 80 * self.num_classes)
 
     def order(self, seed):
-        """The order of examples by the sampler. PackError or ValueError where the pack's labels are bad."""
+        """The order of examples by the sampler. PackError or ValueError where the pack's labels or weights are bad."""
         pack = self.pack
         if self.sampler == "natural":
             return Natural(len(self), seed)
+        if self.sampler == "weighted":
+            weights = pack.weights(0, len(self))
+            if not weights.any():
+                raise UserError(f"--sampler weighted: all weights of {pack.path} are 0: take another sampler")
+            return ByWeight(weights, len(self), seed)
         class_weights = pack.class_counts > 0 if self.sampler == "balanced" else np.sqrt(pack.class_counts)
         return ByClass(pack.labels, pack.class_counts, class_weights, seed)
 

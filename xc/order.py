@@ -10,6 +10,7 @@ Threads may share an order.
 natural    every epoch has each record once
 balanced   every class comes equally often
 sqrt       a class comes in proportion to the square root of its number of records, between the two
+weighted   a record comes in proportion to its weight
 """
 
 import functools
@@ -18,7 +19,7 @@ import numpy as np
 
 from xc.keyed import keys_of, shuffled
 
-SAMPLERS = ("natural", "balanced", "sqrt")
+SAMPLERS = ("natural", "balanced", "sqrt", "weighted")
 CHUNK = 256  # neighbouring records that come near each other
 WINDOW = 64 * CHUNK  # examples among which these are mixed
 _CHUNKS, _POINTS, _RECORDS = range(1, 4)  # streams of numbers
