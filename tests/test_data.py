@@ -16,6 +16,7 @@ from tests.test_pack import weighted
 from tests.worlds import run_ranks
 from xc.config import Config, UserError
 from xc.data import Loader, _uniform, augment, open_splits
+from xc.world import World
 
 CFG = Config(data="x", out="x", loader_threads=2, prefetch=2)
 
@@ -115,6 +116,14 @@ def test_threads_change_nothing(tiny_packs):
     (one,) = run_ranks(1, lambda w: batches(w, packs, dataclasses.replace(CFG, loader_threads=1, prefetch=1)))
     (many,) = run_ranks(1, lambda w: batches(w, packs, dataclasses.replace(CFG, loader_threads=4, prefetch=7)))
     assert all(torch.equal(a, b) for x, y in zip(one, many, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_gpu_gets_the_same_batches(tiny_packs):
+    packs = open_splits(dataclasses.replace(CFG, data=str(tiny_packs)))
+    on_cpu, on_gpu = (batches(World(device), packs) for device in ("cpu", "cuda"))
+    for ours, theirs in zip(on_cpu, on_gpu, strict=True):
+        assert all(b.device.type == "cuda" and torch.equal(a, b.cpu()) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_augmentation_is_light_seeded_and_can_be_off(tiny_packs):

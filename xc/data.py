@@ -175,6 +175,8 @@ class Queue:
 
     def __init__(self, jobs, load, cfg, device):
         """jobs: an iterable of arguments of `load`, which returns tensors."""
+        if device.type == "cuda":
+            load = _pinned(load, torch.cuda.current_device())
         self._jobs, self._load, self._prefetch, self._device = iter(jobs), load, cfg.prefetch, device
         self._pool, self._pending = ThreadPoolExecutor(cfg.loader_threads), deque()
 
@@ -184,10 +186,20 @@ class Queue:
         for job in islice(self._jobs, max(0, count + max(count, self._prefetch) - len(self._pending))):
             self._pending.append(self._pool.submit(self._load, *job))
         taken = [self._pending.popleft() for _ in range(min(count, len(self._pending)))]
-        return [tuple(tensor.to(self._device) for tensor in batch.result()) for batch in taken]
+        return [tuple(tensor.to(self._device, non_blocking=True) for tensor in batch.result()) for batch in taken]
 
     def __del__(self):
         self._pool.shutdown(wait=False, cancel_futures=True)  # a run that fails does not read on
+
+
+def _pinned(load, gpu):
+    """`load`, with its tensors in memory that stays in place, which a GPU copies while the host goes on."""
+
+    def pinned(*job):
+        with torch.cuda.device(gpu):  # a thread begins with GPU 0, and would take memory of it
+            return tuple(tensor.pin_memory() for tensor in load(*job))
+
+    return pinned
 
 
 def augment(images, first_example, strength, seed):
