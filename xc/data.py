@@ -63,8 +63,8 @@ class Images:
 
     @property
     def order_bytes(self):
-        """Memory that the order takes while it is made, at most; a third of that afterwards."""
-        return {"natural": 0, "weighted": 24 * len(self)}.get(self.sampler, 8 * len(self) + 80 * self.num_classes)
+        """Memory that the order takes while it is made, about."""
+        return {"natural": 0, "weighted": 16 * len(self)}.get(self.sampler, 8 * len(self) + 56 * self.num_classes)
 
     def order(self, seed):
         """The order of examples by the sampler. PackError or ValueError where the pack's labels or weights are bad."""
