@@ -214,8 +214,8 @@ def test_read_in_any_order(whole):
 
 def test_neighbours_are_read_together(whole, monkeypatch):
     pack = Pack(whole[0])
-    read, calls = xc.pack._File.read, []
-    monkeypatch.setattr(xc.pack._File, "read", lambda self, *what: calls.append(what[0]) or read(self, *what))
+    read, calls = xc.pack._File.read_bytes, []
+    monkeypatch.setattr(xc.pack._File, "read_bytes", lambda self, *what: calls.append(what[0]) or read(self, *what))
     pack.read(np.arange(len(pack)))
     assert calls.count("bytes") == pack.num_shards
     calls.clear()
@@ -357,6 +357,16 @@ def test_bad_offsets_of_one_record(copy, place, value):
     edit(copy, "shard-00000.h5", put("offsets", place, value))
     with pytest.raises(PackError, match="shard-00000.h5: offsets"):
         Pack(copy).read([2])
+
+
+@pytest.mark.parametrize("name, place, value", [("labels", 1, -1), ("offsets", 2, -5)])
+def test_neighbours_of_a_damaged_record_are_read(copy, name, place, value):
+    whole = Pack(copy).read([0, 3])
+    edit(copy, "shard-00000.h5", put(name, place, value))
+    pack = Pack(copy)
+    assert all(pack.read([record]) == ([whole[0][i]], [whole[1][i]]) for i, record in enumerate([0, 3]))
+    with pytest.raises(PackError, match=name.removesuffix("s")):
+        pack.read([1])
 
 
 INDEX_DAMAGE = {
