@@ -2,6 +2,7 @@
 of the example."""
 
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data_tools.pack
@@ -136,6 +138,23 @@ def test_augmentation_is_light_seeded_and_can_be_off(tiny_packs):
     torch.testing.assert_close(augment(images, 0, 1e-6, 0), images, atol=1e-3, rtol=0)
     again = augment(images[20:], 20, 1.0, 3)
     torch.testing.assert_close(augment(images, 0, 1.0, 3)[20:], again)
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 32, 32), (3, 3, 9, 9), (0, 1, 8, 8)])
+def test_augmentation_is_an_affine_map_a_blur_and_a_factor(shape):
+    images = torch.randn(shape)
+    u = torch.from_numpy(_uniform(9, 100, len(images), 6)).float() * 2 - 1
+    turn, zoom = math.radians(8) * u[:, 3], 1 + 0.12 * u[:, 2]
+    cos, sin = zoom * turn.cos(), zoom * turn.sin()
+    theta = torch.stack([cos, -sin, 0.16 * u[:, 0], sin, cos, 0.16 * u[:, 1]], 1).reshape(-1, 2, 3)
+    moved = images
+    if len(images):
+        grid = F.affine_grid(theta, shape, align_corners=False)
+        moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    soft = F.avg_pool2d(F.pad(moved, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    weight, factor = (0.5 * u[:, 4]).clamp(0, 1), 1 + 0.3 * u[:, 5]
+    expected = (moved + weight[:, None, None, None] * (soft - moved)) * factor[:, None, None, None]
+    torch.testing.assert_close(augment(images, 100, 1.0, 9), expected, atol=1e-4, rtol=0)
 
 
 def test_uniform_numbers():
