@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data_tools.pack
+import xc.data
 from tests.test_pack import weighted
 from tests.worlds import run_ranks
 from xc.config import Config, UserError
@@ -111,6 +112,15 @@ def test_ranks_share_the_global_batch(world_size, split, tiny_packs):
     if split == "test":
         found = torch.cat([labels for _, labels in alone])
         assert found.bincount().tolist() == [3] * 10
+
+
+@pytest.mark.parametrize("piece", [1, 3 * 32 * 32])
+def test_batches_are_distorted_in_pieces(piece, tiny_packs, monkeypatch):
+    packs = open_splits(dataclasses.replace(CFG, data=str(tiny_packs)))
+    (whole,) = run_ranks(1, lambda w: batches(w, packs))
+    monkeypatch.setattr(xc.data, "_PIECE", piece)
+    (pieces,) = run_ranks(1, lambda w: batches(w, packs))
+    assert all(torch.equal(a, b) for x, y in zip(whole, pieces, strict=True) for a, b in zip(x, y, strict=True))
 
 
 def test_threads_change_nothing(tiny_packs):

@@ -32,6 +32,8 @@ from xc.keyed import GOLDEN, mix
 from xc.order import ByClass, ByWeight, Natural
 from xc.shard import Shard
 
+_PIECE = 2**20  # values distorted at once: what they become on the way stays in caches, and memory is not new each time
+
 
 def open_splits(cfg):
     """{"train": split, …} of what --data names: a pack, a folder of packs, or synth: and a description."""
@@ -166,7 +168,9 @@ class Loader:
     def _load(self, first, count):
         inputs, labels = self.split.examples(self.order.records(first, count))
         if self.cfg.augment and inputs.dim() == 4 and len(inputs):  # vectors stay as they are
-            inputs = augment(inputs, first, self.cfg.augment, self.cfg.seed)
+            for piece in inputs.split(max(1, _PIECE // inputs[0].numel())):
+                piece.copy_(augment(piece, first, self.cfg.augment, self.cfg.seed))
+                first += len(piece)
         return inputs, labels
 
 
