@@ -21,7 +21,7 @@ from xc.keyed import keys_of, shuffled
 
 SAMPLERS = ("natural", "balanced", "sqrt", "weighted")
 CHUNK = 256  # neighbouring records that come near each other
-WINDOW = 64 * CHUNK  # examples among which these are mixed
+WINDOW = 256 * CHUNK  # examples among which these are mixed
 _CHUNKS, _POINTS, _RECORDS = range(1, 4)  # streams of numbers
 _UNIT_BITS = 20  # points lie on multiples of 2**-20 examples: float64 holds those below 2**33 examples
 _BLOCK = 2**18  # labels read at once
@@ -30,8 +30,8 @@ _BLOCK = 2**18  # labels read at once
 class Natural:
     """Every epoch in another order, which reads a pack in chunks of neighbours: packs are shuffled already.
 
-    An epoch begins at a random record and takes the chunks from there on in random order. The records of 64 chunks,
-    a window, are mixed; in less than those, all are. Keeps the numbers of two windows.
+    An epoch begins at a random record and takes the chunks from there on in random order. The records of 256
+    chunks, a window, are mixed; an epoch of no more is any permutation. Keeps the numbers of two windows.
     """
 
     def __init__(self, num_records, seed):
