@@ -46,6 +46,7 @@ def main():
         if not cfg.schedule_plot:
             run_folder.check(cfg)
         packs = data.open_splits(cfg)
+        loader = data.Loader(packs["train"], cfg, world)
         schedule = Schedule.of(cfg, len(packs["train"]), world.size)
         if cfg.schedule_plot and world.rank == 0:
             schedule_plot.draw(schedule, cfg.schedule_plot)
@@ -63,7 +64,7 @@ def main():
 
     # --- resume: any number of ranks from any number of ranks ---
     position = Position()
-    identity = {"seed": cfg.seed, "logits": cfg.logits, "num_records": len(packs["train"]),
+    identity = {"seed": cfg.seed, "sampler": cfg.sampler, "logits": cfg.logits, "num_records": len(packs["train"]),
                 "classes_digest": packs["train"].classes_digest, "course": schedule.course}
     folder = checkpoint.to_resume(cfg.resume, cfg.out, world)
     with world.agreed():
@@ -74,7 +75,6 @@ def main():
             run_folder.create(cfg, world.size)
 
     # --- the loop over steps ---
-    loader = data.Loader(packs["train"], cfg, world)
     batches = loader.train(position.examples, schedule.examples, cfg.global_batch // cfg.micro_batches)
     test = data.Loader(packs["test"], cfg, world) if "test" in packs else None
     saver = Saver(cfg.out, world, identity, cfg.keep)

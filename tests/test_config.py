@@ -30,6 +30,7 @@ def test_argument_files_and_round_trip(tmp_path):
     ([*BASE, "--lr", "fast"], "invalid float value: 'fast'"), ([*BASE, "--lr", "0"], "--lr 0.0"),
     ([*BASE, "--lr", "nan"], "--lr nan"), ([*BASE, "--epochs", "inf"], "--epochs inf"),
     ([*BASE, "--margin", "round"], "invalid choice: 'round'"),
+    ([*BASE, "--sampler", "log"], "invalid choice: 'log' (choose from"),
     ([*BASE, "--margin-size", "0.3"], "no margin to size"),
     ([*BASE, "--logits", "inner", "--margin", "cosface"], "needs cosine"),
     ([*BASE, "--global-batch", "0"], "--global-batch 0"),

@@ -214,8 +214,8 @@ def test_read_in_any_order(whole):
 
 def test_neighbours_are_read_together(whole, monkeypatch):
     pack = Pack(whole[0])
-    read, calls = xc.pack._File.read, []
-    monkeypatch.setattr(xc.pack._File, "read", lambda self, *what: calls.append(what[0]) or read(self, *what))
+    read, calls = xc.pack._File.read_bytes, []
+    monkeypatch.setattr(xc.pack._File, "read_bytes", lambda self, *what: calls.append(what[0]) or read(self, *what))
     pack.read(np.arange(len(pack)))
     assert calls.count("bytes") == pack.num_shards
     calls.clear()
@@ -357,6 +357,16 @@ def test_bad_offsets_of_one_record(copy, place, value):
     edit(copy, "shard-00000.h5", put("offsets", place, value))
     with pytest.raises(PackError, match="shard-00000.h5: offsets"):
         Pack(copy).read([2])
+
+
+@pytest.mark.parametrize("name, place, value", [("labels", 1, -1), ("offsets", 2, -5)])
+def test_neighbours_of_a_damaged_record_are_read(copy, name, place, value):
+    whole = Pack(copy).read([0, 3])
+    edit(copy, "shard-00000.h5", put(name, place, value))
+    pack = Pack(copy)
+    assert all(pack.read([record]) == ([whole[0][i]], [whole[1][i]]) for i, record in enumerate([0, 3]))
+    with pytest.raises(PackError, match=name.removesuffix("s")):
+        pack.read([1])
 
 
 INDEX_DAMAGE = {
@@ -851,6 +861,64 @@ def test_decode_shapes_and_values():
             assert image.shape == (channels, 7, 7) and image.dtype == np.uint8 and image.flags.c_contiguous
     same = decode(picture(0, size=(6, 6)), 6, 3)
     assert np.array_equal(same, np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8).transpose(2, 0, 1))
+
+
+def pillows(data, size, channels):
+    """What decode gives, by Pillow alone."""
+    with Image.open(io.BytesIO(data)) as image:
+        image = image.convert("L" if channels == 1 else "RGB")
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)).reshape(size, size, -1).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("mode, options", [("RGB", {}), ("RGB", {"subsampling": 0, "quality": 95}), ("L", {}),
+                                           ("RGB", {"progressive": True}), ("RGB", {"keep_rgb": True}), ("CMYK", {}),
+                                           ("RGB", {"exif": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0"
+                                                            b"\x06\0\0\0\0\0\0\0"})])  # turned by a quarter
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jpegs_decode_as_by_pillow(mode, options, channels):
+    for size in (17, 64):
+        file = io.BytesIO()
+        smooth = Image.fromarray(np.random.default_rng(size).integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        smooth.resize((size, size)).convert(mode).save(file, "JPEG", **options)
+        assert np.array_equal(decode(file.getvalue(), size, channels), pillows(file.getvalue(), size, channels))
+
+
+@pytest.mark.parametrize("format, mode", [("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "L")])
+def test_stretched_images_are_those_of_pillow(format, mode):
+    for shape in [(60, 50), (7, 500), (500, 7), (3, 4), (1, 1), (33, 32)]:
+        data = picture(1, format, shape, mode)
+        for size, channels in [(32, 1), (32, 3), (9, 3)]:
+            apart = abs(decode(data, size, channels).astype(int) - pillows(data, size, channels))
+            assert apart.max() <= 3 and apart.mean() < 0.3, (shape, size)
+
+
+def test_a_damaged_jpeg_is_refused_or_is_what_pillow_makes_of_it():
+    whole, refused = picture(2, "JPEG", (40, 40)), 0
+    numbers = np.random.default_rng(0)
+    spoilt = [whole[:length] for length in range(0, len(whole), 97)]
+    for place in numbers.integers(2, len(whole), 200):
+        spoilt.append(whole[:place] + bytes([numbers.integers(256)]) + whole[place + 1 :])
+    for data in spoilt:
+        try:
+            expected = pillows(xc.pack.open_image(data) and data, 40, 3)
+        except ValueError:
+            refused += 1
+            with pytest.raises(ValueError):
+                decode(data, 40, 3)
+        else:
+            assert abs(decode(data, 40, 3).astype(int) - expected).max() <= 2
+    assert 10 < refused < len(spoilt) - 10
+
+
+def test_a_jpeg_too_large_is_refused_by_its_header():
+    data = bytearray(picture(2, "JPEG", (40, 40)))
+    start = data.index(b"\xff\xc0") + 5
+    data[start : start + 4] = struct.pack(">HH", 65000, 65000)
+    with pytest.raises(ValueError, match="65000×65000 pixels, more than"):
+        decode(bytes(data), 8, 3)
+    assert decode(picture(2, "JPEG", (40, 40)), 8, 3, max_pixels=1600).shape == (3, 8, 8)
+    with pytest.raises(ValueError, match="40×40 pixels, more than 1599"):
+        decode(picture(2, "JPEG", (40, 40)), 8, 3, max_pixels=1599)
 
 
 def test_decode_averages_when_it_shrinks():

@@ -5,9 +5,10 @@ from pathlib import Path
 
 XC = Path(__file__).parent.parent / "xc"
 FLOORS = [
-    {"disk", "loss_scale", "margin", "message", "noise_scale", "schedule", "shard", "stop", "tensor_file", "topk",
-     "watchdog"},
-    {"config", "pack", "schedule_plot", "traffic"},
+    {"disk", "keyed", "loss_scale", "margin", "message", "noise_scale", "schedule", "shard", "stop", "tensor_file",
+     "topk", "watchdog"},
+    {"order", "pack", "schedule_plot", "traffic"},
+    {"config"},
     {"world", "run_folder", "synth", "knn_graph"},
     {"collective", "data", "metrics", "ring_search", "timeline"},
     {"neighbors"},

@@ -15,6 +15,7 @@ from tests.worlds import run_ranks
 from xc import synth
 from xc.config import Config, UserError
 from xc.data import Loader, open_splits
+from xc.keyed import keys_of
 from xc.synth import Spec
 
 CFG = Config(data="x", out="x", loader_threads=2, prefetch=2)
@@ -94,13 +95,13 @@ def test_mistakes_are_among_siblings():
 
 
 def test_gaussians():
-    x = synth.gaussians(synth._keys(3, 9, np.arange(20000)), 7)
+    x = synth.gaussians(keys_of(3, 9, np.arange(20000)), 7)
     assert x.shape == (20000, 7) and np.isfinite(x).all()
     assert np.allclose(x.mean(0), 0, atol=0.03) and np.allclose(x.std(0), 1, atol=0.03)
     assert np.allclose((x**4).mean(0), 3, atol=0.25) and np.abs(x).max() > 4
     assert np.abs(np.corrcoef(x.T) - np.eye(7)).max() < 0.03  # columns
     assert abs(np.corrcoef(x[1:, 0], x[:-1, 0])[0, 1]) < 0.03  # neighbours
-    assert abs(np.corrcoef(x[:, 0], synth.gaussians(synth._keys(4, 9, np.arange(20000)), 7)[:, 0])[0, 1]) < 0.03
+    assert abs(np.corrcoef(x[:, 0], synth.gaussians(keys_of(4, 9, np.arange(20000)), 7)[:, 0])[0, 1]) < 0.03
 
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 5, 16, 17, 1000, 4097])
@@ -164,6 +165,11 @@ def test_a_bad_description_is_one_line(spec, text):
     with pytest.raises(UserError) as error:
         Spec.parse("synth:" + spec)
     assert text in str(error.value) and "\n" not in str(error.value)
+
+
+def test_classes_made_up_take_no_sampler():
+    with pytest.raises(UserError, match="--sampler sqrt is for packs"):
+        open_splits(Config(data="synth:classes=10", out="x", sampler="sqrt"))
 
 
 def test_no_test_split_where_none_is_wanted():

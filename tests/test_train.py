@@ -95,6 +95,8 @@ def test_damage_that_one_rank_meets_ends_all(tiny_packs, tmp_path):
     (["--resume", "auto", "--steps", 1], "ends after 1 (12): give more"),
     (["--resume", "auto", "--global-batch", 24], "same --global-batch"),
     (["--resume", "auto", "--backbone", "resnet18"], "backbone.safetensors"),
+    (["--resume", "auto", "--sampler", "sqrt"], "sampler natural, this run sqrt"),
+    (["--resume", "auto", "--sampler", "weighted"], "has no weights"),
     (["--resume", "nowhere"], "already holds a run"),
     (["--resume", "auto", "--head", "ful"], "--head ful"),
     (["--resume", "auto", "--backbone", "resnet19"], "--backbone resnet19"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from xc.margin import MARGINS
 from xc.message import is_one_line, one_line
+from xc.order import SAMPLERS
 from xc.schedule import SCHEDULES, interval
 
 
@@ -64,7 +65,10 @@ class Config:
     logits_mb: float = _flag(0.0, "memory for logits on each rank; those beyond it are computed twice; "
                                   "0: 64 on a CPU, 256 on a GPU")
 
-    epochs: float = _flag(10.0, "passes over the training set")
+    sampler: str = _flag("natural", "natural: every image once an epoch; balanced: every class equally often; "
+                                    "sqrt: a class by the square root of its number of images; weighted: an image "
+                                    "by its weight in the pack", SAMPLERS)
+    epochs: float = _flag(10.0, "passes over the training set, or as many examples with another --sampler")
     steps: int = _flag(0, "optimizer steps; 0: from --epochs")
     global_batch: int = _flag(128, "examples per step over all ranks; any number of ranks gives the same recipe")
     lr: float = _flag(0.1, "highest learning rate of the backbone")

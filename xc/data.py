@@ -1,17 +1,17 @@
-"""From a data set to batches: which examples a step takes, decoding, augmentation, reading ahead.
+"""From a data set to batches: decoding, augmentation, reading ahead.
 
 A split is what the Loader takes examples from, `Images` of a pack or a `synth.Split`:
 
     num_classes, classes_digest, input_shape   (channels, size, size) or (dim,): one example as the backbone sees it
     len(split)                                 examples of an epoch
-    split.order(seed).records(first, count)    record numbers of examples of the endless training sequence
+    split.order(seed).records(first, count)    record numbers of examples of the endless training sequence (xc/order.py)
     split.examples(records, replace=True)      float inputs (n, *input_shape) and labels (n,), as tensors; of records
                                                that cannot be used others, or (replace=False) none
     split.bad_records                          set of the records that this rank could not use and left out
 
 The order of examples over all ranks is one endless sequence, epoch after epoch, fixed by the seed. A step takes the
 next `global_batch` of it and each rank its part of those, so a run's position is one number, any number of ranks can
-go on from it, and no example is left out or repeated within an epoch.
+go on from it, and with --sampler natural no example is left out or repeated within an epoch.
 """
 
 import math
@@ -28,14 +28,19 @@ import torch.nn.functional as F
 from xc import pack as packs
 from xc import synth, watchdog
 from xc.config import UserError
+from xc.keyed import GOLDEN, mix
+from xc.order import ByClass, ByWeight, Natural
 from xc.shard import Shard
+
+_PIECE = 2**20  # values distorted at once: what they become on the way stays in caches, and memory is not new each time
 
 
 def open_splits(cfg):
     """{"train": split, …} of what --data names: a pack, a folder of packs, or synth: and a description."""
     if cfg.data.startswith(synth.PREFIX):
         return synth.open_splits(cfg)
-    return {name: Images(one, cfg.channels, cfg.image_size, cfg.max_bad_records)
+    return {name: Images(one, cfg.channels, cfg.image_size, cfg.max_bad_records,
+                         cfg.sampler if name == "train" else "natural")
             for name, one in packs.open_splits(cfg.data).items()}
 
 
@@ -46,16 +51,35 @@ class Images:
     number of threads the same one; a test does without.
     """
 
-    def __init__(self, pack, channels, image_size, max_bad_records=0):
+    def __init__(self, pack, channels, image_size, max_bad_records=0, sampler="natural"):
         self.pack, self.num_classes, self.classes_digest = pack, pack.num_classes, pack.classes_digest
         self.input_shape = (channels, image_size, image_size)
         self.max_bad_records, self.bad_records, self._lock = max_bad_records, set(), threading.Lock()
+        self.sampler = sampler
+        if sampler == "weighted" and not pack.has_weights:
+            raise UserError(f"--sampler weighted: {pack.path} has no weights: pack a manifest with a column weight, or "
+                            "take another sampler")
 
     def __len__(self):
         return len(self.pack)
 
+    @property
+    def order_bytes(self):
+        """Memory that the order takes while it is made, about."""
+        return {"natural": 0, "weighted": 16 * len(self)}.get(self.sampler, 8 * len(self) + 56 * self.num_classes)
+
     def order(self, seed):
-        return Order(len(self), seed)
+        """The order of examples by the sampler. PackError or ValueError where the pack's labels or weights are bad."""
+        pack = self.pack
+        if self.sampler == "natural":
+            return Natural(len(self), seed)
+        if self.sampler == "weighted":
+            weights = pack.weights(0, len(self))
+            if not weights.any():
+                raise UserError(f"--sampler weighted: all weights of {pack.path} are 0: take another sampler")
+            return ByWeight(weights, len(self), seed)
+        class_weights = pack.class_counts > 0 if self.sampler == "balanced" else np.sqrt(pack.class_counts)
+        return ByClass(pack.labels, pack.class_counts, class_weights, seed)
 
     def examples(self, records, replace=True):
         try:
@@ -76,7 +100,8 @@ class Images:
             except ValueError as e:
                 raise ValueError(f"record {record} of {self.pack.path}: {e}: pack the data again without it, or let "
                                  "the run leave out some by --max-bad-records") from e
-        return torch.from_numpy(images).float().div_(127.5).sub_(1), torch.from_numpy(labels)  # [-1, 1]
+        inputs = torch.from_numpy(np.empty(images.shape, np.float32))  # numpy takes huge pages: a third of the time
+        return inputs.copy_(torch.from_numpy(images)).div_(127.5).sub_(1), torch.from_numpy(labels)  # [-1, 1]
 
     def _first_good(self, record, tries):
         """Image and label of the first of so many records that can be used, none where none can be."""
@@ -104,29 +129,6 @@ def _too_many_bad(num_bad, most, which):
             "python -m data_tools.show --verify")
 
 
-class Order:
-    """The endless sequence of record numbers: every epoch a new permutation of all records.
-
-    Holds one epoch's permutation, 8 bytes per record, and reads the pack all over: for sets that the page cache holds.
-    """
-
-    def __init__(self, num_records, seed):
-        self.num_records, self.seed = num_records, seed
-        self._epoch, self._permutation = None, None
-
-    def records(self, first, count):
-        """Record numbers of examples first ... first + count - 1 of the sequence, (count,) int64."""
-        pieces = []
-        while count:
-            epoch, place = divmod(first, self.num_records)
-            if epoch != self._epoch:
-                self._epoch = epoch
-                self._permutation = np.random.default_rng([self.seed, epoch]).permutation(self.num_records)
-            pieces.append(self._permutation[place : place + count])
-            first, count = first + len(pieces[-1]), count - len(pieces[-1])
-        return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
-
-
 class Loader:
     """Batches of one rank, read or made, and augmented ahead in threads.
 
@@ -134,7 +136,7 @@ class Loader:
     """
 
     def __init__(self, split, cfg, world):
-        self.split, self.cfg, self.world = split, cfg, world
+        self.split, self.cfg, self.world, self.order = split, cfg, world, split.order(cfg.seed)
 
     def bad_records(self):
         """Number of records that ranks have left out so far, None where there are none. UserError where they are more
@@ -149,10 +151,9 @@ class Loader:
 
         micro_batch  examples of each over all ranks, which does not depend on their number; divides last - first
         """
-        order = self.split.order(self.cfg.seed)
         mine = Shard.of(micro_batch, self.world.size, self.world.rank)
-        return Queue(((start + mine.first, order.records(start + mine.first, len(mine)), self.cfg.augment)
-                      for start in range(first, last, micro_batch)), self._load, self.cfg, self.world.device)
+        places = ((start + mine.first, len(mine)) for start in range(first, last, micro_batch))
+        return Queue(places, self._load, self.cfg, self.world.device)
 
     def test(self, global_batch):
         """Yields every record once over all ranks, unaltered; as many batches on every rank, some may be empty."""
@@ -164,10 +165,12 @@ class Loader:
         while batch := queue.take(1):
             yield batch[0]
 
-    def _load(self, first_example, records, strength):
-        inputs, labels = self.split.examples(records)
-        if strength and inputs.dim() == 4 and len(inputs):  # vectors stay as they are
-            inputs = augment(inputs, first_example, strength, self.cfg.seed)
+    def _load(self, first, count):
+        inputs, labels = self.split.examples(self.order.records(first, count))
+        if self.cfg.augment and inputs.dim() == 4 and len(inputs):  # vectors stay as they are
+            for piece in inputs.split(max(1, _PIECE // inputs[0].numel())):
+                piece.copy_(augment(piece, first, self.cfg.augment, self.cfg.seed))
+                first += len(piece)
         return inputs, labels
 
 
@@ -176,6 +179,8 @@ class Queue:
 
     def __init__(self, jobs, load, cfg, device):
         """jobs: an iterable of arguments of `load`, which returns tensors."""
+        if device.type == "cuda":
+            load = _pinned(load, torch.cuda.current_device())
         self._jobs, self._load, self._prefetch, self._device = iter(jobs), load, cfg.prefetch, device
         self._pool, self._pending = ThreadPoolExecutor(cfg.loader_threads), deque()
 
@@ -185,10 +190,20 @@ class Queue:
         for job in islice(self._jobs, max(0, count + max(count, self._prefetch) - len(self._pending))):
             self._pending.append(self._pool.submit(self._load, *job))
         taken = [self._pending.popleft() for _ in range(min(count, len(self._pending)))]
-        return [tuple(tensor.to(self._device) for tensor in batch.result()) for batch in taken]
+        return [tuple(tensor.to(self._device, non_blocking=True) for tensor in batch.result()) for batch in taken]
 
     def __del__(self):
         self._pool.shutdown(wait=False, cancel_futures=True)  # a run that fails does not read on
+
+
+def _pinned(load, gpu):
+    """`load`, with its tensors in memory that stays in place, which a GPU copies while the host goes on."""
+
+    def pinned(*job):
+        with torch.cuda.device(gpu):  # a thread begins with GPU 0, and would take memory of it
+            return tuple(tensor.pin_memory() for tensor in load(*job))
+
+    return pinned
 
 
 def augment(images, first_example, strength, seed):
@@ -199,17 +214,21 @@ def augment(images, first_example, strength, seed):
     strength       1: up to 8 % shift, 12 % scale, 8 degrees, half-weight 3x3 blur, 30 % contrast
     """
     u = torch.from_numpy(_uniform(seed, first_example, len(images), 6)).to(images) * 2 - 1  # [-1, 1)
-    shift, zoom = 0.16 * strength * u[:, :2], 1 + 0.12 * strength * u[:, 2]  # in half sides of the image
-    angle = strength * math.radians(8) * u[:, 3]
+    shift_x, shift_y, zoom, angle, soft, contrast = strength * u.T[:, :, None, None]  # (B, 1, 1) each
+    zoom, angle = 1 + 0.12 * zoom, math.radians(8) * angle
     cos, sin = zoom * angle.cos(), zoom * angle.sin()
-    theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    size = images.shape[-1]
+    across = (2 * torch.arange(size, device=images.device) + 1) / size - 1  # centres of pixels, in half sides
+    down = across[:, None]
+    x, y = cos * across + (0.16 * shift_x - sin * down), sin * across + (0.16 * shift_y + cos * down)
+    images = F.grid_sample(images, torch.stack([x, y], -1), padding_mode="border", align_corners=False)
 
-    soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    weight = (0.5 * strength * u[:, 4]).clamp(0, 1)[:, None, None, None]  # every other image stays sharp
-    images = images + weight * (soft - images)
-    return images * (1 + 0.3 * strength * u[:, 5])[:, None, None, None]
+    blurred = F.pad(images, (1, 1, 1, 1), mode="replicate")
+    blurred = blurred[..., :-2, :] + blurred[..., 1:-1, :] + blurred[..., 2:, :]
+    blurred = blurred[..., :-2] + blurred[..., 1:-1] + blurred[..., 2:]
+    weight = (0.5 * soft).clamp(0, 1)[:, None]  # every other image stays sharp
+    images = images + weight * (blurred / 9 - images)
+    return images * (1 + 0.3 * contrast)[:, None]
 
 
 def _uniform(seed, first, count, width):
@@ -218,6 +237,6 @@ def _uniform(seed, first, count, width):
     splitmix64 of a counter; numpy's generators cannot start at each example cheaply.
     """
     with np.errstate(over="ignore"):
-        x = np.arange(first * width, (first + count) * width, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        x = synth.mix(x + np.uint64(seed) * np.uint64(0xD1B54A32D192ED03))
+        x = np.arange(first * width, (first + count) * width, dtype=np.uint64) * GOLDEN
+        x = mix(x + np.uint64(seed) * np.uint64(0xD1B54A32D192ED03))
     return ((x >> np.uint64(11)) * 2.0**-53).reshape(count, width)

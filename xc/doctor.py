@@ -306,7 +306,7 @@ class Examples:
     num_classes: int
     num_records: int
     input_shape: tuple
-    ordered: int  # records whose order of an epoch is kept
+    order_bytes: int  # of the order of examples, in memory
     most_rounds: int
     digest: str
 
@@ -318,9 +318,10 @@ def data_set(report, cfg, world):
     def opened():
         splits.update(data.open_splits(cfg))
         train = splits["train"]
-        ordered = len(train) if isinstance(train, data.Images) else 0
+        order_bytes = train.order_bytes if isinstance(train, data.Images) else 0
         most_rounds = Schedule.of(cfg, len(train), world.size).most
-        return Examples(train.num_classes, len(train), train.input_shape, ordered, most_rounds, train.classes_digest)
+        return Examples(train.num_classes, len(train), train.input_shape, order_bytes, most_rounds,
+                        train.classes_digest)
 
     def read():
         train = splits["train"]
@@ -347,7 +348,7 @@ def memory(report, cfg, world, facts, examples):
     on_gpu = 0 if on_cpu else min(of_rank["gpu"]["free"] / _sharing(of_rank, facts) for of_rank in facts)
 
     def planned(cfg, num_ranks):
-        return Plan.of(cfg, examples.num_classes, num_ranks, seen, num_records=examples.ordered,
+        return Plan.of(cfg, examples.num_classes, num_ranks, seen, order_bytes=examples.order_bytes,
                        most_rounds=examples.most_rounds, on_cpu=on_cpu)
 
     def load(plan):

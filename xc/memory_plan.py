@@ -71,10 +71,10 @@ class Plan:
         return sum(self.parts.values())
 
     @classmethod
-    def of(cls, cfg, num_classes, num_ranks, network, *, num_records=0, most_rounds=1, on_cpu=True):
+    def of(cls, cfg, num_classes, num_ranks, network, *, order_bytes=0, most_rounds=1, on_cpu=True):
         """UserError where the head's settings do not fit the number of classes.
 
-        num_records  of which the order of an epoch is kept, 0 for none
+        order_bytes  of the order of examples
         most_rounds  of --global-batch examples, in a step
         """
         head = _Head.of(cfg, num_classes, cfg.model_parallel_size or num_ranks)
@@ -92,7 +92,7 @@ class Plan:
             "logits and active rows": head.logits(group, on_cpu), "graph": head.graph, "index": head.index,
             "building it": head.building, "features": 6 * under_way * group * cfg.feature_dim * 4,
             "batches": (taken + max(taken, cfg.prefetch) + 4 * cfg.loader_threads) * mine * network.example
-                       + 8 * num_records,
+                       + order_bytes,
             "checkpoint copy": head.saved + 2 * sparse + backbone + momentum, "libraries": _LIBRARIES,
         }
         on_disk = head.num_shards * head.saved + 2 * num_ranks * sparse + backbone + momentum

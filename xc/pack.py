@@ -33,9 +33,11 @@ Packs may come from strangers: links to other files, virtual, external, chunked 
 every offset, label and checksum is checked before use, and no buffer is larger than the file that fills it.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import os
 import threading
 import weakref
@@ -43,6 +45,7 @@ import zlib
 
 import h5py
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 from xc.message import one_line
@@ -62,7 +65,8 @@ ATTRIBUTES = ("format", "version", "num_records", "shard", "num_classes", "num_b
 MAX_RECORD_BYTES = 2**28
 MAX_PIXELS = 200_000_000  # of an image that a reader decodes: 600 MB as RGB
 MAX_OPEN_SHARDS = 256  # per Pack; a process may often have 1024 files open
-RUN_RECORDS = 256  # most neighbouring records in one read; bounds the copy that is cut into records
+RUN_RECORDS = 256  # neighbours in one read, at most; bounds what is copied
+MAX_KEPT_RUNS = 768  # runs of neighbours whose tables a Pack keeps: 4 MB
 
 # Pillow warns above a number of pixels of its own; open_image has a limit that is stricter and an error.
 Image.MAX_IMAGE_PIXELS = None
@@ -106,7 +110,7 @@ class Pack:
         if (records < 0).any() or (records > most).any() or self._starts[-1] != self.num_records:
             raise index.error(f"shard_records do not add up to num_records {self.num_records}")
         self._shard_tables = SHARD_TABLES | (WEIGHT_TABLES if self.has_weights else {})
-        self._shards, self._lock = {}, threading.Lock()
+        self._shards, self._kept_runs, self._lock = {}, {}, threading.Lock()
 
     def __len__(self):
         return self.num_records
@@ -119,9 +123,9 @@ class Pack:
         if not 0 <= start <= stop <= self.num_classes:
             raise IndexError(f"labels {start}:{stop} are outside 0:{self.num_classes}")
         offsets = self._index.offsets("class_name_offsets", "class_names", start, stop)
-        names = self._index.read("class_names", offsets[0], offsets[-1]).tobytes()
+        names, ends = self._index.read_bytes("class_names", offsets[0], offsets[-1]), (offsets - offsets[0]).tolist()
         try:
-            return [names[a:b].decode() for a, b in _slices(offsets)]
+            return [names[a:b].decode() for a, b in itertools.pairwise(ends)]
         except UnicodeDecodeError as error:
             raise self._index.error(f"a name of classes {start}:{stop} is not UTF-8") from error
 
@@ -147,12 +151,11 @@ class Pack:
         if len(records) and not (0 <= records.min() and records.max() < self.num_records):
             raise IndexError(f"records {records.min()} … {records.max()} are outside 0 … {self.num_records - 1}")
         numbers, places = np.unique(records.astype(np.int64), return_inverse=True)
-        images, labels = [], [np.empty(0, np.int64)]
-        for run in np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1):
-            for some_images, some_labels in self._runs(run[0], run[-1] + 1) if len(run) else ():
-                images += some_images
-                labels.append(some_labels)
-        return [images[place] for place in places], np.concatenate(labels)[places]
+        images, labels = [], []
+        for some_images, some_labels in self._runs(numbers):
+            images += some_images
+            labels += some_labels
+        return [images[place] for place in places], np.array(labels, np.int64)[places]
 
     def labels(self, start, stop):
         """(stop − start,) int64: labels of the records start … stop − 1."""
@@ -180,10 +183,11 @@ class Pack:
         returns   the number of records; PackError names the first bad one
         """
         num_bytes, counts = 0, np.zeros(self.num_classes, np.int64)
-        for images, labels in self._runs(0, self.num_records):
-            num_bytes += sum(map(len, images))
-            np.add.at(counts, labels, 1)
-            progress(len(images))
+        for start in range(0, self.num_records, 2**20):
+            for images, labels in self._runs(np.arange(start, min(start + 2**20, self.num_records))):
+                num_bytes += sum(map(len, images))
+                np.add.at(counts, labels, 1)
+                progress(len(images))
         if num_bytes != self.num_bytes:
             raise self._index.error(f"num_bytes is {self.num_bytes}, the records have {num_bytes}")
         wrong = np.flatnonzero(counts != self.class_counts)
@@ -204,6 +208,7 @@ class Pack:
         """Closes the shards; a later read opens them again."""
         with self._lock:
             self._shards.clear()
+            self._kept_runs.clear()
 
     def _check_shard_files(self, sizes):
         for number, size in enumerate(sizes):
@@ -252,25 +257,55 @@ class Pack:
             raise self._bad_record(number, start + bad[0], f"weight {weights[bad[0]]} is not a number from 0 up")
         return weights
 
-    def _runs(self, start, stop):
-        """Yields (list of bytes, labels) for the records start … stop − 1, a bounded number at a time."""
-        for number, first, end in self._stretches(start, stop):
-            for begin in range(first, end, RUN_RECORDS):
-                yield self._run(number, begin, min(begin + RUN_RECORDS, end))
+    def _runs(self, numbers):
+        """Yields lists (bytes, labels) of records, (n,) rising: those of a bounded number of neighbours at a time."""
+        shards = np.searchsorted(self._starts, numbers, side="right") - 1
+        places = numbers - self._starts[shards]
+        first = (np.diff(numbers, prepend=-2) > 1) | (places % RUN_RECORDS == 0)  # of a run
+        begins = np.flatnonzero(first)
+        counts = np.diff(begins, append=len(numbers))
+        scattered = 2 * len(begins) > len(numbers)
+        for number, start, count in zip(shards[begins].tolist(), places[begins].tolist(), counts.tolist(), strict=True):
+            yield self._run(number, start, start + count, scattered)
 
-    def _run(self, number, start, stop):
+    def _run(self, number, start, stop, scattered):
+        tables, first = None, start % RUN_RECORDS
+        if scattered:  # others of its neighbours may be asked for soon
+            with contextlib.suppress(PackError):  # of a neighbour, perhaps
+                tables = self._kept_tables(number, start // RUN_RECORDS)
+        if tables is None:
+            tables, first = self._tables(number, start, stop), 0
+        last = first + stop - start
+        offsets = tables[0][first : last + 1].tolist()
+        labels, crcs = (table[first:last].tolist() for table in tables[1:])
+        block = self._shard(number).read_bytes("bytes", offsets[0], offsets[-1])
+        images = [block[a - offsets[0] : b - offsets[0]] for a, b in itertools.pairwise(offsets)]
+        for i, (image, crc) in enumerate(zip(images, crcs, strict=True)):
+            if zlib.crc32(image) != crc:
+                raise self._bad_record(number, start + i, "wrong checksum: the file was changed or damaged")
+        return images, labels
+
+    def _kept_tables(self, number, run):
+        """`_tables` of RUN_RECORDS neighbours, kept."""
+        tables = self._kept_runs.get((number, run))
+        if tables is None:
+            num_records = int(self._starts[number + 1] - self._starts[number])
+            tables = self._tables(number, run * RUN_RECORDS, min((run + 1) * RUN_RECORDS, num_records))
+            with self._lock:
+                self._kept_runs[number, run] = tables
+                if len(self._kept_runs) > MAX_KEPT_RUNS:
+                    del self._kept_runs[next(iter(self._kept_runs))]
+        return tables
+
+    def _tables(self, number, start, stop):
+        """(offsets, labels, checksums) of the records start … stop − 1 of a shard."""
         shard = self._shard(number)
         labels = self._labels(number, start, stop)
         offsets = shard.offsets("offsets", "bytes", start, stop)
         large = np.flatnonzero(np.diff(offsets) > MAX_RECORD_BYTES)
         if len(large):
             raise self._bad_record(number, start + large[0], f"more than {MAX_RECORD_BYTES} bytes")
-        block = shard.read("bytes", offsets[0], offsets[-1])
-        images = [block[a:b].tobytes() for a, b in _slices(offsets)]
-        for i, (image, crc) in enumerate(zip(images, shard.read("crc32", start, stop), strict=True)):
-            if zlib.crc32(image) != crc:
-                raise self._bad_record(number, start + i, "wrong checksum: the file was changed or damaged")
-        return images, labels
+        return offsets, labels, shard.read("crc32", start, stop)
 
     def _bad_record(self, number, place, what):
         return self._shard(number).error(f"record {self._starts[number] + place}: {what}")
@@ -342,23 +377,53 @@ def decode(data, size, channels, max_pixels=MAX_PIXELS):
 
     channels  1 (grey) or 3 (RGB); transparency is dropped, 16-bit grey keeps its upper 8 bits
 
+    Pixels are those of Pillow; stretched by bicubic sampling they differ from Pillow's by 1, seldom 3, of 255.
     ValueError as for open_image.
     """
     assert channels in (1, 3), channels
-    image = open_image(data, max_pixels)
-    if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    image = image.convert("L" if channels == 1 else "RGB")
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = np.asarray(image).reshape(size, size, channels)
+    pixels = _decode_jpeg(data, channels, max_pixels)
+    if pixels is None:
+        image = open_image(data, max_pixels)
+        if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        pixels = _pixels(image, channels)
+    if pixels.shape[:2] != (size, size):
+        return _stretch(pixels, size)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _slices(offsets):
-    """(start, end) of each record, counted from the first."""
-    ends = (offsets - offsets[0]).tolist()
-    return zip(ends[:-1], ends[1:], strict=True)
+def _decode_jpeg(data, channels, max_pixels):
+    """(height, width, channels) uint8 of a JPEG without faults, None for all else.
+
+    libjpeg-turbo without what Pillow has around it, which takes longer than the decoding of a small image.
+    """
+    if data[:2] != b"\xff\xd8":
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if height * width > max_pixels or colours not in ("Gray", "YCbCr"):
+            return None
+        pixels = simplejpeg.decode_jpeg(data, "GRAY" if colours == "Gray" else "RGB")
+    except ValueError:  # also where libjpeg only warns: Pillow then decides, and has the words for it
+        return None
+    if pixels.shape[2] == channels:
+        return pixels
+    return _pixels(Image.fromarray(pixels.squeeze(2) if colours == "Gray" else pixels), channels)
+
+
+def _pixels(image, channels):
+    """(height, width, channels) uint8 of a Pillow image."""
+    return np.array(image.convert("L" if channels == 1 else "RGB")).reshape(image.height, image.width, channels)
+
+
+def _stretch(pixels, size):
+    """(channels, size, size) of (height, width, channels), uint8; a quarter of Pillow's time."""
+    import torch  # takes seconds, and packing needs no stretching
+
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    if len(pixels) > size > pixels.shape[1]:  # rows are stretched first, which would make a tall image a huge one
+        image = torch.nn.functional.interpolate(image, (size, pixels.shape[1]), mode="bicubic", antialias=True)
+    return torch.nn.functional.interpolate(image, (size, size), mode="bicubic", antialias=True)[0].numpy()
 
 
 def _scalar(attributes, name):
@@ -419,16 +484,19 @@ class _File:
 
     def read(self, name, start, stop):
         """Elements start … stop − 1 of a table, as an array."""
+        return np.frombuffer(self.read_bytes(name, start, stop), self._tables[name][2])
+
+    def read_bytes(self, name, start, stop):
+        """The same as bytes."""
         place, elements, dtype = self._tables[name]
         assert 0 <= start <= stop <= len(elements), (name, start, stop)
-        result = np.empty(stop - start, dtype)
-        left, place = memoryview(result.view(np.uint8)), place + int(start) * dtype.itemsize
-        while left:
-            count = os.preadv(self._fd, [left], place)
-            if not count:
+        place, left, parts = place + int(start) * dtype.itemsize, int(stop - start) * dtype.itemsize, []
+        while left:  # a read gives 2 GB at most
+            parts.append(os.pread(self._fd, left, place))
+            if not parts[-1]:
                 raise self.error(f"ends at byte {place}, inside of {name}: it was cut while open")
-            left, place = left[count:], place + count
-        return result
+            left, place = left - len(parts[-1]), place + len(parts[-1])
+        return b"".join(parts)
 
     def blocks(self, name):
         """A whole table, 2**20 elements at a time."""

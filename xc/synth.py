@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 
 from xc.config import UserError
+from xc.keyed import GOLDEN, keys_of, mix, shuffled
 
 PREFIX = "synth:"
 MAX_CLASSES, MAX_IMAGE_CLASSES = 10**8, 10**5
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's step from one number to the next
 _PLACES, _TRAIN, _TEST, _LEVELS = 1, 2, 4, 16  # streams of numbers; a split has two, for labels and for noise
 
 
@@ -85,6 +85,9 @@ class Spec:
 def open_splits(cfg):
     """{"train": Split, "test": Split} of a Config whose `data` begins with synth:"""
     spec = Spec.parse(cfg.data)
+    if cfg.sampler != "natural":
+        raise UserError(f"--sampler {cfg.sampler} is for packs, the classes of --data {cfg.data} are balanced: leave "
+                        "it out")
     shape = (cfg.channels, cfg.image_size, cfg.image_size) if spec.images else (spec.dim,)
     splits = {"train": Split(spec, shape, spec.examples * spec.classes, _TRAIN),
               "test": Split(spec, shape, spec.test, _TEST)}
@@ -118,13 +121,13 @@ class Split:
     def examples(self, records, replace=True):
         """Inputs (n, *input_shape) float32 and labels (n,) int64, as tensors; records (n,) may be any from 0 up."""
         labels = self.labels(records)
-        noise = gaussians(_keys(self.spec.seed, self._stream + 1, records), math.prod(self.input_shape))
+        noise = gaussians(keys_of(self.spec.seed, self._stream + 1, records), math.prod(self.input_shape))
         noise = torch.from_numpy(noise).view(-1, *self.input_shape)
         return self.means(labels).add_(noise, alpha=self.spec.noise), torch.from_numpy(labels)
 
     def labels(self, records):
         rounds, places = np.divmod(np.asarray(records), self.num_classes)
-        return _shuffled(places, self.num_classes, _keys(self.spec.seed, self._stream, rounds))
+        return shuffled(places, self.num_classes, keys_of(self.spec.seed, self._stream, rounds))
 
     def means(self, ids):
         """(n, *input_shape) float32 tensor: the classes' examples without noise."""
@@ -142,14 +145,14 @@ class Split:
         deviations /= np.linalg.norm(deviations)
         total = np.zeros((len(ids), width), np.float32)
         for level, deviation in enumerate(deviations):
-            keys = _keys(self.spec.seed, _LEVELS + level, self.clusters(ids, level))
+            keys = keys_of(self.spec.seed, _LEVELS + level, self.clusters(ids, level))
             total += gaussians(keys, width) * np.float32(deviation)
         return total
 
     def clusters(self, ids, level=1):
         """(n,) int64: the cluster of each class at that level; siblings have one at level 1. Level 0: the class."""
         ids = np.asarray(ids)
-        places = _shuffled(ids, self.num_classes, _keys(self.spec.seed, _PLACES, np.zeros_like(ids)))
+        places = shuffled(ids, self.num_classes, keys_of(self.spec.seed, _PLACES, np.zeros_like(ids)))
         return places // min(self.spec.branching**level, MAX_CLASSES)
 
 
@@ -180,42 +183,10 @@ def best_accuracy(split, num_examples, block=2048):
     return accuracy, math.sqrt(accuracy * (1 - accuracy) / num_examples)
 
 
-def mix(x):
-    """splitmix64's output function (Steele et al. 2014) of a uint64 array: numbers one apart become unrelated."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 def gaussians(keys, width):
     """(n, width) float32 standard normal numbers; row i depends on keys[i] alone. Box and Muller 1958."""
-    x = mix(keys[:, None] + _GOLDEN * np.arange(1, (width + 1) // 2 + 1, dtype=np.uint64))
+    x = mix(keys[:, None] + GOLDEN * np.arange(1, (width + 1) // 2 + 1, dtype=np.uint64))
     u = x.view(np.uint32).astype(np.float32) * np.float32(2**-32)
     radius = np.sqrt(-2 * np.log(u[:, ::2] + np.float32(2**-33)))
     angle = u[:, 1::2] * np.float32(2 * math.pi)
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], 1)[:, :width]
-
-
-def _keys(seed, stream, numbers):
-    """(n,) uint64 that depend on (seed, stream, number)."""
-    start = mix(np.array([(stream << 32) + seed], np.uint64))
-    return mix(start + _GOLDEN * np.asarray(numbers).astype(np.uint64))
-
-
-def _shuffled(numbers, count, keys):
-    """(n,) int64: where each key's permutation of 0 … count - 1 takes a number; nothing of size `count` is made.
-
-    Four Feistel rounds permute the next power of 4; what falls outside is permuted on until it is inside (Black and
-    Rogaway 2002).
-    """
-    half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    result, outside = np.asarray(numbers).astype(np.uint64), np.ones(len(numbers), bool)
-    while outside.any():
-        key, high, low = keys[outside], result[outside] >> half, result[outside] & mask
-        for _ in range(4):
-            key = key + _GOLDEN
-            high, low = low, high ^ (mix(key + low) & mask)
-        result[outside] = number = (high << half) | low
-        outside[outside] = number >= count
-    return result.astype(np.int64)
