@@ -7,7 +7,7 @@ the time into the file $FAULT_AT:
     sleep      never comes back from reading data
     stop       frozen, all threads of it
     spin       the same, by a call that holds the interpreter
-    slow-disk  rank 0 needs three seconds for every file that it writes into a checkpoint
+    slow-disk  rank 0 needs two seconds for every file that it writes into a checkpoint
     slow       works for a long time, but moves on
     nan        all ranks: the inputs of step 21, counted from 0, are no numbers
     without    all ranks: the batches of steps 20 and 21 are left out
@@ -68,7 +68,7 @@ def at_a_call_of(function, fault):
 def slow_on_rank_0(function):
     def slow_function(*arguments, **progress):
         if world.launched_rank() == 0:
-            time.sleep(3)
+            time.sleep(2)
         return function(*arguments, **progress)
 
     return slow_function
