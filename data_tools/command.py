@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from xc import pack as layout
 from xc.message import one_line
@@ -16,7 +16,8 @@ class Parser(argparse.ArgumentParser):
     """Reports an error in one line, and lets the results of commands be printed whatever the names in them."""
 
     def parse_args(self, args=None, namespace=None):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
+        with suppress(AttributeError):  # of a notebook's output, which takes all texts
+            sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
         return super().parse_args(args, namespace)
 
     def error(self, message, code=2):
