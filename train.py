@@ -65,7 +65,8 @@ def main():
     # --- resume: any number of ranks from any number of ranks ---
     position = Position()
     identity = {"seed": cfg.seed, "sampler": cfg.sampler, "logits": cfg.logits, "num_records": len(packs["train"]),
-                "classes_digest": packs["train"].classes_digest, "course": schedule.course}
+                "data_seed": packs["train"].data_seed, "classes_digest": packs["train"].classes_digest,
+                "course": schedule.course}
     folder = checkpoint.to_resume(cfg.resume, cfg.out, world)
     with world.agreed():
         if folder:

@@ -35,10 +35,12 @@ def check_images(images, max_pixels, encoding, check):
         for path, given in images:
             try:
                 data = _read(path) if given is None else given
+                _check_size(len(data))
                 if encoding == KEPT:
                     check_image(data, max_pixels, check)
                 else:
                     data = encoding.apply(open_image(data, max_pixels), data)
+                    _check_size(len(data))
             except (OSError, ValueError) as error:
                 results.append((None, getattr(error, "strerror", None) or str(error)))
                 continue
@@ -71,8 +73,7 @@ def _read(path):
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
             raise ValueError("not a file")
-        if status.st_size > layout.MAX_RECORD_BYTES:
-            raise ValueError(f"{status.st_size} bytes, more than {layout.MAX_RECORD_BYTES}")
+        _check_size(status.st_size)
         parts, left = [], status.st_size + 1
         while part := os.read(descriptor, left):
             parts.append(part)
@@ -82,6 +83,11 @@ def _read(path):
     if left != 1:
         raise ValueError(f"not the {status.st_size} bytes that it was said to have: it is being changed")
     return b"".join(parts)
+
+
+def _check_size(num_bytes):
+    if num_bytes > layout.MAX_RECORD_BYTES:
+        raise ValueError(f"{num_bytes} bytes, more than {layout.MAX_RECORD_BYTES}")
 
 
 def read_in_order(pool, window, roots, chunks, *options):

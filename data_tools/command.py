@@ -4,6 +4,7 @@ import argparse
 import os
 import secrets
 import shutil
+import signal
 import sys
 from contextlib import contextmanager, suppress
 
@@ -22,6 +23,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message, code=2):
         self.exit(code, f"{self.prog}: error: {one_line(' '.join(message.split()))}\n")
+
+
+@contextmanager
+def printing(parser):
+    """In this block a command, whose work is done, prints its result: that may go to a full disk or a closed pipe."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        with open(os.devnull, "w") as nowhere:  # for what is still to be flushed at the end of the process
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            parser.exit(128 + signal.SIGPIPE)  # as other commands end whose output nobody reads on
+        parser.error(f"all is done, but the result cannot be printed: {error}")
 
 
 def between(least, most, kind=int):

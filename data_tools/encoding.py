@@ -30,7 +30,7 @@ class Encoding:
         """
         shorter = min(image.size)
         smaller = self.side is not None and shorter > self.side
-        kept = image.format.lower()
+        kept = {"MPO": "jpeg"}.get(image.format, image.format.lower())  # MPO: a JPEG with further pictures behind it
         format = self.format or (kept if kept in FORMATS else "png")
         if not smaller and self.quality is None and self.format in (None, kept):
             return data

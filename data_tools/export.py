@@ -33,7 +33,7 @@ import numpy as np
 
 from data_tools.checking import CHUNK_RECORDS
 from data_tools.class_list import intervals_of
-from data_tools.command import Parser, between, check_paths, new_folder
+from data_tools.command import Parser, between, check_paths, new_folder, printing
 from data_tools.progress import Progress
 from xc.pack import INDEX_FILE, SPLITS, PackError, open_splits
 
@@ -255,10 +255,12 @@ def main(argv=None):
         parser.error(f"{args['out']}: {error}; nothing was kept")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted; nothing was kept\n")
-    if as_json:
-        print(json.dumps(facts))
-    else:
-        print(f"{args['out']}: {facts['records']} images of {facts['classes']} classes, {facts['bytes'] / 1e6:.1f} MB")
+    with printing(parser):
+        if as_json:
+            print(json.dumps(facts))
+        else:
+            print(f"{args['out']}: {facts['records']} images of {facts['classes']} classes, "
+                  f"{facts['bytes'] / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

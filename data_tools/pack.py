@@ -43,7 +43,7 @@ from data_tools.checking import CHUNK_BYTES, CHUNK_RECORDS, KEPT, read_in_order,
 from data_tools.choosing import choose
 from data_tools.claim import by_one
 from data_tools.class_table import name_hash, names_of
-from data_tools.command import Parser, between, check_paths
+from data_tools.command import Parser, between, check_paths, printing
 from data_tools.duplicates import RULES, Duplicates
 from data_tools.encoding import FORMATS, Encoding
 from data_tools.image_check import CHECKS
@@ -71,7 +71,8 @@ def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, wor
     """Packs src, a list of paths, into the new folder out and says what became of it; the parameters are the flags.
 
     returns  dict of totals over the splits: records, classes, bytes, shards, skipped, left_out ({reason: images}),
-             seconds; of a part that was not the last, its own without classes and left_out, and "part": "I/N"
+             seconds, and "splits", {split or "": {records, classes with images, bytes, shards}}; of a part that was
+             not the last, its own without classes, left_out and splits, and "part": "I/N"
 
     PackError or OSError, with nothing at out, for whatever the user can mend; `partial_folder.left` says what is kept.
     """
@@ -109,8 +110,9 @@ def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, wor
         os.rename(new, listing)
 
     def make_pack():
-        names = ", ".join(os.path.basename(os.path.abspath(path)) for path in src)
-        merged.update(merge(folder, out, listed, journals, tally, source=names, seed=seed))
+        names = [os.path.basename(os.path.abspath(path)) for path in src]
+        source = ", ".join(names[:NAMED]) + f" and {len(names) - NAMED} more" * (len(names) > NAMED)
+        merged.update(merge(folder, out, listed, journals, tally, source=source, seed=seed))
 
     with owned(folder, number, out), kept(folder, out, parts, lambda: os.path.isdir(listing),
                                           lambda: Journal(places[number]).shards):
@@ -137,16 +139,14 @@ def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, wor
                 "seconds": round(time.monotonic() - started, 3)}
     if tally.count:
         note(f"skipped {tally.count} images, listed in {os.path.join(out, 'skipped.tsv')}: {tally}")
-    for split, (shards, counts) in merged.items():
-        count, names = lost[split]
+    for split, (count, names) in lost.items():
         if count:
             note(f"warning: {count} classes{_of(split)} lost all their images; they keep their labels: "
                  + ", ".join(names) + (", …" if count > NAMED else ""))
-        of_split = totals([shards])
-        print(f"{os.path.join(out, split).rstrip('/')}: {of_split['records']} images of {np.count_nonzero(counts)} "
-              f"classes, {of_split['bytes'] / 1e6:.1f} MB in {of_split['shards']} shards")
+    splits = {split: {**totals([shards]), "classes": np.count_nonzero(counts)}
+              for split, (shards, counts) in merged.items()}
     return {**totals(shards for shards, _ in merged.values()), "classes": len(listed.table), "skipped": tally.count,
-            "left_out": listed.left_out, "seconds": round(time.monotonic() - started, 3)}
+            "left_out": listed.left_out, "splits": splits, "seconds": round(time.monotonic() - started, 3)}
 
 
 def describe(src, classes, root, parts, of_bytes):
@@ -349,15 +349,22 @@ def main(argv=None):
     add("--part", type=part_of, default=(0, 1), metavar="I/N", help="do part I of N, from 0/N up, each in a process of "
         "its own with the same flags; the last makes the pack of all")
     add("--restart", action="store_true", help="begin anew, and remove what an interrupted pack has left")
+    add("--json", action="store_true", help="print the JSON object alone, without the lines before it")
     args = parser.parse_args(argv)
+    as_json = vars(args).pop("json")
     try:
-        print(json.dumps(pack(**vars(args))))
+        facts = pack(**vars(args))
     except PackError as error:
         parser.error(str(error))
     except (OSError, RuntimeError) as error:  # h5py has either for a disk that refuses
         parser.error(f"{args.out}: {error}; {left(args.out)}")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted; {left(args.out)}\n")
+    with printing(parser):
+        for split, of_split in {} if as_json else facts.get("splits", {}).items():
+            print(f"{os.path.join(args.out, split).rstrip('/')}: {of_split['records']} images of {of_split['classes']} "
+                  f"classes, {of_split['bytes'] / 1e6:.1f} MB in {of_split['shards']} shards")
+        print(json.dumps(facts))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ import json
 import os
 import signal
 from collections import Counter
+from contextlib import suppress
 
 import numpy as np
 
 from data_tools import pack_pictures, timeline
-from data_tools.command import Parser, between
+from data_tools.command import Parser, between, printing
 from data_tools.progress import Progress
 from xc.pack import INDEX_FILE, PackError, open_image, open_splits
 
@@ -31,17 +32,23 @@ def describe(pack, num_sampled):
     counts = pack.class_counts
     records = sample(pack, num_sampled)
     with Progress("sampling", len(records)) as progress:
-        images = []
+        images, faults = [], []
         for record in records:
-            images.append(open_record(pack, record, look))
+            try:
+                images.append(open_record(pack, record, look))
+            except UndecodableError as error:
+                faults.append(str(error))
             progress.add(1)
+    if not images:
+        raise PackError(faults[0])
     sizes, widths, heights, formats, modes = zip(*images, strict=True)
     return {
         "records": pack.num_records, "classes": pack.num_classes, "bytes": pack.num_bytes, "shards": pack.num_shards,
         "source": pack.source, "seed": pack.seed, "skipped": pack.skipped,
         "classes_without_images": int((counts == 0).sum()), "images_per_class": spread(counts),
         "long_tail": long_tail(counts),
-        "sample": {"images": len(images), "bytes": spread(sizes), "width": spread(widths), "height": spread(heights),
+        "sample": {"images": len(images), "undecodable": faults,
+                   "bytes": spread(sizes), "width": spread(widths), "height": spread(heights),
                    "longer_side": doubling(np.maximum(widths, heights)),
                    "formats": dict(Counter(formats).most_common()), "modes": dict(Counter(modes).most_common())},
         "first_classes": pack.class_names(0, min(5, pack.num_classes)),
@@ -58,13 +65,17 @@ def look(data):
     return len(data), image.width, image.height, image.format, image.mode
 
 
+class UndecodableError(PackError):
+    """The bytes of a record are those that were packed, but no image; --check none looks at none."""
+
+
 def open_record(pack, record, opener):
-    """opener(image bytes) of one record; PackError with its number where the image is broken."""
+    """opener(image bytes) of one record; UndecodableError with its number where the image is broken."""
     [data], _ = pack.read([record])
     try:
         return opener(data)
     except ValueError as error:
-        raise PackError(f"{pack.path}: record {record}: {error}") from error
+        raise UndecodableError(f"{pack.path}: record {record}: {error}") from error
 
 
 def spread(values):
@@ -107,6 +118,9 @@ def print_facts(split, facts):
           f"half of them are in {tail['classes_with_half']}")
     print(f"  of {sample['images']} images: width {of(sample['width'])}, height {of(sample['height'])}, "
           f"bytes {of(sample['bytes'])}")
+    if faults := sample["undecodable"]:
+        print(f"  another {len(faults)} {'does' if len(faults) == 1 else 'do'} not decode: {faults[0]}"
+              + ", …" * (len(faults) > 1))
     print(f"  {shares(sample['formats'], sample['images'])}; modes {shares(sample['modes'], sample['images'])}")
     print_bins("pixels", "images by their longer side", sample["longer_side"])
 
@@ -126,8 +140,14 @@ def print_bins(what, of, bins):
 def sheet(pack):
     """A PNG, as bytes, of random records and their classes' names."""
     records = sample(pack, pack_pictures.SIDE**2)
-    names = [pack.class_name(label) for label in pack.read(records)[1]]
-    return pack_pictures.contact_sheet([open_record(pack, record, pack_pictures.square) for record in records], names)
+    pictures, names = [], []
+    for record, label in zip(records, pack.read(records)[1], strict=True):
+        with suppress(UndecodableError):
+            pictures.append(open_record(pack, record, pack_pictures.square))
+            names.append(pack.class_name(label))
+    if not pictures:
+        raise PackError(f"{pack.path}: none of {len(records)} random images decodes, so there is no contact sheet")
+    return pack_pictures.contact_sheet(pictures, names)
 
 
 def write_new(path, data):
@@ -166,14 +186,15 @@ def show_timeline(parser, args):
             timeline.draw(spans, name, args.plot)
     except (timeline.TimelineError, OSError) as error:
         parser.error(str(error))
-    if args.json:
-        print(json.dumps({"step": name} | facts))
-        return
-    print(name)
-    for rank, of_rank in facts.items():
-        phases = "  ".join(f"{phase} {ms:.1f}" for phase, ms in of_rank["phases_ms"].items())
-        print(f"  {rank}: {phases} ms; network busy {of_rank['network_ms']:.1f} ms, {of_rank['behind_ms']:.1f} of it "
-              "behind a computation")
+    with printing(parser):
+        if args.json:
+            print(json.dumps({"step": name} | facts))
+            return
+        print(name)
+        for rank, of_rank in facts.items():
+            phases = "  ".join(f"{phase} {ms:.1f}" for phase, ms in of_rank["phases_ms"].items())
+            print(f"  {rank}: {phases} ms; network busy {of_rank['network_ms']:.1f} ms, {of_rank['behind_ms']:.1f} of "
+                  "it behind a computation")
 
 
 def main(argv=None):
@@ -212,13 +233,14 @@ def main(argv=None):
         parser.error(str(error))
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted\n")
-    if args.json:
-        print(json.dumps(facts))
-        return
-    for split, of_split in facts.items():
-        print_facts(split, of_split)
-        if args.verify:
-            print(f"  verified: all {of_split['verified']} checksums are right")
+    with printing(parser):
+        if args.json:
+            print(json.dumps(facts))
+            return
+        for split, of_split in facts.items():
+            print_facts(split, of_split)
+            if args.verify:
+                print(f"  verified: all {of_split['verified']} checksums are right")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import numpy as np
 
 from data_tools.checking import CHUNK_RECORDS
 from data_tools.class_table import ClassTable, names_of
-from data_tools.command import Parser, between, check_paths, new_folder
+from data_tools.command import Parser, between, check_paths, new_folder, printing
 from data_tools.pack_writer import PackWriter
 from data_tools.progress import Progress
 from xc.pack import INDEX_FILE, SPLITS, Pack, PackError
@@ -152,14 +152,15 @@ def main(argv=None):
         parser.error(f"{args['out']}: {error}; nothing was kept")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted; nothing was kept\n")
-    if as_json:
-        print(json.dumps(facts))
-        return
-    for name in SPLITS:
-        if name in facts:
-            of_split = facts[name]
-            print(f"{os.path.join(args['out'], name)}: {of_split['records']} images of {of_split['classes']} classes, "
-                  f"{of_split['bytes'] / 1e6:.1f} MB in {of_split['shards']} shards")
+    with printing(parser):
+        if as_json:
+            print(json.dumps(facts))
+            return
+        for name in SPLITS:
+            if name in facts:
+                of_split = facts[name]
+                print(f"{os.path.join(args['out'], name)}: {of_split['records']} images of {of_split['classes']} "
+                      f"classes, {of_split['bytes'] / 1e6:.1f} MB in {of_split['shards']} shards")
 
 
 if __name__ == "__main__":

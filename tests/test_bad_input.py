@@ -335,3 +335,24 @@ def test_counts_find_no_space_before_they_are_counted(tmp_path):
         with pytest.raises(OSError, match="No space left"):
             zeros_file(disk / "counts", 10**6)
         assert not zeros_file(disk / "few", 1000).any()
+
+
+def test_no_record_is_larger_than_a_reader_takes(tmp_path, monkeypatch):
+    """Whether it came so or was made so."""
+    monkeypatch.setattr("xc.pack.MAX_RECORD_BYTES", 3000)
+    small, large = picture(0), picture(1, size=(40, 40))
+    write_parquet(tmp_path / "a.parquet", image=[small, large], label=["k", "k"])
+    run(tmp_path / "a.parquet", tmp_path / "came", "--max-skipped", "1")
+    write_tree(tmp_path / "tree", {"k": 2})
+    (tmp_path / "tree" / "k" / "large.png").write_bytes(png(60, 60, 60 * 61))
+    run(tmp_path / "tree", tmp_path / "made", "--max-skipped", "1", "--format", "raw")
+    for name, number in ("came", 1), ("made", 2):
+        [[_, reason]] = skipped_rows(tmp_path / name)
+        assert "bytes, more than 3000" in reason and Pack(tmp_path / name).verify() == number
+
+
+def test_any_number_of_sources(tmp_path):
+    sources = [write_parquet(tmp_path / f"{number:03}-{'n' * 150}.parquet", image=[picture(number)], label=["k"])
+               for number in range(450)]  # their names are more than HDF5 takes for an attribute
+    run(*sources, tmp_path / "pack")
+    assert Pack(tmp_path / "pack").verify() == 450 and Pack(tmp_path / "pack").source.endswith(" and 445 more")

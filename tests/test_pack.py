@@ -525,9 +525,14 @@ def test_splits_share_the_classes_of_train(tmp_path, capsys):
     (tmp_path / "src" / "LICENSE").write_text("free")
     run(tmp_path / "src", tmp_path / "pack")
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {**result, "seconds": 0, "bytes": 0} == {"records": 9, "classes": 3, "shards": 2, "skipped": 0, "seconds": 0,
-                                                    "bytes": 0, "left_out": {}}
-    assert result["bytes"] == sum(map(len, [*train.values(), *test.values()]))
+    sizes = {name: sum(map(len, split.values())) for name, split in {"train": train, "test": test}.items()}
+    assert {**result, "seconds": 0} == {
+        "records": 9, "classes": 3, "shards": 2, "skipped": 0, "seconds": 0, "bytes": sum(sizes.values()), "left_out": {},
+        "splits": {"train": {"records": 6, "classes": 3, "bytes": sizes["train"], "shards": 1},
+                   "test": {"records": 3, "classes": 2, "bytes": sizes["test"], "shards": 1}}}
+    run(tmp_path / "src", tmp_path / "again", "--json")
+    again = json.loads(capsys.readouterr().out)
+    assert {**again, "seconds": 0} == {**result, "seconds": 0}
     packs = open_splits(tmp_path / "pack")
     assert list(packs) == ["train", "test"]
     assert contents(packs["train"]) == by_class(train) and contents(packs["test"]) == by_class(test)

@@ -154,14 +154,44 @@ def test_pictures_are_written(packs, tmp_path):
     (("packs", "--sheet", "there.png"), "there.png exists"),
     (("packs", "--sheet", "no/a.png"), "no such folder as no"),
     (("packs", "--sample", "0"), "not between"),
-    (("broken",), "record 1: not an image"),
+    (("broken",), "record 0: not an image"),
 ])
 def test_mistakes_are_one_line(packs, tmp_path, monkeypatch, capsys, args, words):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(packs, "packs")
-    write_pack(tmp_path / "broken", ["k"], [(picture(0), 0), (b"none", 0)])
+    write_pack(tmp_path / "broken", ["k"], [(b"none", 0), (b"none", 0)])
     (tmp_path / "there.png").touch()
     assert words in fails(capsys, *args)
+
+
+def test_a_record_that_does_not_decode_is_named_and_left_out(tmp_path, capsys):
+    """Its checksum is right: data_tools.pack --check none looks at no image."""
+    write_pack(tmp_path / "pack", ["k"], [(picture(0), 0), (b"none", 0), (picture(1), 0)])
+    show(tmp_path / "pack", "--verify", "--sheet", tmp_path / "sheet.png")
+    text = capsys.readouterr().out
+    assert "another 1 does not decode" in text and "record 1: not an image" in text and "all 3 checksums" in text
+    show(tmp_path / "pack", "--json")
+    facts = json.loads(capsys.readouterr().out)["train"]["sample"]
+    assert facts["images"] == 2 and len(facts["undecodable"]) == 1
+
+
+@pytest.mark.parametrize("output, code, said", [("/dev/full", 2, "all is done, but the result cannot be printed"),
+                                                ("pipe", 141, "")])
+@pytest.mark.parametrize("tool", ["show", "pack", "split"])
+def test_a_result_that_nobody_takes(packs, tmp_path, tool, output, code, said):
+    arguments = {"show": [packs], "pack": [packs, tmp_path / "out", "--workers", "0"],
+                 "split": [packs / "train", tmp_path / "out", "--test", "0.3"]}[tool]
+    if output == "pipe":
+        reading, output = os.pipe()
+        os.close(reading)
+    else:
+        output = os.open(output, os.O_WRONLY)
+    done = subprocess.run([sys.executable, "-m", f"data_tools.{tool}", *arguments], stdout=output,
+                          stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(output)
+    assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr
+    assert "kept" not in done.stderr and "Exception" not in done.stderr
+    assert tool == "show" or (tmp_path / "out" / "train" / "index.h5").exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "index", "record", "split"])

@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import h5py
+import numpy as np
 import pytest
 
 from tests.launch import error_lines, horovodrun, last_json, losses, mpirun, run
@@ -108,6 +109,15 @@ def test_a_run_folder_is_not_lost_to_a_mistake(arguments, text, tiny_packs, fini
     (line,) = error_lines(process)
     assert text in line
     assert contents(finished) == before
+
+
+def test_a_run_does_not_go_on_in_another_order(tiny_packs, finished, tmp_path):
+    shutil.copytree(tiny_packs, tmp_path / "packs")
+    with h5py.File(tmp_path / "packs" / "train" / "index.h5", "a") as file:
+        file.attrs["seed"] = np.int64(9)  # of the shuffle when it was packed
+    (line,) = error_lines(train("--data", tmp_path / "packs", "--out", finished, "--steps", 4, "--resume", "auto",
+                                expect=2))
+    assert "data_seed 0, this run 9" in line
 
 
 def test_a_folder_of_other_things_is_not_a_run_folder(tiny_packs, tmp_path):

@@ -2,6 +2,7 @@
 
 A split is what the Loader takes examples from, `Images` of a pack or a `synth.Split`:
 
+    data_seed                                  int, of the order of the records: another one has other records there
     num_classes, classes_digest, input_shape   (channels, size, size) or (dim,): one example as the backbone sees it
     len(split)                                 examples of an epoch
     split.order(seed).records(first, count)    record numbers of examples of the endless training sequence (xc/order.py)
@@ -53,7 +54,7 @@ class Images:
 
     def __init__(self, pack, channels, image_size, max_bad_records=0, sampler="natural"):
         self.pack, self.num_classes, self.classes_digest = pack, pack.num_classes, pack.classes_digest
-        self.input_shape = (channels, image_size, image_size)
+        self.data_seed, self.input_shape = pack.seed, (channels, image_size, image_size)
         self.max_bad_records, self.bad_records, self._lock = max_bad_records, set(), threading.Lock()
         self.sampler = sampler
         if sampler == "weighted" and not pack.has_weights:

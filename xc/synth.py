@@ -109,6 +109,7 @@ class Split:
         self.spec, self.num_classes, self.input_shape = spec, spec.classes, input_shape
         self._num_records, self._stream = num_records, stream
         classes = {k: v for k, v in dataclasses.asdict(spec).items() if k not in ("examples", "test")}
+        self.data_seed = spec.seed
         self.classes_digest = hashlib.sha256(repr(classes).encode()).hexdigest()
 
     def __len__(self):
