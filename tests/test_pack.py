@@ -527,8 +527,8 @@ def test_splits_share_the_classes_of_train(tmp_path, capsys):
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     sizes = {name: sum(map(len, split.values())) for name, split in {"train": train, "test": test}.items()}
     assert {**result, "seconds": 0} == {
-        "records": 9, "classes": 3, "bytes": sum(sizes.values()), "shards": 2, "skipped": 0, "left_out": {}, "seconds": 0,
-        "splits": {"train": {"records": 6, "classes": 3, "bytes": sizes["train"], "shards": 1},
+        "records": 9, "classes": 3, "bytes": sum(sizes.values()), "shards": 2, "skipped": 0, "left_out": {},
+        "seconds": 0, "splits": {"train": {"records": 6, "classes": 3, "bytes": sizes["train"], "shards": 1},
                    "test": {"records": 3, "classes": 2, "bytes": sizes["test"], "shards": 1}}}
     run(tmp_path / "src", tmp_path / "again", "--json")
     again = json.loads(capsys.readouterr().out)
