@@ -29,11 +29,11 @@ MAX_HEADER_BYTES = 2**14  # of what a tar file says about one member beside its 
 HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
            tarfile.SOLARIS_XHDTYPE)
 MAX_LABEL_BYTES = 2**16  # of a file .cls or .json
-MAX_PATH_BYTES = 4096  # of a path in a manifest; Linux takes 4,095
+MAX_PATH_BYTES = 4096  # of a path in a manifest, which Linux takes to 4,095, and of each text in a Parquet file
 MAX_LINE = 2**16  # characters of the first line of a manifest
 MAX_ROW = 2**20  # of every other row, which may be several lines
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\3\4")  # gzip, bzip2, xz, zstd, zip
-ROWS = 1024  # of a Parquet file in memory at once
+ROWS, ROWS_BYTES = 1024, 2**25  # of a Parquet file in memory at once
 RECORDS = 256  # of a pack
 MAX_WEIGHT = float(np.finfo(np.float32).max)
 
@@ -232,19 +232,56 @@ def parquet_source(path, skipped):
     image  binary, or a struct with a binary field bytes
     """
     from pyarrow import ArrowException  # here, since it takes longer to import than a small data set to pack
-    from pyarrow.parquet import ParquetFile
 
     for split, file in _shards(path, ".parquet"):
         try:
-            with ParquetFile(file) as table:
-                columns = _parquet_columns(file, table.schema_arrow)
-                number = 0
-                for batch in table.iter_batches(ROWS, columns=columns):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield _parquet_record(f"{file}: row {number}", split, row)
+            for number, row in enumerate(_parquet_rows(file), 1):
+                where, image = f"{file}: row {number}", row.pop("image", None)
+                if image is None:
+                    yield _parquet_record(where, split, row)
+                elif (num_bytes := image.as_buffer().size) > layout.MAX_RECORD_BYTES:
+                    skipped.add(split, where, f"{num_bytes} bytes, more than {layout.MAX_RECORD_BYTES}")
+                else:
+                    yield _parquet_record(where, split, row, image.as_py())
+        except MemoryError as error:
+            raise PackError(f"{file}: some of its rows do not fit into memory ({error}); write it in smaller "
+                            "pages, or take a machine with more") from error
         except (ArrowException, OSError, UnicodeDecodeError) as error:
             raise PackError(f"{file}: not readable as Parquet: {error}") from error
+
+
+def _parquet_rows(file):
+    """Yields {column: pyarrow scalar, or None} of each row.
+
+    A file of some kilobytes can hold a value of many megabytes a thousand times, so rows are read at once as the file
+    announces their size, and values that repeat stay one copy until they are asked for.
+    """
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(file) as table:
+        metadata, columns = table.metadata, _parquet_columns(file, table.schema_arrow)
+    with ParquetFile(file, metadata=metadata, read_dictionary=columns, pre_buffer=False, buffer_size=2**20) as table:
+        for place in range(metadata.num_row_groups):
+            group = metadata.row_group(place)
+            fitting = ROWS_BYTES * group.num_rows // max(1, group.total_byte_size)
+            for batch in table.iter_batches(max(1, min(fitting, ROWS)), row_groups=[place], columns=columns):
+                for number in range(batch.num_rows):
+                    yield {name: _plain(column[number])
+                           for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+
+
+def _plain(value):
+    """What a pyarrow scalar stands for, without a copy; None where there is nothing."""
+    from pyarrow import DictionaryScalar, StructScalar
+
+    while value is not None and value.is_valid:
+        if isinstance(value, StructScalar):
+            value = value["bytes"]
+        elif isinstance(value, DictionaryScalar):
+            value = value.value
+        else:
+            return value
+    return None
 
 
 def _parquet_columns(file, schema):
@@ -254,14 +291,15 @@ def _parquet_columns(file, schema):
     if len(kinds) != len(schema.names) or "label" not in kinds or not kinds.keys() & {"path", "image"}:
         raise PackError(f"{file}: must have the columns label, path or image and, if wanted, split and weight once "
                         f"each; it has {', '.join(map(repr, schema.names))}")
-    columns = [name for name in ("path", "label", "split", "weight", "image") if name in kinds]
-    for name in columns:
+    names = [name for name in ("path", "label", "split", "weight", "image") if name in kinds]
+    columns = list(names)
+    for name in names:
         kind = kinds[name]
         if types.is_dictionary(kind):
             kind = kind.value_type
         if name == "image":
             if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-                kind = kind.field("bytes").type
+                kind, columns[-1] = kind.field("bytes").type, "image.bytes"
             fits = types.is_binary(kind) or types.is_large_binary(kind)
         elif name == "weight":
             fits = types.is_floating(kind) or types.is_integer(kind)
@@ -273,19 +311,26 @@ def _parquet_columns(file, schema):
     return columns
 
 
-def _parquet_record(where, split, row):
-    image = row.pop("image", None)
-    if isinstance(image, dict):
-        image = image["bytes"]
-    texts = {name: "" if value is None else str(value) for name, value in row.items()}
-    if image is not None:  # the path is only what messages call it
-        texts["path"] = where
-        _check_row(where, {name: text for name, text in texts.items() if name != "path"})
-    elif "path" not in texts:
+def _parquet_record(where, split, row, image=None):
+    if image is not None:
+        row.pop("path", None)
+    texts = {name: _text(where, name, value) for name, value in row.items()}
+    if image is None and "path" not in texts:
         raise PackError(f"{where}: no image")
-    else:
-        _check_row(where, texts)
-    return texts.get("split", split), texts["path"], texts["label"], image, *_weight(where, texts)
+    _check_row(where, texts)
+    # Of an image that comes as bytes the path is only what messages call it.
+    return texts.get("split", split), texts.get("path", where), texts["label"], image, *_weight(where, texts)
+
+
+def _text(where, name, value):
+    """A pyarrow scalar as a text; PackError where it is too long."""
+    from pyarrow import BinaryScalar
+
+    if value is None:
+        return ""
+    if isinstance(value, BinaryScalar) and (num_bytes := value.as_buffer().size) > MAX_PATH_BYTES:
+        raise PackError(f"{where}: {name} of {num_bytes} bytes, more than {MAX_PATH_BYTES}")
+    return str(value.as_py())
 
 
 def webdataset_source(path, skipped):
