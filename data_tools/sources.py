@@ -33,7 +33,7 @@ MAX_PATH_BYTES = 4096  # of a path in a manifest, which Linux takes to 4,095, an
 MAX_LINE = 2**16  # characters of the first line of a manifest
 MAX_ROW = 2**20  # of every other row, which may be several lines
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\3\4")  # gzip, bzip2, xz, zstd, zip
-ROWS, ROWS_BYTES = 1024, 2**25  # of a Parquet file in memory at once
+ROWS = 1024  # of columns of a Parquet file whose values are kept once each
 RECORDS = 256  # of a pack
 MAX_WEIGHT = float(np.finfo(np.float32).max)
 
@@ -246,28 +246,36 @@ def parquet_source(path, skipped):
         except MemoryError as error:
             raise PackError(f"{file}: some of its rows do not fit into memory ({error}); write it in smaller "
                             "pages, or take a machine with more") from error
-        except (ArrowException, OSError, UnicodeDecodeError) as error:
+        except (ArrowException, OSError, ValueError) as error:
+            if isinstance(error, PackError):
+                raise
             raise PackError(f"{file}: not readable as Parquet: {error}") from error
 
 
 def _parquet_rows(file):
     """Yields {column: pyarrow scalar, or None} of each row.
 
-    A file of some kilobytes can hold a value of many megabytes a thousand times, so rows are read at once as the file
-    announces their size, and values that repeat stay one copy until they are asked for.
+    A file of some kilobytes can hold a value of many megabytes a thousand times, whatever it announces: one row is read
+    at a time. Of columns that come as dictionary and indices it is many, as each time brings the whole dictionary.
     """
     from pyarrow.parquet import ParquetFile
+    from pyarrow.types import is_dictionary
 
-    with ParquetFile(file) as table:
-        metadata, columns = table.metadata, _parquet_columns(file, table.schema_arrow)
-    with ParquetFile(file, metadata=metadata, read_dictionary=columns, pre_buffer=False, buffer_size=2**20) as table:
-        for place in range(metadata.num_row_groups):
-            group = metadata.row_group(place)
-            fitting = ROWS_BYTES * group.num_rows // max(1, group.total_byte_size)
-            for batch in table.iter_batches(max(1, min(fitting, ROWS)), row_groups=[place], columns=columns):
+    def read(columns, rows):
+        with ParquetFile(file, pre_buffer=False, buffer_size=2**20) as table:
+            for batch in table.iter_batches(rows, columns=columns, use_threads=False):
                 for number in range(batch.num_rows):
                     yield {name: _plain(column[number])
                            for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+
+    with ParquetFile(file) as table:
+        schema = table.schema_arrow
+    columns = _parquet_columns(file, schema)
+    coded = [name for name in columns if name in schema.names and is_dictionary(schema.field(name).type)]
+    plain = [name for name in columns if name not in coded]
+    readers = [read(*some) for some in ((plain, 1), (coded, ROWS)) if some[0]]
+    for parts in zip(*readers, strict=True):
+        yield {name: value for part in parts for name, value in part.items()}
 
 
 def _plain(value):
