@@ -28,6 +28,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 MAX_HEADER_BYTES = 2**14  # of what a tar file says about one member beside its block
 HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
            tarfile.SOLARIS_XHDTYPE)
+MAX_GLOBAL_KEYS = 256  # of its headers that are for all members that follow
+MAX_LABELS = 2  # of one sample in it: .cls and .json
 MAX_LABEL_BYTES = 2**16  # of a file .cls or .json
 MAX_PATH_BYTES = 4096  # of a path in a manifest, which Linux takes to 4,095, and of each text in a Parquet file
 MAX_LINE = 2**16  # characters of the first line of a manifest
@@ -352,10 +354,15 @@ def webdataset_source(path, skipped):
             where = f"{file}: {key}"
             images, labels = [], []
             for _, suffix, data in sample:
-                (images if "." + suffix in IMAGE_SUFFIXES else labels).append((suffix, data))
+                found, most = (images, 1) if "." + suffix in IMAGE_SUFFIXES else (labels, MAX_LABELS)
+                if len(found) <= most:  # one more tells that there are too many; memory must not hold them all
+                    found.append((suffix, data))
             if len(images) != 1 or not labels:
                 what = "several images" if images[1:] else "no label (.cls or .json)" if images else "no image"
                 skipped.add(split, where, what)
+                continue
+            if len(labels) > MAX_LABELS:
+                skipped.add(split, where, f"more than {MAX_LABELS} files with a label for one image")
                 continue
             try:
                 names = {_label(suffix, data) for suffix, data in labels}
@@ -402,6 +409,8 @@ def _members(file, split, skipped):
                     raise tarfile.ReadError(f"no header at byte {tar.offset}, where there is more than zeros")
             if num_bytes < tarfile.BLOCKSIZE * 2:
                 raise tarfile.ReadError("ends without the two empty blocks that close a tar file")
+    except RecursionError as error:  # tarfile's, for each header of a chain
+        raise PackError(f"{file}: a member has too many headers: damaged; make the tar file anew") from error
     except (tarfile.TarError, EOFError, UnicodeError, ValueError, OverflowError) as error:
         if isinstance(error, PackError):
             raise
@@ -409,9 +418,12 @@ def _members(file, split, skipped):
 
 
 class _Member(tarfile.TarInfo):
-    """Refuses long headers: tarfile reads them whole, and searches them in time that grows with their square."""
+    """Refuses long headers: tarfile reads them whole, and searches them in time that grows with their square. And many
+    keys for all members, which it copies for each header."""
 
     def _proc_member(self, tar):
+        if len(tar.pax_headers) > MAX_GLOBAL_KEYS:
+            raise tarfile.ReadError(f"global headers of {len(tar.pax_headers)} keys, more than {MAX_GLOBAL_KEYS}")
         if self.type in HEADERS and self.size > MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {self.size} bytes, more than {MAX_HEADER_BYTES}")
         return super()._proc_member(tar)

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ import data_tools.external_sort
 import xc.pack
 from data_tools import recordio, sources
 from data_tools.external_sort import Sorter
+from data_tools.skipped import Skipped
 from tests.test_pack import ROOT, by_class, contents, fails, file_hashes, picture, png, run, write_tree
 from xc.pack import Pack, open_splits
 
@@ -347,6 +349,43 @@ def test_a_tar_header_cannot_fill_the_memory(tmp_path, capsys):
         header = odd("x", kind, size=2**21).tobuf(tarfile.GNU_FORMAT)
         (tmp_path / "a.tar").write_bytes(header + b"1" * 2**21 + bytes(1024))
         assert "a header of 2097152 bytes" in fails(capsys, tmp_path / "a.tar", tmp_path / "pack")
+
+
+def test_a_tar_header_for_all_members_has_few_keys(tmp_path, capsys):
+    """tarfile copies them for each member that has a header of its own."""
+    files = write_tree(tmp_path / "src", {"0": 2})
+    for count in sources.MAX_GLOBAL_KEYS, sources.MAX_GLOBAL_KEYS + 1:
+        keys = {f"key{i}": "x" for i in range(count)}
+        with tarfile.open(tmp_path / "a.tar", "w", pax_headers=keys) as tar:
+            for name, data in samples(files):
+                tar.addfile(odd(name, size=len(data)), io.BytesIO(data))
+        if count == sources.MAX_GLOBAL_KEYS:
+            run(tmp_path / "a.tar", tmp_path / "few")
+            assert contents(Pack(tmp_path / "few")) == by_class(files)
+    assert "a.tar: cut short or not a tar file: global headers of 257 keys" in fails(capsys, tmp_path / "a.tar",
+                                                                                    tmp_path / "pack")
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_chain_of_tar_headers_is_one_line(tmp_path, capsys, kind):
+    header = odd("x", kind, size=512).tobuf(tarfile.GNU_FORMAT) + b"9 a=bcde\n".ljust(512, b"\0")
+    (tmp_path / "a.tar").write_bytes(header * 2000 + bytes(1024))
+    assert "a.tar: a member has too many headers" in fails(capsys, tmp_path / "a.tar", tmp_path / "pack")
+
+
+@pytest.mark.parametrize("name, size, reason", [
+    ("a.png", 2**18, "several images"), ("a.cls", 2**16, f"more than {sources.MAX_LABELS} files with a label")])
+def test_a_sample_cannot_fill_the_memory(tmp_path, name, size, reason):
+    image = picture(1)
+    write_tar(tmp_path / "a.tar", [("a.jpg", image), *[(name, b"1" * size)] * 100, ("b.png", image), ("b.cls", b"1")])
+    with Skipped(tmp_path / "skipped.tsv", "1") as skipped:
+        tracemalloc.start()
+        try:
+            records = list(sources.webdataset_source(str(tmp_path / "a.tar"), skipped))
+            assert tracemalloc.get_traced_memory()[1] < 10 * size + 2**20
+        finally:
+            tracemalloc.stop()
+    assert [data for *_, data in records] == [image] and skipped.tally.count == 1 and reason in str(skipped.tally)
 
 
 @pytest.mark.parametrize("size", [2**40, 2**70])
