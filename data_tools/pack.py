@@ -169,7 +169,9 @@ def list_sources(folder, src, sources, classes, named, seed, parts, memory_bytes
     with (Skipped(os.path.join(folder, "skipped.tsv"), max_skipped) as skipped,
           worker_pool(workers if duplicates != "keep" else 0) as pool, Progress("listing") as progress):
         repeated = Duplicates(os.path.join(folder, "duplicates"), memory_bytes // 8, pool, 2 * workers + 1)
-        for number, source in enumerate(sources):
+        roots = [os.path.realpath(source.root) for source in sources]
+        for source, root in zip(sources, roots, strict=True):
+            number = roots.index(root)  # the first with the same root: its files are the same, too
             for record in source.records(skipped):
                 listed = listing.add(number, *record, may_repeat=source.may_repeat)
                 if listed is None:

@@ -178,7 +178,7 @@ def manifest_source(path, skipped):
                     raise PackError(f"{where}: {len(cells)} cells, but the header has {len(columns)}")
                 row = {name: cell.strip() for name, cell in zip(columns, cells, strict=True)}
                 _check_row(where, row)
-                yield row.get("split", ""), row["path"], row["label"], None, *_weight(where, row)
+                yield row.get("split", ""), os.path.normpath(row["path"]), row["label"], None, *_weight(where, row)
     except (UnicodeDecodeError, csv.Error) as error:
         raise PackError(f"{path}: not a CSV or TSV file in UTF-8: {error}") from error
 
@@ -329,7 +329,8 @@ def _parquet_record(where, split, row, image=None):
         raise PackError(f"{where}: no image")
     _check_row(where, texts)
     # Of an image that comes as bytes the path is only what messages call it.
-    return texts.get("split", split), texts.get("path", where), texts["label"], image, *_weight(where, texts)
+    path = where if image is not None else os.path.normpath(texts["path"])
+    return texts.get("split", split), path, texts["label"], image, *_weight(where, texts)
 
 
 def _text(where, name, value):

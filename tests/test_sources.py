@@ -208,6 +208,32 @@ def test_a_path_has_one_label(tmp_path, capsys, kind):
     assert sorted(images) == sorted([*files.values(), files[names[0]]])
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_path_has_one_label_however_it_is_written(tmp_path, capsys, kind):
+    write_tree(tmp_path, {"p": 2})
+    (tmp_path / "link").symlink_to(tmp_path)
+
+    def listed(name, *rows):
+        paths, labels = zip(*rows, strict=True)
+        if kind == "parquet":
+            return write_parquet(tmp_path / f"{name}.parquet", path=paths, label=labels)
+        (tmp_path / f"{name}.csv").write_text("\n".join(["path,label", *map(",".join, rows)]))
+        return tmp_path / f"{name}.csv"
+
+    for other in "./p/0.png", "p//0.png", "p/./0.png":
+        one = listed("one", ("p/0.png", "a"), (other, "b"))
+        assert "path 'p/0.png' has the labels 'a' and 'b' (1 such" in fails(capsys, one, tmp_path / "pack")
+    one, two = listed("one", ("p/0.png", "a"), ("p/1.png", "b")), listed("two", ("p/1.png", "c"))
+    linked = tmp_path / "link" / two.name
+    for second in two, linked:
+        error = fails(capsys, one, second, tmp_path / "pack")
+        assert "path 'p/1.png' has the labels 'b' and 'c' (1 such" in error
+    write_tree(tmp_path / "more", {"p": 2}, first=7)  # other files with the same names
+    os.rename(two, tmp_path / "more" / two.name)
+    run(one, tmp_path / "more" / two.name, tmp_path / "pack")
+    assert sorted(contents(Pack(tmp_path / "pack")).values()) == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("names", [("train-0.tar", "train-1.tar", "test-0.tar"),
                                    ("train/0.tar", "train/1.tar", "test/x.tar")])
 def test_shards_are_of_the_split_they_are_named_after(tmp_path, capsys, names):
