@@ -36,6 +36,7 @@ MAX_LINE = 2**16  # characters of the first line of a manifest
 MAX_ROW = 2**20  # of every other row, which may be several lines
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\3\4")  # gzip, bzip2, xz, zstd, zip
 ROWS = 1024  # of columns of a Parquet file whose values are kept once each
+EXACT = 2**24  # float32, in which RecordIO has its labels, tells all whole numbers below apart
 RECORDS = 256  # of a pack
 MAX_WEIGHT = float(np.finfo(np.float32).max)
 
@@ -489,3 +490,6 @@ def pack_source(path, skipped):
 KINDS = {"folder": folder_source, "manifest": manifest_source, "parquet": parquet_source,
          "webdataset": webdataset_source, "recordio": recordio_source, "pack": pack_source}
 SUFFIXES = {"webdataset": ".tar", "recordio": ".rec", "parquet": ".parquet"}
+            elif label >= EXACT:
+                raise PackError(f"{where}: label {int(label)}, but labels of RecordIO are float32, which merges classes "
+                                f"from {EXACT} on; pack this data set from another source")

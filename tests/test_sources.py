@@ -513,6 +513,17 @@ def test_a_damaged_pack_is_one_line(tmp_path, capsys, files):
     with open(source / "shard-00000.h5", "r+b") as file:
         data = file.read()
         file.seek(data.index(b"IDAT") + 9)
+def test_labels_that_float32_does_not_tell_apart_are_one_line(tmp_path, capsys):
+    below, first = float(2**24 - 1), float(2**24)
+    write_rec(tmp_path / "a.rec", [image_record(below, picture(0)), image_record(first, b"")])
+    run(tmp_path / "a.rec", tmp_path / "pack")
+    assert contents(Pack(tmp_path / "pack")) == {picture(0): str(2**24 - 1)}
+    write_rec(tmp_path / "a.rec", [image_record(below, picture(0)), image_record([first], picture(1))])
+    capsys.readouterr()
+    error = fails(capsys, tmp_path / "a.rec", tmp_path / "new")
+    assert "a.rec: record 1: label 16777216, but" in error and "from another source" in error
+
+
         file.write(b"damage")
     assert "wrong checksum" in fails(capsys, source, tmp_path / "pack")
 
