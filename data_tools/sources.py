@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_tools import recordio
+from data_tools.progress import note
 from xc import pack as layout
 from xc.pack import PackError, open_splits
 
@@ -98,8 +99,7 @@ def _shard_folders(root):
     others, files = [], []
     for entry in _entries(root, Counter()):
         if not entry.is_dir(follow_symlinks=False):
-            split = next((split for split in layout.SPLITS if entry.name.startswith((split + "-", split + "."))), "")
-            files.append((split, entry.path))
+            files.append((_split_named(entry.path), entry.path))
         elif entry.name in layout.SPLITS:
             inner = list(_entries(entry.path, Counter()))
             files += [(entry.name, one.path) for one in inner if not one.is_dir(follow_symlinks=False)]
@@ -113,6 +113,21 @@ def _shards(path, suffix):
     """[(split, file)] of a file, or of a folder in which train-000.tar and train/000.tar are of split train."""
     if not os.path.isdir(path):
         return [("", path)]
+def _split_named(path):
+    """The split that a file is named after, as train-000.tar and train.tar; "" where it is none."""
+    name = os.path.basename(path)
+    return next((split for split in layout.SPLITS if name.startswith((split + "-", split + "."))), "")
+
+
+def check_splits(paths):
+    """PackError where shards that are named after several splits are given one by one: that would lose the splits."""
+    shards = [path for path in paths if path.endswith(tuple(SUFFIXES.values())) and not os.path.isdir(path)]
+    of_split = {split: path for path in shards if (split := _split_named(path))}
+    if len(of_split) > 1:
+        raise PackError(f"{' and '.join(of_split.values())} are named after different splits, which are only kept of "
+                        "shards in one folder; give that folder instead of its files, or rename them to merge them")
+
+
     shards = [(split, file) for split, file in _shard_folders(path)[1] if file.endswith(suffix)]
     if len({bool(split) for split, _ in shards}) > 1:
         bare = next(file for split, file in shards if not split)
@@ -131,6 +146,9 @@ def folder_source(root, skipped):
     while folders:
         folder = folders.pop()
         inner = []
+    if not has_splits and "train" in top and len(splits := top & set(layout.SPLITS)) > 1:
+        note(f"{root}: {', '.join(sorted(splits))} are taken for classes, not for splits, because "
+             f"{min(top - splits)} stands beside them")
         for entry in _entries(os.path.join(root, folder), ignored):
             path = os.path.join(folder, entry.name)
             if entry.is_dir(follow_symlinks=False):
@@ -148,7 +166,7 @@ def folder_source(root, skipped):
 def _entries(folder, ignored):
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name.startswith("."):
+            if entry.name.startswith(".") or entry.name == "__MACOSX":  # which macOS adds to a zip file
                 ignored["hidden files and folders"] += 1
             elif entry.is_symlink() and os.path.isdir(entry.path):  # may lead out of the tree, or round in circles
                 ignored["links to folders"] += 1
