@@ -589,3 +589,20 @@ def test_a_disk_that_fills_up_while_sorting_is_one_line(tmp_path):
                            "--memory-mb", "0.005"], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "too large; nothing was kept" in done.stderr
     assert sorted(os.listdir(tmp_path)) == before
+def test_a_class_may_have_the_name_of_a_packs_index(tmp_path):
+    files = write_tree(tmp_path / "src", {"index.h5": 2, "train/index.h5": 1})
+    assert sources.kind_of(str(tmp_path / "src")) == "folder"
+    run(tmp_path / "src", tmp_path / "pack")
+    assert contents(Pack(tmp_path / "pack")) == by_class(files)
+
+
+def test_a_folder_is_no_manifest_and_a_file_no_folder(tmp_path, capsys):
+    write_tree(tmp_path / "src", {"a": 1})
+    write_tar(tmp_path / "a.tar", [])
+    error = fails(capsys, tmp_path / "src", tmp_path / "pack", "--from", "manifest")
+    assert f"{tmp_path / 'src'}: a folder, but a manifest is a file" in error
+    for kind in "folder", "pack":
+        error = fails(capsys, tmp_path / "a.tar", tmp_path / "pack", "--from", kind)
+        assert f"{tmp_path / 'a.tar'}: a file, but the kind {kind} is of folders" in error
+
+
