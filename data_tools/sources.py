@@ -36,8 +36,8 @@ MAX_PATH_BYTES = 4096  # of a path in a manifest, which Linux takes to 4,095, an
 MAX_LINE = 2**16  # characters of the first line of a manifest
 MAX_ROW = 2**20  # of every other row, which may be several lines
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\3\4")  # gzip, bzip2, xz, zstd, zip
-ROWS = 1024  # of columns of a Parquet file whose values are kept once each
 EXACT = 2**24  # float32, in which RecordIO has its labels, tells all whole numbers below apart
+ROWS = 1024  # of columns of a Parquet file whose values are kept once each
 RECORDS = 256  # of a pack
 MAX_WEIGHT = float(np.finfo(np.float32).max)
 
@@ -113,10 +113,6 @@ def _shard_folders(root):
     return others, files
 
 
-def _shards(path, suffix):
-    """[(split, file)] of a file, or of a folder in which train-000.tar and train/000.tar are of split train."""
-    if not os.path.isdir(path):
-        return [("", path)]
 def _split_named(path):
     """The split that a file is named after, as train-000.tar and train.tar; "" where it is none."""
     name = os.path.basename(path)
@@ -132,6 +128,10 @@ def check_splits(paths):
                         "shards in one folder; give that folder instead of its files, or rename them to merge them")
 
 
+def _shards(path, suffix):
+    """[(split, file)] of a file, or of a folder in which train-000.tar and train/000.tar are of split train."""
+    if not os.path.isdir(path):
+        return [("", path)]
     shards = [(split, file) for split, file in _shard_folders(path)[1] if file.endswith(suffix)]
     if len({bool(split) for split, _ in shards}) > 1:
         bare = next(file for split, file in shards if not split)
@@ -146,13 +146,13 @@ def folder_source(root, skipped):
     ignored = skipped.ignored
     top = {entry.name for entry in _entries(root, Counter()) if entry.is_dir(follow_symlinks=False)}
     has_splits = "train" in top and top <= set(layout.SPLITS)
+    if not has_splits and "train" in top and len(splits := top & set(layout.SPLITS)) > 1:
+        note(f"{root}: {', '.join(sorted(splits))} are taken for classes, not for splits, because "
+             f"{min(top - splits)} stands beside them")
     folders = [""]
     while folders:
         folder = folders.pop()
         inner = []
-    if not has_splits and "train" in top and len(splits := top & set(layout.SPLITS)) > 1:
-        note(f"{root}: {', '.join(sorted(splits))} are taken for classes, not for splits, because "
-             f"{min(top - splits)} stands beside them")
         for entry in _entries(os.path.join(root, folder), ignored):
             path = os.path.join(folder, entry.name)
             if entry.is_dir(follow_symlinks=False):
@@ -493,6 +493,9 @@ def recordio_source(path, skipped):
                 skipped.ignored["records without an image"] += 1
             elif not (math.isfinite(label) and label >= 0 and label == int(label)):
                 skipped.add(split, where, f"label {label} is not a number of a class")
+            elif label >= EXACT:
+                raise PackError(f"{where}: label {int(label)}, but labels of RecordIO are float32, which merges classes "
+                                f"from {EXACT} on; pack this data set from another source")
             else:
                 yield split, where, str(int(label)), image
 
@@ -512,6 +515,3 @@ def pack_source(path, skipped):
 KINDS = {"folder": folder_source, "manifest": manifest_source, "parquet": parquet_source,
          "webdataset": webdataset_source, "recordio": recordio_source, "pack": pack_source}
 SUFFIXES = {"webdataset": ".tar", "recordio": ".rec", "parquet": ".parquet"}
-            elif label >= EXACT:
-                raise PackError(f"{where}: label {int(label)}, but labels of RecordIO are float32, which merges classes "
-                                f"from {EXACT} on; pack this data set from another source")

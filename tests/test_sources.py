@@ -1,5 +1,6 @@
 """Sources of images: the same images give the same records whatever they come as; what cannot be used is counted."""
 
+import codecs
 import io
 import json
 import os
@@ -17,7 +18,9 @@ import pytest
 import data_tools.external_sort
 import xc.pack
 from data_tools import recordio, sources
+from data_tools.class_table import name_hash
 from data_tools.external_sort import Sorter
+from data_tools.pack import names_in
 from data_tools.skipped import Skipped
 from tests.test_pack import ROOT, by_class, contents, fails, file_hashes, picture, png, run, write_tree
 from xc.pack import Pack, open_splits
@@ -182,8 +185,23 @@ def test_a_list_of_classes_takes_those_only(tmp_path, capsys, files, memory_mb):
     assert pack.class_names(0, pack.num_classes) == ["0", "3"] and pack.skipped == 0
     said = capsys.readouterr().err
     assert f"ignored 12 images of classes that {tmp_path / 'list'} does not name" in said and "have no images" in said
+    (tmp_path / "list").write_bytes(codecs.BOM_UTF8 + b"3\n0")
+    run(source, tmp_path / "marked", "--classes", tmp_path / "list")
+    assert contents(Pack(tmp_path / "marked")) == contents(pack)
     (tmp_path / "list").write_text("17\n")
+    capsys.readouterr()
     assert "no images" in fails(capsys, source, tmp_path / "none", "--classes", tmp_path / "list")
+
+
+def test_a_long_list_of_classes_takes_some_bytes_each(tmp_path):
+    (tmp_path / "list").write_text("".join(f"{number % 99_990}\n" for number in range(100_000)))
+    tracemalloc.start()
+    try:
+        hashes = names_in(tmp_path / "list")
+        assert tracemalloc.get_traced_memory()[1] < 100_000 * 40
+    finally:
+        tracemalloc.stop()
+    assert hashes.tolist() == sorted({name_hash(b"%d" % number) for number in range(99_990)})
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -252,24 +270,6 @@ def test_shards_are_of_the_split_they_are_named_after(tmp_path, capsys, names):
     assert "more.tar: of no split" in fails(capsys, tmp_path / "tars", tmp_path / "new")
 
 
-@pytest.mark.parametrize("kind", ["folder", "pack"])
-def test_a_share_is_held_out(tmp_path, capsys, kind):
-    files = write_tree(tmp_path / "files", {str(i): 1 + i % 3 for i in range(100)})  # classes of one image, too
-    source = make(kind, tmp_path / "source", files)
-    for name, args in {"a": [], "b": ["--memory-mb", 1e-3, "--workers", 2], "c": ["--seed", 1]}.items():
-        run(source, tmp_path / name, "--split", "test=0.3", *args)
-        packs = open_splits(tmp_path / name)
-        train, test = contents(packs["train"]), contents(packs["test"])
-        assert not train.keys() & test.keys() and train | test == by_class(files)
-        assert 40 < len(test) < 80 and packs["train"].num_classes == 100  # 60 ± 6.5
-    assert file_hashes(tmp_path / "a") == file_hashes(tmp_path / "b")
-    assert contents(open_splits(tmp_path / "a")["test"]) != test
-    assert "is of split t" in fails(capsys, tmp_path / "a", tmp_path / "new", "--split", "val=0.5")
-    for wrong in ("train=0.1", "test=1", "test=0", "test=nan", "test", "dev=0.1"):
-        assert "is not like test=0.01" in fails(capsys, source, tmp_path / "new", "--split", wrong)
-
-
-def test_sources_with_and_without_splits_do_not_mix(tmp_path, capsys):
 @pytest.mark.parametrize("suffix", ["tar", "rec", "parquet"])
 def test_shards_of_several_splits_are_not_merged(tmp_path, capsys, suffix):
     paths = [tmp_path / f"{name}.{suffix}" for name in ("train-0", "train-1", "test-0")]
@@ -303,6 +303,24 @@ def test_splits_of_a_tree_are_not_lost_without_a_word(tmp_path, capsys):
     assert "taken for classes" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["folder", "pack"])
+def test_a_share_is_held_out(tmp_path, capsys, kind):
+    files = write_tree(tmp_path / "files", {str(i): 1 + i % 3 for i in range(100)})  # classes of one image, too
+    source = make(kind, tmp_path / "source", files)
+    for name, args in {"a": [], "b": ["--memory-mb", 1e-3, "--workers", 2], "c": ["--seed", 1]}.items():
+        run(source, tmp_path / name, "--split", "test=0.3", *args)
+        packs = open_splits(tmp_path / name)
+        train, test = contents(packs["train"]), contents(packs["test"])
+        assert not train.keys() & test.keys() and train | test == by_class(files)
+        assert 40 < len(test) < 80 and packs["train"].num_classes == 100  # 60 ± 6.5
+    assert file_hashes(tmp_path / "a") == file_hashes(tmp_path / "b")
+    assert contents(open_splits(tmp_path / "a")["test"]) != test
+    assert "is of split t" in fails(capsys, tmp_path / "a", tmp_path / "new", "--split", "val=0.5")
+    for wrong in ("train=0.1", "test=1", "test=0", "test=nan", "test", "dev=0.1"):
+        assert "is not like test=0.01" in fails(capsys, source, tmp_path / "new", "--split", wrong)
+
+
+def test_sources_with_and_without_splits_do_not_mix(tmp_path, capsys):
     write_tree(tmp_path / "one" / "train", {"a": 2})
     write_tree(tmp_path / "two", {"a": 2})
     assert "some images have a split" in fails(capsys, tmp_path / "one", tmp_path / "two", tmp_path / "pack")
@@ -495,6 +513,17 @@ def test_records_that_hold_no_image_of_a_class_are_counted(tmp_path, monkeypatch
     assert len(rows) == len(bad) and sum(reason == "more than 4000 bytes" for _, reason in rows) == 2
 
 
+def test_labels_that_float32_does_not_tell_apart_are_one_line(tmp_path, capsys):
+    below, first = float(2**24 - 1), float(2**24)
+    write_rec(tmp_path / "a.rec", [image_record(below, picture(0)), image_record(first, b"")])
+    run(tmp_path / "a.rec", tmp_path / "pack")
+    assert contents(Pack(tmp_path / "pack")) == {picture(0): str(2**24 - 1)}
+    write_rec(tmp_path / "a.rec", [image_record(below, picture(0)), image_record([first], picture(1))])
+    capsys.readouterr()
+    error = fails(capsys, tmp_path / "a.rec", tmp_path / "new")
+    assert "a.rec: record 1: label 16777216, but" in error and "from another source" in error
+
+
 @pytest.mark.parametrize("text, words", [
     (lambda text: text + "9\t0\n", "line 4 is of byte 0, but"),
     (lambda text: text[: text.rindex("2\t")], "has no more lines, but"),
@@ -546,17 +575,6 @@ def test_a_damaged_pack_is_one_line(tmp_path, capsys, files):
     with open(source / "shard-00000.h5", "r+b") as file:
         data = file.read()
         file.seek(data.index(b"IDAT") + 9)
-def test_labels_that_float32_does_not_tell_apart_are_one_line(tmp_path, capsys):
-    below, first = float(2**24 - 1), float(2**24)
-    write_rec(tmp_path / "a.rec", [image_record(below, picture(0)), image_record(first, b"")])
-    run(tmp_path / "a.rec", tmp_path / "pack")
-    assert contents(Pack(tmp_path / "pack")) == {picture(0): str(2**24 - 1)}
-    write_rec(tmp_path / "a.rec", [image_record(below, picture(0)), image_record([first], picture(1))])
-    capsys.readouterr()
-    error = fails(capsys, tmp_path / "a.rec", tmp_path / "new")
-    assert "a.rec: record 1: label 16777216, but" in error and "from another source" in error
-
-
         file.write(b"damage")
     assert "wrong checksum" in fails(capsys, source, tmp_path / "pack")
 
@@ -569,6 +587,23 @@ def test_another_kind_is_not_read_as_this_one(tmp_path, capsys, files, kind):
             fails(capsys, source, tmp_path / "pack", "--from", other)
     if source.is_dir() or kind.split()[0] not in ("manifest", "parquet"):
         assert "--root" in fails(capsys, source, tmp_path / "pack", "--root", tmp_path)
+
+
+def test_a_class_may_have_the_name_of_a_packs_index(tmp_path):
+    files = write_tree(tmp_path / "src", {"index.h5": 2, "train/index.h5": 1})
+    assert sources.kind_of(str(tmp_path / "src")) == "folder"
+    run(tmp_path / "src", tmp_path / "pack")
+    assert contents(Pack(tmp_path / "pack")) == by_class(files)
+
+
+def test_a_folder_is_no_manifest_and_a_file_no_folder(tmp_path, capsys):
+    write_tree(tmp_path / "src", {"a": 1})
+    write_tar(tmp_path / "a.tar", [])
+    error = fails(capsys, tmp_path / "src", tmp_path / "pack", "--from", "manifest")
+    assert f"{tmp_path / 'src'}: a folder, but a manifest is a file" in error
+    for kind in "folder", "pack":
+        error = fails(capsys, tmp_path / "a.tar", tmp_path / "pack", "--from", kind)
+        assert f"{tmp_path / 'a.tar'}: a file, but the kind {kind} is of folders" in error
 
 
 def test_a_class_name_has_an_end(tmp_path, capsys):
@@ -589,20 +624,3 @@ def test_a_disk_that_fills_up_while_sorting_is_one_line(tmp_path):
                            "--memory-mb", "0.005"], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "too large; nothing was kept" in done.stderr
     assert sorted(os.listdir(tmp_path)) == before
-def test_a_class_may_have_the_name_of_a_packs_index(tmp_path):
-    files = write_tree(tmp_path / "src", {"index.h5": 2, "train/index.h5": 1})
-    assert sources.kind_of(str(tmp_path / "src")) == "folder"
-    run(tmp_path / "src", tmp_path / "pack")
-    assert contents(Pack(tmp_path / "pack")) == by_class(files)
-
-
-def test_a_folder_is_no_manifest_and_a_file_no_folder(tmp_path, capsys):
-    write_tree(tmp_path / "src", {"a": 1})
-    write_tar(tmp_path / "a.tar", [])
-    error = fails(capsys, tmp_path / "src", tmp_path / "pack", "--from", "manifest")
-    assert f"{tmp_path / 'src'}: a folder, but a manifest is a file" in error
-    for kind in "folder", "pack":
-        error = fails(capsys, tmp_path / "a.tar", tmp_path / "pack", "--from", kind)
-        assert f"{tmp_path / 'a.tar'}: a file, but the kind {kind} is of folders" in error
-
-
