@@ -27,6 +27,7 @@ list is files in that folder, as large as the images that did not come in files 
 """
 
 import argparse
+import codecs
 import json
 import os
 import re
@@ -54,7 +55,7 @@ from data_tools.pack_writer import ShardWriter
 from data_tools.partial_folder import discard, fingerprint, kept, left, open_folder, owned, path_for
 from data_tools.progress import Progress, note
 from data_tools.skipped import NAMED, Skipped
-from data_tools.sources import KINDS, open_source
+from data_tools.sources import KINDS, check_splits, open_source
 from xc import pack as layout
 from xc.disk import sync_tree
 from xc.pack import PackError, open_splits
@@ -164,12 +165,15 @@ def list_sources(folder, src, sources, classes, named, seed, parts, memory_bytes
 
     named  of --classes: array of the hashes of the names that are wanted, or the Pack whose classes are taken
     """
+    check_splits(src)
     wanted, given = (named, None) if isinstance(named, array) else (None, named)
     listing = Listing(folder, memory_bytes, seed, wanted, split, split_by, parts)
     with (Skipped(os.path.join(folder, "skipped.tsv"), max_skipped) as skipped,
           worker_pool(workers if duplicates != "keep" else 0) as pool, Progress("listing") as progress):
         repeated = Duplicates(os.path.join(folder, "duplicates"), memory_bytes // 8, pool, 2 * workers + 1)
-        for number, source in enumerate(sources):
+        roots = [os.path.realpath(source.root) for source in sources]
+        for source, root in zip(sources, roots, strict=True):
+            number = roots.index(root)  # the first with the same root: its files are the same, too
             for record in source.records(skipped):
                 listed = listing.add(number, *record, may_repeat=source.may_repeat)
                 if listed is None:
@@ -270,12 +274,14 @@ def _resolve(repeated, rule, fates, path):
 
 def names_in(path):
     """Sorted array of the hashes of the class names in a text file, one a line."""
-    hashes = set()
+    hashes = array("Q")
     with open(path, "rb") as file:
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
         while line := file.readline(MAX_NAME_BYTES + 3):
             if name := line.rstrip(b"\r\n"):
-                hashes.add(name_hash(name))
-    return array("Q", sorted(hashes))
+                hashes.append(name_hash(name))
+    return array("Q", np.unique(np.frombuffer(hashes, np.uint64)).tobytes())
 
 
 def _why(skipped):

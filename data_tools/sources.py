@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_tools import recordio
+from data_tools.progress import note
 from xc import pack as layout
 from xc.pack import PackError, open_splits
 
@@ -28,12 +29,15 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 MAX_HEADER_BYTES = 2**14  # of what a tar file says about one member beside its block
 HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
            tarfile.SOLARIS_XHDTYPE)
+MAX_GLOBAL_KEYS = 256  # of its headers that are for all members that follow
+MAX_LABELS = 2  # of one sample in it: .cls and .json
 MAX_LABEL_BYTES = 2**16  # of a file .cls or .json
-MAX_PATH_BYTES = 4096  # of a path in a manifest; Linux takes 4,095
+MAX_PATH_BYTES = 4096  # of a path in a manifest, which Linux takes to 4,095, and of each text in a Parquet file
 MAX_LINE = 2**16  # characters of the first line of a manifest
 MAX_ROW = 2**20  # of every other row, which may be several lines
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\3\4")  # gzip, bzip2, xz, zstd, zip
-ROWS = 1024  # of a Parquet file in memory at once
+EXACT = 2**24  # float32, in which RecordIO has its labels, tells all whole numbers below apart
+ROWS = 1024  # of columns of a Parquet file whose values are kept once each
 RECORDS = 256  # of a pack
 MAX_WEIGHT = float(np.finfo(np.float32).max)
 
@@ -54,6 +58,10 @@ def open_source(path, kind, root):
     if not os.path.isdir(path):
         _check_file(path)
     kind = kind or kind_of(path)
+    if kind == "manifest" and os.path.isdir(path):
+        raise PackError(f"{path}: a folder, but a manifest is a file; name that file")
+    if kind in ("folder", "pack") and not os.path.isdir(path):
+        raise PackError(f"{path}: a file, but the kind {kind} is of folders; name its folder or leave --from out")
     is_list = kind in ("manifest", "parquet")
     if not is_list and root is not None:
         raise PackError(f"--root {root} is for the paths of a manifest, but {path} is of the kind {kind}; leave it out")
@@ -75,7 +83,7 @@ def kind_of(path):
         if head[257:262] == b"ustar" or path.endswith(".tar"):
             return "webdataset"
         return "manifest"
-    if any(os.path.exists(os.path.join(path, folder, layout.INDEX_FILE)) for folder in ("", "train")):
+    if any(os.path.isfile(os.path.join(path, folder, layout.INDEX_FILE)) for folder in ("", "train")):
         return "pack"
     folders, files = _shard_folders(path)
     for kind, suffix in SUFFIXES.items():
@@ -95,8 +103,7 @@ def _shard_folders(root):
     others, files = [], []
     for entry in _entries(root, Counter()):
         if not entry.is_dir(follow_symlinks=False):
-            split = next((split for split in layout.SPLITS if entry.name.startswith((split + "-", split + "."))), "")
-            files.append((split, entry.path))
+            files.append((_split_named(entry.path), entry.path))
         elif entry.name in layout.SPLITS:
             inner = list(_entries(entry.path, Counter()))
             files += [(entry.name, one.path) for one in inner if not one.is_dir(follow_symlinks=False)]
@@ -104,6 +111,21 @@ def _shard_folders(root):
         else:
             others.append(entry.path)
     return others, files
+
+
+def _split_named(path):
+    """The split that a file is named after, as train-000.tar and train.tar; "" where it is none."""
+    name = os.path.basename(path)
+    return next((split for split in layout.SPLITS if name.startswith((split + "-", split + "."))), "")
+
+
+def check_splits(paths):
+    """PackError where shards that are named after several splits are given one by one: that would lose the splits."""
+    shards = [path for path in paths if path.endswith(tuple(SUFFIXES.values())) and not os.path.isdir(path)]
+    of_split = {split: path for path in shards if (split := _split_named(path))}
+    if len(of_split) > 1:
+        raise PackError(f"{' and '.join(of_split.values())} are named after different splits, which are only kept of "
+                        "shards in one folder; give that folder instead of its files, or rename them to merge them")
 
 
 def _shards(path, suffix):
@@ -124,6 +146,9 @@ def folder_source(root, skipped):
     ignored = skipped.ignored
     top = {entry.name for entry in _entries(root, Counter()) if entry.is_dir(follow_symlinks=False)}
     has_splits = "train" in top and top <= set(layout.SPLITS)
+    if not has_splits and "train" in top and len(splits := top & set(layout.SPLITS)) > 1:
+        note(f"{root}: {', '.join(sorted(splits))} are taken for classes, not for splits, because "
+             f"{min(top - splits)} stands beside them")
     folders = [""]
     while folders:
         folder = folders.pop()
@@ -145,7 +170,7 @@ def folder_source(root, skipped):
 def _entries(folder, ignored):
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name.startswith("."):
+            if entry.name.startswith(".") or entry.name == "__MACOSX":  # which macOS adds to a zip file
                 ignored["hidden files and folders"] += 1
             elif entry.is_symlink() and os.path.isdir(entry.path):  # may lead out of the tree, or round in circles
                 ignored["links to folders"] += 1
@@ -176,7 +201,7 @@ def manifest_source(path, skipped):
                     raise PackError(f"{where}: {len(cells)} cells, but the header has {len(columns)}")
                 row = {name: cell.strip() for name, cell in zip(columns, cells, strict=True)}
                 _check_row(where, row)
-                yield row.get("split", ""), row["path"], row["label"], None, *_weight(where, row)
+                yield row.get("split", ""), os.path.normpath(row["path"]), row["label"], None, *_weight(where, row)
     except (UnicodeDecodeError, csv.Error) as error:
         raise PackError(f"{path}: not a CSV or TSV file in UTF-8: {error}") from error
 
@@ -232,19 +257,64 @@ def parquet_source(path, skipped):
     image  binary, or a struct with a binary field bytes
     """
     from pyarrow import ArrowException  # here, since it takes longer to import than a small data set to pack
-    from pyarrow.parquet import ParquetFile
 
     for split, file in _shards(path, ".parquet"):
         try:
-            with ParquetFile(file) as table:
-                columns = _parquet_columns(file, table.schema_arrow)
-                number = 0
-                for batch in table.iter_batches(ROWS, columns=columns):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield _parquet_record(f"{file}: row {number}", split, row)
-        except (ArrowException, OSError, UnicodeDecodeError) as error:
+            for number, row in enumerate(_parquet_rows(file), 1):
+                where, image = f"{file}: row {number}", row.pop("image", None)
+                if image is None:
+                    yield _parquet_record(where, split, row)
+                elif (num_bytes := image.as_buffer().size) > layout.MAX_RECORD_BYTES:
+                    skipped.add(split, where, f"{num_bytes} bytes, more than {layout.MAX_RECORD_BYTES}")
+                else:
+                    yield _parquet_record(where, split, row, image.as_py())
+        except MemoryError as error:
+            raise PackError(f"{file}: some of its rows do not fit into memory ({error}); write it in smaller "
+                            "pages, or take a machine with more") from error
+        except (ArrowException, OSError, ValueError) as error:
+            if isinstance(error, PackError):
+                raise
             raise PackError(f"{file}: not readable as Parquet: {error}") from error
+
+
+def _parquet_rows(file):
+    """Yields {column: pyarrow scalar, or None} of each row.
+
+    A file of some kilobytes can hold a value of many megabytes a thousand times, whatever it announces: one row is read
+    at a time. Of columns that come as dictionary and indices it is many, as each time brings the whole dictionary.
+    """
+    from pyarrow.parquet import ParquetFile
+    from pyarrow.types import is_dictionary
+
+    def read(columns, rows):
+        with ParquetFile(file, pre_buffer=False, buffer_size=2**20) as table:
+            for batch in table.iter_batches(rows, columns=columns, use_threads=False):
+                for number in range(batch.num_rows):
+                    yield {name: _plain(column[number])
+                           for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+
+    with ParquetFile(file) as table:
+        schema = table.schema_arrow
+    columns = _parquet_columns(file, schema)
+    coded = [name for name in columns if name in schema.names and is_dictionary(schema.field(name).type)]
+    plain = [name for name in columns if name not in coded]
+    readers = [read(*some) for some in ((plain, 1), (coded, ROWS)) if some[0]]
+    for parts in zip(*readers, strict=True):
+        yield {name: value for part in parts for name, value in part.items()}
+
+
+def _plain(value):
+    """What a pyarrow scalar stands for, without a copy; None where there is nothing."""
+    from pyarrow import DictionaryScalar, StructScalar
+
+    while value is not None and value.is_valid:
+        if isinstance(value, StructScalar):
+            value = value["bytes"]
+        elif isinstance(value, DictionaryScalar):
+            value = value.value
+        else:
+            return value
+    return None
 
 
 def _parquet_columns(file, schema):
@@ -254,14 +324,15 @@ def _parquet_columns(file, schema):
     if len(kinds) != len(schema.names) or "label" not in kinds or not kinds.keys() & {"path", "image"}:
         raise PackError(f"{file}: must have the columns label, path or image and, if wanted, split and weight once "
                         f"each; it has {', '.join(map(repr, schema.names))}")
-    columns = [name for name in ("path", "label", "split", "weight", "image") if name in kinds]
-    for name in columns:
+    names = [name for name in ("path", "label", "split", "weight", "image") if name in kinds]
+    columns = list(names)
+    for name in names:
         kind = kinds[name]
         if types.is_dictionary(kind):
             kind = kind.value_type
         if name == "image":
             if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-                kind = kind.field("bytes").type
+                kind, columns[-1] = kind.field("bytes").type, "image.bytes"
             fits = types.is_binary(kind) or types.is_large_binary(kind)
         elif name == "weight":
             fits = types.is_floating(kind) or types.is_integer(kind)
@@ -273,19 +344,27 @@ def _parquet_columns(file, schema):
     return columns
 
 
-def _parquet_record(where, split, row):
-    image = row.pop("image", None)
-    if isinstance(image, dict):
-        image = image["bytes"]
-    texts = {name: "" if value is None else str(value) for name, value in row.items()}
-    if image is not None:  # the path is only what messages call it
-        texts["path"] = where
-        _check_row(where, {name: text for name, text in texts.items() if name != "path"})
-    elif "path" not in texts:
+def _parquet_record(where, split, row, image=None):
+    if image is not None:
+        row.pop("path", None)
+    texts = {name: _text(where, name, value) for name, value in row.items()}
+    if image is None and "path" not in texts:
         raise PackError(f"{where}: no image")
-    else:
-        _check_row(where, texts)
-    return texts.get("split", split), texts["path"], texts["label"], image, *_weight(where, texts)
+    _check_row(where, texts)
+    # Of an image that comes as bytes the path is only what messages call it.
+    path = where if image is not None else os.path.normpath(texts["path"])
+    return texts.get("split", split), path, texts["label"], image, *_weight(where, texts)
+
+
+def _text(where, name, value):
+    """A pyarrow scalar as a text; PackError where it is too long."""
+    from pyarrow import BinaryScalar
+
+    if value is None:
+        return ""
+    if isinstance(value, BinaryScalar) and (num_bytes := value.as_buffer().size) > MAX_PATH_BYTES:
+        raise PackError(f"{where}: {name} of {num_bytes} bytes, more than {MAX_PATH_BYTES}")
+    return str(value.as_py())
 
 
 def webdataset_source(path, skipped):
@@ -299,10 +378,15 @@ def webdataset_source(path, skipped):
             where = f"{file}: {key}"
             images, labels = [], []
             for _, suffix, data in sample:
-                (images if "." + suffix in IMAGE_SUFFIXES else labels).append((suffix, data))
+                found, most = (images, 1) if "." + suffix in IMAGE_SUFFIXES else (labels, MAX_LABELS)
+                if len(found) <= most:  # one more tells that there are too many; memory must not hold them all
+                    found.append((suffix, data))
             if len(images) != 1 or not labels:
                 what = "several images" if images[1:] else "no label (.cls or .json)" if images else "no image"
                 skipped.add(split, where, what)
+                continue
+            if len(labels) > MAX_LABELS:
+                skipped.add(split, where, f"more than {MAX_LABELS} files with a label for one image")
                 continue
             try:
                 names = {_label(suffix, data) for suffix, data in labels}
@@ -349,6 +433,8 @@ def _members(file, split, skipped):
                     raise tarfile.ReadError(f"no header at byte {tar.offset}, where there is more than zeros")
             if num_bytes < tarfile.BLOCKSIZE * 2:
                 raise tarfile.ReadError("ends without the two empty blocks that close a tar file")
+    except RecursionError as error:  # tarfile's, for each header of a chain
+        raise PackError(f"{file}: a member has too many headers: damaged; make the tar file anew") from error
     except (tarfile.TarError, EOFError, UnicodeError, ValueError, OverflowError) as error:
         if isinstance(error, PackError):
             raise
@@ -356,9 +442,12 @@ def _members(file, split, skipped):
 
 
 class _Member(tarfile.TarInfo):
-    """Refuses long headers: tarfile reads them whole, and searches them in time that grows with their square."""
+    """Refuses long headers: tarfile reads them whole, and searches them in time that grows with their square. And many
+    keys for all members, which it copies for each header."""
 
     def _proc_member(self, tar):
+        if len(tar.pax_headers) > MAX_GLOBAL_KEYS:
+            raise tarfile.ReadError(f"global headers of {len(tar.pax_headers)} keys, more than {MAX_GLOBAL_KEYS}")
         if self.type in HEADERS and self.size > MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {self.size} bytes, more than {MAX_HEADER_BYTES}")
         return super()._proc_member(tar)
@@ -404,6 +493,9 @@ def recordio_source(path, skipped):
                 skipped.ignored["records without an image"] += 1
             elif not (math.isfinite(label) and label >= 0 and label == int(label)):
                 skipped.add(split, where, f"label {label} is not a number of a class")
+            elif label >= EXACT:
+                raise PackError(f"{where}: label {int(label)}, but labels of RecordIO are float32, which merges classes "
+                                f"from {EXACT} on; pack this data set from another source")
             else:
                 yield split, where, str(int(label)), image
 

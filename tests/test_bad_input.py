@@ -9,14 +9,18 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import tracemalloc
 import unicodedata
 import zlib
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
+import xc.pack
 from data_tools.checking import KEPT, check_images
 from data_tools.listing import zeros_file
 from data_tools.sources import KINDS
@@ -296,6 +300,75 @@ def test_a_bomb_takes_no_memory(tmp_path, kind):
     assert int(done.stdout.splitlines()[-1]) < 200_000  # KiB, of which a frame takes 16,000
     found = contents(Pack(tmp_path / "pack"))
     assert by_class(files).items() <= found.items() and len(found) + Pack(tmp_path / "pack").skipped == 4
+
+
+PEAK = "import re; print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])"
+
+
+def parquet_bomb(path, **columns):
+    """A file of some kilobytes with rows that repeat one value."""
+    table = {name: pa.DictionaryArray.from_arrays(np.zeros(200, np.int32), pa.array([value]))
+             for name, value in columns.items()}
+    pyarrow.parquet.write_table(pa.table(table), path, compression="zstd", dictionary_pagesize_limit=2**30)
+    assert path.stat().st_size < 20_000
+
+
+@pytest.mark.parametrize("kind", ["coded", "dictionary", "plain", "delta", "many"])
+def test_rows_of_parquet_take_little_memory_however_large_they_are(tmp_path, kind):
+    """Each kind is 100 images of 4 MB in some kilobytes."""
+    path, image = tmp_path / "a.parquet", bytes(2**22)
+    images = pa.DictionaryArray.from_arrays(np.zeros(100, np.int32), pa.array([image]))
+    if kind in ("plain", "delta"):
+        images = pa.array([image] * 100)
+    elif kind == "many":
+        images = pa.array([bytes([number]) * 2**22 for number in range(100)])
+    encoding = {"use_dictionary": kind in ("coded", "dictionary", "many"), "store_schema": kind == "coded",
+                "column_encoding": "DELTA_BYTE_ARRAY" if kind == "delta" else None, "write_batch_size": 1}
+    pyarrow.parquet.write_table(pa.table({"image": images, "label": pa.array(["a"] * 100)}), path, compression="zstd",
+                                dictionary_pagesize_limit=2**30 if kind in ("coded", "dictionary") else 1, **encoding)
+    del images
+    assert path.stat().st_size < 500_000
+    code = ("import sys; from data_tools.sources import parquet_source; "
+            "print(sum(len(image) for *_, image in parquet_source(sys.argv[1], None)) >> 20); " + PEAK)
+    done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, timeout=60, stdout=subprocess.PIPE, text=True,
+                          check=True)
+    assert int(done.stdout.splitlines()[0]) == 400
+    assert int(done.stdout.splitlines()[1]) < 250_000  # KiB, of which Python and its libraries take 60,000
+
+
+def test_a_long_text_in_parquet_is_one_line_before_it_is_copied(tmp_path, capsys):
+    parquet_bomb(tmp_path / "a.parquet", image=picture(0), label="n" * 2**25)
+    tracemalloc.start()
+    try:
+        error = fails(capsys, tmp_path / "a.parquet", tmp_path / "pack")
+        assert "row 1: label of 33554432 bytes, more than 4096" in error
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+def test_images_that_are_too_large_are_skipped_in_parquet_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(xc.pack, "MAX_RECORD_BYTES", 4000)
+    for kind in "plain", "struct":
+        images = [picture(0), bytes(4001), picture(1), bytes(5000)]
+        if kind == "struct":
+            images = [{"bytes": image, "path": "x"} for image in images]
+        source = write_parquet(tmp_path / f"{kind}.parquet", image=images, label=["a", "a", "b", "b"])
+        run(source, tmp_path / kind, "--max-skipped", 2)
+        assert contents(Pack(tmp_path / kind)) == {picture(0): "a", picture(1): "b"}
+        assert [reason for _, reason in skipped_rows(tmp_path / kind)] == [
+            f"{size} bytes, more than 4000" for size in (4001, 5000)]
+
+
+def test_a_row_that_does_not_fit_into_memory_is_one_line(tmp_path):
+    parquet_bomb(tmp_path / "a.parquet", image=bytes(2**27), label="a")
+    code = ("import re, resource, sys, pyarrow.parquet; from data_tools.pack import main; "
+            "size = int(re.search(r'VmSize:\\s*(\\d+)', open('/proc/self/status').read())[1]) * 1024 + 2**27; "
+            "resource.setrlimit(resource.RLIMIT_AS, (size, size)); main(sys.argv[1:])")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.parquet", tmp_path / "pack", "--workers", "0"],
+                          cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "a.parquet: some of its rows do not fit into memory" in done.stderr
 
 
 # A disk that fills up.

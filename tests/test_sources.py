@@ -1,5 +1,6 @@
 """Sources of images: the same images give the same records whatever they come as; what cannot be used is counted."""
 
+import codecs
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +18,10 @@ import pytest
 import data_tools.external_sort
 import xc.pack
 from data_tools import recordio, sources
+from data_tools.class_table import name_hash
 from data_tools.external_sort import Sorter
+from data_tools.pack import names_in
+from data_tools.skipped import Skipped
 from tests.test_pack import ROOT, by_class, contents, fails, file_hashes, picture, png, run, write_tree
 from xc.pack import Pack, open_splits
 
@@ -180,8 +185,23 @@ def test_a_list_of_classes_takes_those_only(tmp_path, capsys, files, memory_mb):
     assert pack.class_names(0, pack.num_classes) == ["0", "3"] and pack.skipped == 0
     said = capsys.readouterr().err
     assert f"ignored 12 images of classes that {tmp_path / 'list'} does not name" in said and "have no images" in said
+    (tmp_path / "list").write_bytes(codecs.BOM_UTF8 + b"3\n0")
+    run(source, tmp_path / "marked", "--classes", tmp_path / "list")
+    assert contents(Pack(tmp_path / "marked")) == contents(pack)
     (tmp_path / "list").write_text("17\n")
+    capsys.readouterr()
     assert "no images" in fails(capsys, source, tmp_path / "none", "--classes", tmp_path / "list")
+
+
+def test_a_long_list_of_classes_takes_some_bytes_each(tmp_path):
+    (tmp_path / "list").write_text("".join(f"{number % 99_990}\n" for number in range(100_000)))
+    tracemalloc.start()
+    try:
+        hashes = names_in(tmp_path / "list")
+        assert tracemalloc.get_traced_memory()[1] < 100_000 * 40
+    finally:
+        tracemalloc.stop()
+    assert hashes.tolist() == sorted({name_hash(b"%d" % number) for number in range(99_990)})
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -206,6 +226,32 @@ def test_a_path_has_one_label(tmp_path, capsys, kind):
     assert sorted(images) == sorted([*files.values(), files[names[0]]])
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_path_has_one_label_however_it_is_written(tmp_path, capsys, kind):
+    write_tree(tmp_path, {"p": 2})
+    (tmp_path / "link").symlink_to(tmp_path)
+
+    def listed(name, *rows):
+        paths, labels = zip(*rows, strict=True)
+        if kind == "parquet":
+            return write_parquet(tmp_path / f"{name}.parquet", path=paths, label=labels)
+        (tmp_path / f"{name}.csv").write_text("\n".join(["path,label", *map(",".join, rows)]))
+        return tmp_path / f"{name}.csv"
+
+    for other in "./p/0.png", "p//0.png", "p/./0.png":
+        one = listed("one", ("p/0.png", "a"), (other, "b"))
+        assert "path 'p/0.png' has the labels 'a' and 'b' (1 such" in fails(capsys, one, tmp_path / "pack")
+    one, two = listed("one", ("p/0.png", "a"), ("p/1.png", "b")), listed("two", ("p/1.png", "c"))
+    linked = tmp_path / "link" / two.name
+    for second in two, linked:
+        error = fails(capsys, one, second, tmp_path / "pack")
+        assert "path 'p/1.png' has the labels 'b' and 'c' (1 such" in error
+    write_tree(tmp_path / "more", {"p": 2}, first=7)  # other files with the same names
+    os.rename(two, tmp_path / "more" / two.name)
+    run(one, tmp_path / "more" / two.name, tmp_path / "pack")
+    assert sorted(contents(Pack(tmp_path / "pack")).values()) == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("names", [("train-0.tar", "train-1.tar", "test-0.tar"),
                                    ("train/0.tar", "train/1.tar", "test/x.tar")])
 def test_shards_are_of_the_split_they_are_named_after(tmp_path, capsys, names):
@@ -222,6 +268,39 @@ def test_shards_are_of_the_split_they_are_named_after(tmp_path, capsys, names):
         assert contents(pack) == contents(packs[split])
     write_tar(tmp_path / "tars" / "more.tar", samples(made[0]))
     assert "more.tar: of no split" in fails(capsys, tmp_path / "tars", tmp_path / "new")
+
+
+@pytest.mark.parametrize("suffix", ["tar", "rec", "parquet"])
+def test_shards_of_several_splits_are_not_merged(tmp_path, capsys, suffix):
+    paths = [tmp_path / f"{name}.{suffix}" for name in ("train-0", "train-1", "test-0")]
+    for i, path in enumerate(paths):
+        if suffix == "tar":
+            write_tar(path, samples({"0/a": picture(i)}))
+        elif suffix == "rec":
+            write_rec(path, [image_record(0.0, picture(i))])
+        else:
+            write_parquet(path, image=[picture(i)], label=["0"])
+    error = fails(capsys, *paths, tmp_path / "pack")
+    assert "are named after different splits" in error and f"{paths[2]}" in error and "give that folder" in error
+    run(*paths[:2], tmp_path / "pack")
+    assert contents(Pack(tmp_path / "pack")) == {picture(0): "0", picture(1): "0"}
+
+
+def test_splits_of_a_tree_are_not_lost_without_a_word(tmp_path, capsys):
+    train, test = write_tree(tmp_path / "src" / "train", {"a": 3}), write_tree(tmp_path / "src" / "test", {"a": 2}, 50)
+    write_tree(tmp_path / "src" / "__MACOSX" / "train", {"a": 1}, first=90)
+    run(tmp_path / "src", tmp_path / "packs")
+    packs = open_splits(tmp_path / "packs")
+    assert contents(packs["train"]) == by_class(train) and contents(packs["test"]) == by_class(test)
+    assert "ignored 1 hidden files and folders" in capsys.readouterr().err
+    write_tree(tmp_path / "src" / "more", {"b": 1}, first=80)
+    run(tmp_path / "src", tmp_path / "one")
+    assert Pack(tmp_path / "one").class_names(0, 3) == ["more/b", "test/a", "train/a"]
+    assert "src: test, train are taken for classes, not for splits, because more stands beside them" in (
+        capsys.readouterr().err)
+    os.rename(tmp_path / "src" / "test", tmp_path / "src" / "other")
+    run(tmp_path / "src", tmp_path / "train")  # may well be a class
+    assert "taken for classes" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["folder", "pack"])
@@ -349,6 +428,43 @@ def test_a_tar_header_cannot_fill_the_memory(tmp_path, capsys):
         assert "a header of 2097152 bytes" in fails(capsys, tmp_path / "a.tar", tmp_path / "pack")
 
 
+def test_a_tar_header_for_all_members_has_few_keys(tmp_path, capsys):
+    """tarfile copies them for each member that has a header of its own."""
+    files = write_tree(tmp_path / "src", {"0": 2})
+    for count in sources.MAX_GLOBAL_KEYS, sources.MAX_GLOBAL_KEYS + 1:
+        keys = {f"key{i}": "x" for i in range(count)}
+        with tarfile.open(tmp_path / "a.tar", "w", pax_headers=keys) as tar:
+            for name, data in samples(files):
+                tar.addfile(odd(name, size=len(data)), io.BytesIO(data))
+        if count == sources.MAX_GLOBAL_KEYS:
+            run(tmp_path / "a.tar", tmp_path / "few")
+            assert contents(Pack(tmp_path / "few")) == by_class(files)
+    assert "a.tar: cut short or not a tar file: global headers of 257 keys" in fails(capsys, tmp_path / "a.tar",
+                                                                                    tmp_path / "pack")
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_chain_of_tar_headers_is_one_line(tmp_path, capsys, kind):
+    header = odd("x", kind, size=512).tobuf(tarfile.GNU_FORMAT) + b"9 a=bcde\n".ljust(512, b"\0")
+    (tmp_path / "a.tar").write_bytes(header * 2000 + bytes(1024))
+    assert "a.tar: a member has too many headers" in fails(capsys, tmp_path / "a.tar", tmp_path / "pack")
+
+
+@pytest.mark.parametrize("name, size, reason", [
+    ("a.png", 2**18, "several images"), ("a.cls", 2**16, f"more than {sources.MAX_LABELS} files with a label")])
+def test_a_sample_cannot_fill_the_memory(tmp_path, name, size, reason):
+    image = picture(1)
+    write_tar(tmp_path / "a.tar", [("a.jpg", image), *[(name, b"1" * size)] * 100, ("b.png", image), ("b.cls", b"1")])
+    with Skipped(tmp_path / "skipped.tsv", "1") as skipped:
+        tracemalloc.start()
+        try:
+            records = list(sources.webdataset_source(str(tmp_path / "a.tar"), skipped))
+            assert tracemalloc.get_traced_memory()[1] < 10 * size + 2**20
+        finally:
+            tracemalloc.stop()
+    assert [data for *_, data in records] == [image] and skipped.tally.count == 1 and reason in str(skipped.tally)
+
+
 @pytest.mark.parametrize("size", [2**40, 2**70])
 def test_a_tar_member_that_claims_more_than_the_file_is_one_line(tmp_path, capsys, size):
     """tarfile looked for the end of it without end."""
@@ -395,6 +511,17 @@ def test_records_that_hold_no_image_of_a_class_are_counted(tmp_path, monkeypatch
     assert contents(Pack(tmp_path / "pack")) == {image: "3"}
     rows = skipped_rows(tmp_path / "pack")
     assert len(rows) == len(bad) and sum(reason == "more than 4000 bytes" for _, reason in rows) == 2
+
+
+def test_labels_that_float32_does_not_tell_apart_are_one_line(tmp_path, capsys):
+    below, first = float(2**24 - 1), float(2**24)
+    write_rec(tmp_path / "a.rec", [image_record(below, picture(0)), image_record(first, b"")])
+    run(tmp_path / "a.rec", tmp_path / "pack")
+    assert contents(Pack(tmp_path / "pack")) == {picture(0): str(2**24 - 1)}
+    write_rec(tmp_path / "a.rec", [image_record(below, picture(0)), image_record([first], picture(1))])
+    capsys.readouterr()
+    error = fails(capsys, tmp_path / "a.rec", tmp_path / "new")
+    assert "a.rec: record 1: label 16777216, but" in error and "from another source" in error
 
 
 @pytest.mark.parametrize("text, words", [
@@ -460,6 +587,23 @@ def test_another_kind_is_not_read_as_this_one(tmp_path, capsys, files, kind):
             fails(capsys, source, tmp_path / "pack", "--from", other)
     if source.is_dir() or kind.split()[0] not in ("manifest", "parquet"):
         assert "--root" in fails(capsys, source, tmp_path / "pack", "--root", tmp_path)
+
+
+def test_a_class_may_have_the_name_of_a_packs_index(tmp_path):
+    files = write_tree(tmp_path / "src", {"index.h5": 2, "train/index.h5": 1})
+    assert sources.kind_of(str(tmp_path / "src")) == "folder"
+    run(tmp_path / "src", tmp_path / "pack")
+    assert contents(Pack(tmp_path / "pack")) == by_class(files)
+
+
+def test_a_folder_is_no_manifest_and_a_file_no_folder(tmp_path, capsys):
+    write_tree(tmp_path / "src", {"a": 1})
+    write_tar(tmp_path / "a.tar", [])
+    error = fails(capsys, tmp_path / "src", tmp_path / "pack", "--from", "manifest")
+    assert f"{tmp_path / 'src'}: a folder, but a manifest is a file" in error
+    for kind in "folder", "pack":
+        error = fails(capsys, tmp_path / "a.tar", tmp_path / "pack", "--from", kind)
+        assert f"{tmp_path / 'a.tar'}: a file, but the kind {kind} is of folders" in error
 
 
 def test_a_class_name_has_an_end(tmp_path, capsys):
