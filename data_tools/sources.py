@@ -35,6 +35,7 @@ MAX_PATH_BYTES = 4096  # of a path in a manifest, which Linux takes to 4,095, an
 MAX_LINE = 2**16  # characters of the first line of a manifest
 MAX_ROW = 2**20  # of every other row, which may be several lines
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\3\4")  # gzip, bzip2, xz, zstd, zip
+EXACT = 2**24  # float32, in which RecordIO has its labels, tells all whole numbers below apart
 ROWS = 1024  # of columns of a Parquet file whose values are kept once each
 RECORDS = 256  # of a pack
 MAX_WEIGHT = float(np.finfo(np.float32).max)
@@ -470,6 +471,9 @@ def recordio_source(path, skipped):
                 skipped.ignored["records without an image"] += 1
             elif not (math.isfinite(label) and label >= 0 and label == int(label)):
                 skipped.add(split, where, f"label {label} is not a number of a class")
+            elif label >= EXACT:
+                raise PackError(f"{where}: label {int(label)}, but RecordIO has float32, which merges classes "
+                                f"from {EXACT} on; pack this data set from another source")
             else:
                 yield split, where, str(int(label)), image
 

@@ -462,6 +462,17 @@ def test_records_that_hold_no_image_of_a_class_are_counted(tmp_path, monkeypatch
     assert len(rows) == len(bad) and sum(reason == "more than 4000 bytes" for _, reason in rows) == 2
 
 
+def test_labels_that_float32_does_not_tell_apart_are_one_line(tmp_path, capsys):
+    below, first = float(2**24 - 1), float(2**24)
+    write_rec(tmp_path / "a.rec", [image_record(below, picture(0)), image_record(first, b"")])
+    run(tmp_path / "a.rec", tmp_path / "pack")
+    assert contents(Pack(tmp_path / "pack")) == {picture(0): str(2**24 - 1)}
+    write_rec(tmp_path / "a.rec", [image_record(below, picture(0)), image_record([first], picture(1))])
+    capsys.readouterr()
+    error = fails(capsys, tmp_path / "a.rec", tmp_path / "new")
+    assert "a.rec: record 1: label 16777216, but" in error and "from another source" in error
+
+
 @pytest.mark.parametrize("text, words", [
     (lambda text: text + "9\t0\n", "line 4 is of byte 0, but"),
     (lambda text: text[: text.rindex("2\t")], "has no more lines, but"),
