@@ -54,7 +54,7 @@ from data_tools.pack_writer import ShardWriter
 from data_tools.partial_folder import discard, fingerprint, kept, left, open_folder, owned, path_for
 from data_tools.progress import Progress, note
 from data_tools.skipped import NAMED, Skipped
-from data_tools.sources import KINDS, open_source
+from data_tools.sources import KINDS, check_splits, open_source
 from xc import pack as layout
 from xc.disk import sync_tree
 from xc.pack import PackError, open_splits
@@ -164,6 +164,7 @@ def list_sources(folder, src, sources, classes, named, seed, parts, memory_bytes
 
     named  of --classes: array of the hashes of the names that are wanted, or the Pack whose classes are taken
     """
+    check_splits(src)
     wanted, given = (named, None) if isinstance(named, array) else (None, named)
     listing = Listing(folder, memory_bytes, seed, wanted, split, split_by, parts)
     with (Skipped(os.path.join(folder, "skipped.tsv"), max_skipped) as skipped,

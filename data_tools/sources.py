@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_tools import recordio
+from data_tools.progress import note
 from xc import pack as layout
 from xc.pack import PackError, open_splits
 
@@ -98,8 +99,7 @@ def _shard_folders(root):
     others, files = [], []
     for entry in _entries(root, Counter()):
         if not entry.is_dir(follow_symlinks=False):
-            split = next((split for split in layout.SPLITS if entry.name.startswith((split + "-", split + "."))), "")
-            files.append((split, entry.path))
+            files.append((_split_named(entry.path), entry.path))
         elif entry.name in layout.SPLITS:
             inner = list(_entries(entry.path, Counter()))
             files += [(entry.name, one.path) for one in inner if not one.is_dir(follow_symlinks=False)]
@@ -107,6 +107,21 @@ def _shard_folders(root):
         else:
             others.append(entry.path)
     return others, files
+
+
+def _split_named(path):
+    """The split that a file is named after, as train-000.tar and train.tar; "" where it is none."""
+    name = os.path.basename(path)
+    return next((split for split in layout.SPLITS if name.startswith((split + "-", split + "."))), "")
+
+
+def check_splits(paths):
+    """PackError where shards that are named after several splits are given one by one: that would lose the splits."""
+    shards = [path for path in paths if path.endswith(tuple(SUFFIXES.values())) and not os.path.isdir(path)]
+    of_split = {split: path for path in shards if (split := _split_named(path))}
+    if len(of_split) > 1:
+        raise PackError(f"{' and '.join(of_split.values())} are named after different splits, which are only kept of "
+                        "shards in one folder; give that folder instead of its files, or rename them to merge them")
 
 
 def _shards(path, suffix):
@@ -127,6 +142,9 @@ def folder_source(root, skipped):
     ignored = skipped.ignored
     top = {entry.name for entry in _entries(root, Counter()) if entry.is_dir(follow_symlinks=False)}
     has_splits = "train" in top and top <= set(layout.SPLITS)
+    if not has_splits and "train" in top and len(splits := top & set(layout.SPLITS)) > 1:
+        note(f"{root}: {', '.join(sorted(splits))} are taken for classes, not for splits, because "
+             f"{min(top - splits)} stands beside them")
     folders = [""]
     while folders:
         folder = folders.pop()
@@ -148,7 +166,7 @@ def folder_source(root, skipped):
 def _entries(folder, ignored):
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name.startswith("."):
+            if entry.name.startswith(".") or entry.name == "__MACOSX":  # which macOS adds to a zip file
                 ignored["hidden files and folders"] += 1
             elif entry.is_symlink() and os.path.isdir(entry.path):  # may lead out of the tree, or round in circles
                 ignored["links to folders"] += 1

@@ -252,6 +252,39 @@ def test_shards_are_of_the_split_they_are_named_after(tmp_path, capsys, names):
     assert "more.tar: of no split" in fails(capsys, tmp_path / "tars", tmp_path / "new")
 
 
+@pytest.mark.parametrize("suffix", ["tar", "rec", "parquet"])
+def test_shards_of_several_splits_are_not_merged(tmp_path, capsys, suffix):
+    paths = [tmp_path / f"{name}.{suffix}" for name in ("train-0", "train-1", "test-0")]
+    for i, path in enumerate(paths):
+        if suffix == "tar":
+            write_tar(path, samples({"0/a": picture(i)}))
+        elif suffix == "rec":
+            write_rec(path, [image_record(0.0, picture(i))])
+        else:
+            write_parquet(path, image=[picture(i)], label=["0"])
+    error = fails(capsys, *paths, tmp_path / "pack")
+    assert "are named after different splits" in error and f"{paths[2]}" in error and "give that folder" in error
+    run(*paths[:2], tmp_path / "pack")
+    assert contents(Pack(tmp_path / "pack")) == {picture(0): "0", picture(1): "0"}
+
+
+def test_splits_of_a_tree_are_not_lost_without_a_word(tmp_path, capsys):
+    train, test = write_tree(tmp_path / "src" / "train", {"a": 3}), write_tree(tmp_path / "src" / "test", {"a": 2}, 50)
+    write_tree(tmp_path / "src" / "__MACOSX" / "train", {"a": 1}, first=90)
+    run(tmp_path / "src", tmp_path / "packs")
+    packs = open_splits(tmp_path / "packs")
+    assert contents(packs["train"]) == by_class(train) and contents(packs["test"]) == by_class(test)
+    assert "ignored 1 hidden files and folders" in capsys.readouterr().err
+    write_tree(tmp_path / "src" / "more", {"b": 1}, first=80)
+    run(tmp_path / "src", tmp_path / "one")
+    assert Pack(tmp_path / "one").class_names(0, 3) == ["more/b", "test/a", "train/a"]
+    assert "src: test, train are taken for classes, not for splits, because more stands beside them" in (
+        capsys.readouterr().err)
+    os.rename(tmp_path / "src" / "test", tmp_path / "src" / "other")
+    run(tmp_path / "src", tmp_path / "train")  # may well be a class
+    assert "taken for classes" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["folder", "pack"])
 def test_a_share_is_held_out(tmp_path, capsys, kind):
     files = write_tree(tmp_path / "files", {str(i): 1 + i % 3 for i in range(100)})  # classes of one image, too
