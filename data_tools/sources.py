@@ -58,6 +58,10 @@ def open_source(path, kind, root):
     if not os.path.isdir(path):
         _check_file(path)
     kind = kind or kind_of(path)
+    if kind == "manifest" and os.path.isdir(path):
+        raise PackError(f"{path}: a folder, but a manifest is a file; name that file")
+    if kind in ("folder", "pack") and not os.path.isdir(path):
+        raise PackError(f"{path}: a file, but the kind {kind} is of folders; name its folder or leave --from out")
     is_list = kind in ("manifest", "parquet")
     if not is_list and root is not None:
         raise PackError(f"--root {root} is for the paths of a manifest, but {path} is of the kind {kind}; leave it out")
@@ -79,7 +83,7 @@ def kind_of(path):
         if head[257:262] == b"ustar" or path.endswith(".tar"):
             return "webdataset"
         return "manifest"
-    if any(os.path.exists(os.path.join(path, folder, layout.INDEX_FILE)) for folder in ("", "train")):
+    if any(os.path.isfile(os.path.join(path, folder, layout.INDEX_FILE)) for folder in ("", "train")):
         return "pack"
     folders, files = _shard_folders(path)
     for kind, suffix in SUFFIXES.items():

@@ -571,6 +571,23 @@ def test_another_kind_is_not_read_as_this_one(tmp_path, capsys, files, kind):
         assert "--root" in fails(capsys, source, tmp_path / "pack", "--root", tmp_path)
 
 
+def test_a_class_may_have_the_name_of_a_packs_index(tmp_path):
+    files = write_tree(tmp_path / "src", {"index.h5": 2, "train/index.h5": 1})
+    assert sources.kind_of(str(tmp_path / "src")) == "folder"
+    run(tmp_path / "src", tmp_path / "pack")
+    assert contents(Pack(tmp_path / "pack")) == by_class(files)
+
+
+def test_a_folder_is_no_manifest_and_a_file_no_folder(tmp_path, capsys):
+    write_tree(tmp_path / "src", {"a": 1})
+    write_tar(tmp_path / "a.tar", [])
+    error = fails(capsys, tmp_path / "src", tmp_path / "pack", "--from", "manifest")
+    assert f"{tmp_path / 'src'}: a folder, but a manifest is a file" in error
+    for kind in "folder", "pack":
+        error = fails(capsys, tmp_path / "a.tar", tmp_path / "pack", "--from", kind)
+        assert f"{tmp_path / 'a.tar'}: a file, but the kind {kind} is of folders" in error
+
+
 def test_a_class_name_has_an_end(tmp_path, capsys):
     write_tar(tmp_path / "a.tar", [("a.png", picture(0)), ("a.cls", b"n" * 4097)])
     assert "has 4097 bytes, more than 4096" in fails(capsys, tmp_path / "a.tar", tmp_path / "pack")
