@@ -27,6 +27,7 @@ list is files in that folder, as large as the images that did not come in files 
 """
 
 import argparse
+import codecs
 import json
 import os
 import re
@@ -273,12 +274,14 @@ def _resolve(repeated, rule, fates, path):
 
 def names_in(path):
     """Sorted array of the hashes of the class names in a text file, one a line."""
-    hashes = set()
+    hashes = array("Q")
     with open(path, "rb") as file:
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
         while line := file.readline(MAX_NAME_BYTES + 3):
             if name := line.rstrip(b"\r\n"):
-                hashes.add(name_hash(name))
-    return array("Q", sorted(hashes))
+                hashes.append(name_hash(name))
+    return array("Q", np.unique(np.frombuffer(hashes, np.uint64)).tobytes())
 
 
 def _why(skipped):

@@ -1,5 +1,6 @@
 """Sources of images: the same images give the same records whatever they come as; what cannot be used is counted."""
 
+import codecs
 import io
 import json
 import os
@@ -17,7 +18,9 @@ import pytest
 import data_tools.external_sort
 import xc.pack
 from data_tools import recordio, sources
+from data_tools.class_table import name_hash
 from data_tools.external_sort import Sorter
+from data_tools.pack import names_in
 from data_tools.skipped import Skipped
 from tests.test_pack import ROOT, by_class, contents, fails, file_hashes, picture, png, run, write_tree
 from xc.pack import Pack, open_splits
@@ -182,8 +185,23 @@ def test_a_list_of_classes_takes_those_only(tmp_path, capsys, files, memory_mb):
     assert pack.class_names(0, pack.num_classes) == ["0", "3"] and pack.skipped == 0
     said = capsys.readouterr().err
     assert f"ignored 12 images of classes that {tmp_path / 'list'} does not name" in said and "have no images" in said
+    (tmp_path / "list").write_bytes(codecs.BOM_UTF8 + b"3\n0")
+    run(source, tmp_path / "marked", "--classes", tmp_path / "list")
+    assert contents(Pack(tmp_path / "marked")) == contents(pack)
     (tmp_path / "list").write_text("17\n")
+    capsys.readouterr()
     assert "no images" in fails(capsys, source, tmp_path / "none", "--classes", tmp_path / "list")
+
+
+def test_a_long_list_of_classes_takes_some_bytes_each(tmp_path):
+    (tmp_path / "list").write_text("".join(f"{number % 99_990}\n" for number in range(100_000)))
+    tracemalloc.start()
+    try:
+        hashes = names_in(tmp_path / "list")
+        assert tracemalloc.get_traced_memory()[1] < 100_000 * 40
+    finally:
+        tracemalloc.stop()
+    assert hashes.tolist() == sorted({name_hash(b"%d" % number) for number in range(99_990)})
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
