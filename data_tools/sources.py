@@ -494,8 +494,8 @@ def recordio_source(path, skipped):
             elif not (math.isfinite(label) and label >= 0 and label == int(label)):
                 skipped.add(split, where, f"label {label} is not a number of a class")
             elif label >= EXACT:
-                raise PackError(f"{where}: label {int(label)}, but labels of RecordIO are float32, which merges "
-                                f"classes from {EXACT} on; pack this data set from another source")
+                raise PackError(f"{where}: label {int(label)}, but RecordIO has float32, which merges classes "
+                                f"from {EXACT} on; pack this data set from another source")
             else:
                 yield split, where, str(int(label)), image
 
