@@ -393,7 +393,17 @@ def decode(data, size, channels, max_pixels=MAX_PIXELS):
 
 
 def _decode_jpeg(data, channels, max_pixels):
-    """(height, width, channels) uint8 of a JPEG without faults, None for all else.
+    """(height, width, channels) uint8 of a JPEG without faults, None for all else."""
+    pixels = decode_plain_jpeg(data, max_pixels)
+    if pixels is None or pixels.shape[2] == channels:
+        return pixels
+    return _pixels(Image.fromarray(pixels.squeeze(2) if channels == 3 else pixels), channels)
+
+
+def decode_plain_jpeg(data, max_pixels, only_check=False):
+    """(height, width, 1 or 3) uint8 of a grey or colour JPEG without faults, None for all else.
+
+    only_check  the pixels are not wanted: all is read, but an eighth of the width and height computed, in grey
 
     libjpeg-turbo without what Pillow has around it, which takes longer than the decoding of a small image.
     """
@@ -403,12 +413,11 @@ def _decode_jpeg(data, channels, max_pixels):
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if height * width > max_pixels or colours not in ("Gray", "YCbCr"):
             return None
-        pixels = simplejpeg.decode_jpeg(data, "GRAY" if colours == "Gray" else "RGB")
+        if only_check:
+            return simplejpeg.decode_jpeg(data, "GRAY", min_height=-(-height // 8), min_width=-(-width // 8))
+        return simplejpeg.decode_jpeg(data, "GRAY" if colours == "Gray" else "RGB")
     except ValueError:  # also where libjpeg only warns: Pillow then decides, and has the words for it
         return None
-    if pixels.shape[2] == channels:
-        return pixels
-    return _pixels(Image.fromarray(pixels.squeeze(2) if colours == "Gray" else pixels), channels)
 
 
 def _pixels(image, channels):
