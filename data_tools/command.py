@@ -6,6 +6,7 @@ import secrets
 import shutil
 import signal
 import sys
+import weakref
 from contextlib import contextmanager, suppress
 
 from xc import pack as layout
@@ -23,6 +24,24 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message, code=2):
         self.exit(code, f"{self.prog}: error: {one_line(' '.join(message.split()))}\n")
+
+
+def stop_on_signals():
+    """SIGTERM ends a command as Ctrl-C does, by KeyboardInterrupt."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background may ignore it
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(number, frame):
+    """Raises, but in the callback of a weak reference, where Python would drop it, a moment later."""
+    while frame:
+        if frame.f_code.co_filename == weakref.__file__:
+            signal.signal(signal.SIGALRM, _interrupt)
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 @contextmanager

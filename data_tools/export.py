@@ -25,7 +25,6 @@ import csv
 import json
 import os
 import re
-import signal
 import tarfile
 import time
 
@@ -33,7 +32,7 @@ import numpy as np
 
 from data_tools.checking import CHUNK_RECORDS
 from data_tools.class_list import intervals_of
-from data_tools.command import Parser, between, check_paths, new_folder, printing
+from data_tools.command import Parser, between, check_paths, new_folder, printing, stop_on_signals
 from data_tools.progress import Progress
 from xc.pack import INDEX_FILE, SPLITS, PackError, open_splits
 
@@ -264,5 +263,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it cleans up as after Ctrl-C
+    stop_on_signals()
     main()

@@ -32,7 +32,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import time
 from array import array
 from collections import Counter
@@ -44,7 +43,7 @@ from data_tools.checking import CHUNK_BYTES, CHUNK_RECORDS, KEPT, read_in_order,
 from data_tools.choosing import choose
 from data_tools.claim import by_one
 from data_tools.class_table import name_hash, names_of
-from data_tools.command import Parser, between, check_paths, printing
+from data_tools.command import Parser, between, check_paths, printing, stop_on_signals
 from data_tools.duplicates import RULES, Duplicates
 from data_tools.encoding import FORMATS, Encoding
 from data_tools.image_check import CHECKS
@@ -374,5 +373,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it cleans up as after Ctrl-C
+    stop_on_signals()
     main()

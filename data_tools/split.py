@@ -16,7 +16,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import time
 import zlib
 
@@ -24,7 +23,7 @@ import numpy as np
 
 from data_tools.checking import CHUNK_RECORDS
 from data_tools.class_table import ClassTable, names_of
-from data_tools.command import Parser, between, check_paths, new_folder, printing
+from data_tools.command import Parser, between, check_paths, new_folder, printing, stop_on_signals
 from data_tools.pack_writer import PackWriter
 from data_tools.progress import Progress
 from xc.pack import INDEX_FILE, SPLITS, Pack, PackError
@@ -164,5 +163,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it cleans up as after Ctrl-C
+    stop_on_signals()
     main()
