@@ -6,4 +6,11 @@ file=$XC_LOGS/rank-$rank.log
 copy() { trap '' USR1 TERM; exec tee -a "$file"; }  # outlives the signals that launchers send to all of a rank's processes
 exec 2> >(copy >&2)
 if [ "$rank" = 0 ]; then exec > >(copy); else exec >>"$file"; fi
-exec "$@"
+
+trap : USR1 TERM  # which the command gets as well: this shell waits for what it makes of them
+code=0
+"$@" || code=$?
+# srun --kill-on-bad-exit ends with the highest code of all ranks. One that it ended by TERM must not hide the code of
+# the one at fault.
+[ "$code" != 143 ] || code=1
+exit "$code"

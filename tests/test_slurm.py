@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -208,6 +209,31 @@ def test_ranks_have_the_cores_of_a_task_and_see_all_gpus(launcher, cluster, tmp_
     ended(cluster, number)
     logs = [cluster.checkout / f"slurm/logs/job-{number}/rank-{rank}.log" for rank in range(4)]
     assert [log.read_text() for log in logs] == [f"{node}\n2 0,1\n" for node in ("n1", "n1", "n2", "n2")]
+
+
+def log_of_ranks(cluster, tmp_path, launcher, *command, code):
+    """Run a command on two ranks as the templates do, which must end with this exit code; the job's log."""
+    script = tmp_path / "job.sbatch"
+    script.write_text("#!/usr/bin/env bash\n. slurm/launch.sh\nchoose_launcher\n"
+                      f"run_ranks {shlex.join(command)}\nexit $code\n")
+    number = cluster.submit(*ONE_NODE, "-o", tmp_path / "log", script, env={"XC_LAUNCHER": launcher})
+    return ended(cluster, number, state="FAILED", code=code)
+
+
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+@pytest.mark.parametrize("end, code", [("exit 2", "2:0"), ("exit 75", "75:0"), ("kill -9 $$", "137:0")])
+def test_the_code_of_the_rank_at_fault_is_the_jobs(end, code, launcher, cluster, tmp_path):
+    """Not that of the other, which the launcher ends for it."""
+    rank = "if [ ${OMPI_COMM_WORLD_RANK:-$SLURM_PROCID} = 1 ]; then %s; fi; sleep 100"
+    log_of_ranks(cluster, tmp_path, launcher, "bash", "-c", rank % end, code=code)
+
+
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+@pytest.mark.parametrize("fault, code", [("value", "2:0"), ("exception", "1:0")])
+def test_the_code_of_a_rank_that_aborts_is_the_jobs(fault, code, launcher, cluster, tmp_path):
+    """Bad input that one rank meets on its way is a mistake, a bug is none."""
+    log = log_of_ranks(cluster, tmp_path, launcher, "python", "-m", "tests.mpi_failure", fault, code=code)
+    assert "a bug on one rank" in log or "error: rank 1: record 7 is broken" in log
 
 
 def test_a_job_that_never_gets_on_is_given_up(cluster, tmp_path):
