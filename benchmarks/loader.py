@@ -11,6 +11,7 @@ on the disk that is measured; it is removed at the end.
 folder         torch's DataLoader, a process per worker, that opens files by Pillow, as torchvision's ImageFolder does
 webdataset     four tar shards, a buffer of 1,000 for shuffling, decoded by Pillow as its handbook does
 ours           xc.data.Loader, a thread per worker
+pixels         the same up to what goes to a GPU, which makes numbers of pixels itself: batches of bytes
 decode         no files: xc.pack.decode of bytes in memory by one thread, the most that one worker can reach
 
 For each set, arm, cache and number of workers: images per second, and CPU seconds per 1,000 images of all processes;
@@ -96,7 +97,8 @@ class Set:
         subprocess.run([sys.executable, "-m", "data_tools.pack", root / "tree", root / "pack"], cwd=ROOT, check=True,
                        stdout=subprocess.DEVNULL)
         self.split = data.open_splits(self._config(1))["train"]
-        self.forms = {"folder": self.files, "webdataset": [*root.glob("*.tar")], "ours": [*root.glob("pack/*.h5")]}
+        self.forms = {"folder": self.files, "webdataset": [*root.glob("*.tar")], "ours": [*root.glob("pack/*.h5")],
+                      "pixels": [*root.glob("pack/*.h5")]}
         os.sync()  # what is not on the disk yet cannot be put out of the cache
 
     def _write_tars(self):
@@ -131,6 +133,14 @@ class Set:
     def ours(self, workers, augment=0.0):
         loader = data.Loader(self.split, self._config(workers, augment), World())
         queue = loader.train(0, len(self.files), BATCH)
+        while batch := queue.take(1):
+            yield batch[0]
+
+    def pixels(self, workers):
+        loader = data.Loader(self.split, self._config(workers), World())
+        jobs = ((first, BATCH) for first in range(0, len(self.files), BATCH))
+        queue = data.Queue(jobs, lambda *places: self.split.examples(loader.order.records(*places)),
+                           lambda inputs, *_: inputs, loader.cfg, loader.world.device)
         while batch := queue.take(1):
             yield batch[0]
 
@@ -179,8 +189,10 @@ def measure(images, repeats):
             for form in ("folder", "webdataset"):
                 values[f"over_{form}_{cache}_{workers}"] = speed[ours] / speed[f"{form}_{cache}_{workers}"]
                 values[f"over_{form}_{cache}_{workers}_cpu"] = cpu[f"{form}_{cache}_{workers}"] / cpu[ours]
-    return values | {"of_decode": speed["ours_warm_1"] / speed["decode"],
-                     "of_decode_cpu": cpu["decode"] / cpu["ours_warm_1"]}
+    for arm in ("ours", "pixels"):
+        values |= {f"{arm}_of_decode": speed[f"{arm}_warm_1"] / speed["decode"],
+                   f"{arm}_of_decode_cpu": cpu["decode"] / cpu[f"{arm}_warm_1"]}
+    return values
 
 
 def step_shares(images, ranks, steps):

@@ -112,7 +112,8 @@ def test_every_example_is_seen_once_an_epoch_whoever_goes_on(worlds, batch, most
     cfg = Config(data=str(tiny_packs), out="x", epochs=5.0, global_batch=batch, warmup="0.5epochs", augment=0.0,
                  **({"schedule": "fccs", "max_batch": most, "hold": "10%"} if most > batch else {}))
     split = data.open_splits(cfg)["train"]
-    record_of = {image.numpy().tobytes(): record for record, image in enumerate(split.examples(range(len(split)))[0])}
+    images = data.prepared(split.examples(range(len(split)))[0])
+    record_of = {image.numpy().tobytes(): record for record, image in enumerate(images)}
     assert len(record_of) == len(split) == 120
 
     def part(world, num_steps):

@@ -6,13 +6,18 @@ A split is what the Loader takes examples from, `Images` of a pack or a `synth.S
     num_classes, classes_digest, input_shape   (channels, size, size) or (dim,): one example as the backbone sees it
     len(split)                                 examples of an epoch
     split.order(seed).records(first, count)    record numbers of examples of the endless training sequence (xc/order.py)
-    split.examples(records, replace=True)      float inputs (n, *input_shape) and labels (n,), as tensors; of records
-                                               that cannot be used others, or (replace=False) none
+    split.examples(records, replace=True)      inputs (n, *input_shape), pixels as uint8 or else float32, and labels
+                                               (n,), as tensors; of records that cannot be used others, or
+                                               (replace=False) none
     split.bad_records                          set of the records that this rank could not use and left out
 
 The order of examples over all ranks is one endless sequence, epoch after epoch, fixed by the seed. A step takes the
 next `global_batch` of it and each rank its part of those, so a run's position is one number, any number of ranks can
 go on from it, and with --sampler natural no example is left out or repeated within an epoch.
+
+Threads read and decode. What is left to do, making numbers of pixels and distorting them (`prepared`), takes three
+times as long as decoding a JPEG of 224 × 224 pixels: a GPU does it for itself, from pixels that take a quarter of the
+memory of numbers on their way; for a CPU the same threads do.
 """
 
 import math
@@ -33,7 +38,8 @@ from xc.keyed import GOLDEN, mix
 from xc.order import ByClass, ByWeight, Natural
 from xc.shard import Shard
 
-_PIECE = 2**20  # values distorted at once: what they become on the way stays in caches, and memory is not new each time
+# Values that are prepared at once. CPU: what they become on the way stays in caches, and memory is not new each time.
+PIECE = {"cpu": 2**20, "cuda": 2**24}
 
 
 def open_splits(cfg):
@@ -101,8 +107,7 @@ class Images:
             except ValueError as e:
                 raise ValueError(f"record {record} of {self.pack.path}: {e}: pack the data again without it, or let "
                                  "the run leave out some by --max-bad-records") from e
-        inputs = torch.from_numpy(np.empty(images.shape, np.float32))  # numpy takes huge pages: a third of the time
-        return inputs.copy_(torch.from_numpy(images)).div_(127.5).sub_(1), torch.from_numpy(labels)  # [-1, 1]
+        return torch.from_numpy(images), torch.from_numpy(labels)
 
     def _first_good(self, record, tries):
         """Image and label of the first of so many records that can be used, none where none can be."""
@@ -154,7 +159,7 @@ class Loader:
         """
         mine = Shard.of(micro_batch, self.world.size, self.world.rank)
         places = ((start + mine.first, len(mine)) for start in range(first, last, micro_batch))
-        return Queue(places, self._load, self.cfg, self.world.device)
+        return Queue(places, self._load, self._prepare, self.cfg, self.world.device)
 
     def test(self, global_batch):
         """Yields every record once over all ranks, unaltered; as many batches on every rank, some may be empty."""
@@ -162,49 +167,73 @@ class Loader:
         batches = ((first, Shard.of(min(global_batch, num_records - first), self.world.size, self.world.rank))
                    for first in range(0, num_records, global_batch))
         queue = Queue(((first + np.arange(mine.first, mine.last), False) for first, mine in batches),
-                      self.split.examples, self.cfg, self.world.device)
+                      self.split.examples, lambda inputs, *_: prepared(inputs), self.cfg, self.world.device)
         while batch := queue.take(1):
             yield batch[0]
 
     def _load(self, first, count):
-        inputs, labels = self.split.examples(self.order.records(first, count))
-        if self.cfg.augment and inputs.dim() == 4 and len(inputs):  # vectors stay as they are
-            for piece in inputs.split(max(1, _PIECE // inputs[0].numel())):
-                piece.copy_(augment(piece, first, self.cfg.augment, self.cfg.seed))
-                first += len(piece)
-        return inputs, labels
+        return self.split.examples(self.order.records(first, count))
+
+    def _prepare(self, inputs, first, count):
+        return prepared(inputs, first, self.cfg.augment, self.cfg.seed)
 
 
 class Queue:
     """Batches of one rank, loaded ahead of their use in threads, in order."""
 
-    def __init__(self, jobs, load, cfg, device):
-        """jobs: an iterable of arguments of `load`, which returns tensors."""
-        if device.type == "cuda":
-            load = _pinned(load, torch.cuda.current_device())
-        self._jobs, self._load, self._prefetch, self._device = iter(jobs), load, cfg.prefetch, device
+    def __init__(self, jobs, load, prepare, cfg, device):
+        """jobs: an iterable of arguments of load(*job), which returns inputs and more tensors, and of
+        prepare(inputs, *job), which makes of them what a step takes: on the GPU, or else where they were loaded."""
+        self._gpu = torch.cuda.current_device() if device.type == "cuda" else None
+        self._jobs, self._load, self._prepare = iter(jobs), load, prepare
+        self._prefetch, self._device = cfg.prefetch, device
         self._pool, self._pending = ThreadPoolExecutor(cfg.loader_threads), deque()
 
     def take(self, count):
         """A list of the next `count` batches, of fewer at the end; as many, at least `prefetch`, are then under way."""
         watchdog.note("data")
         for job in islice(self._jobs, max(0, count + max(count, self._prefetch) - len(self._pending))):
-            self._pending.append(self._pool.submit(self._load, *job))
+            self._pending.append((job, self._pool.submit(self._loaded, job)))
         taken = [self._pending.popleft() for _ in range(min(count, len(self._pending)))]
-        return [tuple(tensor.to(self._device, non_blocking=True) for tensor in batch.result()) for batch in taken]
+        return [self._arrived(job, loading.result()) for job, loading in taken]
+
+    def _loaded(self, job):
+        inputs, *others = self._load(*job)
+        if self._gpu is None:
+            return self._prepare(inputs, *job), *others
+        with torch.cuda.device(self._gpu):  # a thread begins with GPU 0, and would take memory of it
+            # Memory that stays in place is copied while the host goes on.
+            return tuple(tensor.pin_memory() for tensor in (inputs, *others))
+
+    def _arrived(self, job, batch):
+        if self._gpu is None:
+            return batch
+        inputs, *others = (tensor.to(self._device, non_blocking=True) for tensor in batch)
+        return self._prepare(inputs, *job), *others
 
     def __del__(self):
         self._pool.shutdown(wait=False, cancel_futures=True)  # a run that fails does not read on
 
 
-def _pinned(load, gpu):
-    """`load`, with its tensors in memory that stays in place, which a GPU copies while the host goes on."""
+def prepared(inputs, first_example=0, strength=0.0, seed=0):
+    """What a backbone takes: float32, pixels as numbers in [-1, 1].
 
-    def pinned(*job):
-        with torch.cuda.device(gpu):  # a thread begins with GPU 0, and would take memory of it
-            return tuple(tensor.pin_memory() for tensor in load(*job))
-
-    return pinned
+    inputs    (B, *shape), of `split.examples`; may be overwritten
+    strength  of `augment`, which images but no vectors get; first_example and seed are its as well
+    """
+    outputs, is_pixels = inputs, inputs.dtype == torch.uint8
+    if is_pixels and inputs.device.type == "cpu":
+        outputs = torch.from_numpy(np.empty(inputs.shape, np.float32))  # numpy takes huge pages: a third of the time
+    elif is_pixels:
+        outputs = torch.empty(inputs.shape, device=inputs.device)
+    size = max(1, PIECE[inputs.device.type] // math.prod(inputs.shape[1:]))
+    for output, given in zip(outputs.split(size), inputs.split(size), strict=True):
+        if is_pixels:
+            output.copy_(given).div_(127.5).sub_(1)
+        if strength and output.dim() == 4 and len(output):
+            output.copy_(augment(output, first_example, strength, seed))
+        first_example += len(output)
+    return outputs
 
 
 def augment(images, first_example, strength, seed):

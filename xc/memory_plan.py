@@ -15,6 +15,7 @@ import torch
 
 from xc import backbone as backbones
 from xc import heads
+from xc.data import PIECE
 from xc.shard import Shard
 from xc.world import World
 
@@ -80,6 +81,7 @@ class Plan:
         head = _Head.of(cfg, num_classes, cfg.model_parallel_size or num_ranks)
         micro_batch, taken = cfg.global_batch // cfg.micro_batches, cfg.micro_batches * most_rounds
         mine = len(Shard.of(micro_batch, num_ranks, 0))
+        batch = mine * network.example
         group = sum(len(Shard.of(micro_batch, num_ranks, rank)) for rank in range(head.num_shards))
         sparse = network.matrices if cfg.exchange != "dense" else 0
         backbone = network.parameters + network.buffers
@@ -91,8 +93,8 @@ class Plan:
             "class rows": head.table, "their momentum": head.momentum, "their gradients": head.gradients(most_rounds),
             "logits and active rows": head.logits(group, on_cpu), "graph": head.graph, "index": head.index,
             "building it": head.building, "features": 6 * under_way * group * cfg.feature_dim * 4,
-            "batches": (taken + max(taken, cfg.prefetch) + 4 * cfg.loader_threads) * mine * network.example
-                       + order_bytes,
+            "batches": (taken + max(taken, cfg.prefetch) + 4 * cfg.loader_threads) * batch + order_bytes,
+            "inputs": 0 if on_cpu else taken * batch + 6 * min(batch, 4 * PIECE["cuda"]),
             "checkpoint copy": head.saved + 2 * sparse + backbone + momentum, "libraries": _LIBRARIES,
         }
         on_disk = head.num_shards * head.saved + 2 * num_ranks * sparse + backbone + momentum
