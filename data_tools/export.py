@@ -15,9 +15,10 @@ folder      OUT/<class name>/<record number>.<suffix by content>, of a folder of
                 %/     the name of a folder goes on in the next, as it has more than 200 bytes
             White space at the ends of a class name is kept in OUT, but data_tools.pack takes it off in list.csv.
 webdataset  OUT/<split>-000000.tar … (images-… of a pack without splits), each of at most --shard-mb; of every record
-            NNNNNNNNN.<suffix by content> and NNNNNNNNN.cls, its label in digits. OUT/classes.txt has the class names,
-            line n + 1 that of label n (with \\\\ \\n \\r for a backslash and for ends of lines in them). The same pack
-            gives the same bytes: all times are 0. Weights are left out.
+            NNNNNNNNN.<suffix by content> and NNNNNNNNN.cls, its label in digits. Where that is not the name of its
+            class, NNNNNNNNN.json has it too, by which data_tools.pack goes: {"label": 0, "class_name": "cat"}.
+            OUT/classes.txt has the class names, line n + 1 that of label n (with \\\\ \\n \\r for a backslash and for
+            ends of lines in them). The same pack gives the same bytes: all times are 0. Weights are left out.
 """
 
 import contextlib
@@ -137,7 +138,11 @@ class TarShards:
                     file.write(name.replace("\\", r"\\").replace("\n", r"\n").replace("\r", r"\r") + "\n")
 
     def add(self, split, number, image, label, pack):
-        record = _member(f"{number:09}.{suffix_of(image)}", image) + _member(f"{number:09}.cls", str(label).encode())
+        digits, name = str(label), pack.class_name(label)
+        record = _member(f"{number:09}.{suffix_of(image)}", image) + _member(f"{number:09}.cls", digits.encode())
+        if name != digits:
+            facts = json.dumps({"label": int(label), "class_name": name}).encode()
+            record += _member(f"{number:09}.json", facts)
         if self.file and self.file.tell() + len(record) + TAR_END > self.shard_bytes:
             self._end_shard()
         if not self.file:

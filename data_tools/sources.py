@@ -370,7 +370,8 @@ def _text(where, name, value):
 def webdataset_source(path, skipped):
     """Samples of tar files: neighbours whose names agree up to the first dot, an image and .cls or .json with `label`.
 
-    .cls is the class as a number or a name.
+    .cls is the class as a number or a name. A .json may also have `class_name`, which then is the class, whatever its
+    number is here: data_tools.export writes it.
     """
     for split, file in _shards(path, ".tar"):
         members = _members(file, split, skipped)
@@ -389,14 +390,17 @@ def webdataset_source(path, skipped):
                 skipped.add(split, where, f"more than {MAX_LABELS} files with a label for one image")
                 continue
             try:
-                names = {_label(suffix, data) for suffix, data in labels}
+                labels, names = map(set, zip(*(_label(suffix, data) for suffix, data in labels), strict=True))
             except ValueError as error:
                 skipped.add(split, where, str(error))
                 continue
-            if len(names) > 1:
-                skipped.add(split, where, f"labels {' and '.join(map(repr, sorted(names)))} for one image")
-                continue
-            yield split, where, names.pop(), images[0][1]
+            names = names - {None} or labels
+            for found in labels, names:
+                if len(found) > 1:
+                    skipped.add(split, where, f"labels {' and '.join(map(repr, sorted(found)))} for one image")
+                    break
+            else:
+                yield split, where, names.pop(), images[0][1]
 
 
 def _members(file, split, skipped):
@@ -454,21 +458,23 @@ class _Member(tarfile.TarInfo):
 
 
 def _label(suffix, data):
-    """The class name that a .cls or .json carries; ValueError where there is none."""
-    text = data.decode()
+    """(label, class name or None) that a .cls or .json carries; ValueError where there is no label."""
+    text, name = data.decode(), None
     if suffix == "json":
         try:
             value = json.loads(text)
         except RecursionError as error:
             raise ValueError("its .json is nested too deep") from error
-        value = value.get("label") if isinstance(value, dict) else None
-        if not isinstance(value, str | int) or isinstance(value, bool):
+        label, name = (value.get("label"), value.get("class_name")) if isinstance(value, dict) else (None, None)
+        if not isinstance(label, str | int) or isinstance(label, bool):
             raise ValueError("its .json has no field label that is a number or a name")
-        text = str(value)
-        text.encode()  # JSON can name half of a pair, which is no character
+        if name is not None and not (isinstance(name, str) and name):
+            raise ValueError("its .json has a field class_name that is no name")
+        text = str(label)
+        (text + (name or "")).encode()  # JSON can name half of a pair, which is no character
     if not text.strip():
         raise ValueError(f"its .{suffix} is empty")
-    return text.strip()
+    return text.strip(), name
 
 
 def recordio_source(path, skipped):

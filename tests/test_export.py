@@ -1,6 +1,7 @@
 """Packs written as other programs read them: nothing lost or changed, nothing outside, packed again the same."""
 
 import csv
+import itertools
 import json
 import os
 import random
@@ -86,13 +87,17 @@ def from_tars(folder):
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:
             members = tar.getmembers()
-            shards[path.name] = [member.name for member in members]
             assert all((member.mtime, member.uid, member.mode) == (0, 0, 0o644) for member in members)
-            for image, label in zip(members[::2], members[1::2], strict=True):
-                assert image.name.split(".")[0] + ".cls" == label.name
+            samples = itertools.groupby(members, key=lambda member: member.name.split(".")[0])
+            shards[path.name] = []
+            for key, sample in samples:
+                image, label, *more = sample
+                assert label.name == key + ".cls"
                 number = int(tar.extractfile(label).read())
                 found.setdefault(path.name.split("-")[0], []).append(
                     (tar.extractfile(image).read(), number, names[number]))
+                shards[path.name].append(image.name)
+                assert [member.name for member in more] == [key + ".json"] * (names[number] != str(number))
     return {split: sorted(of_split) for split, of_split in found.items()}, shards
 
 
@@ -136,13 +141,28 @@ def test_tars_hold_the_same(plain, split, tmp_path, shard_mb):
         wanted = {split if name == "s" else "images": records(pack) for split, pack in packs.items()}
         assert found == wanted
         for shard, members in shards.items():
-            assert (tmp_path / name / shard).stat().st_size <= shard_mb * 1e6 or len(members) == 2
-        assert all(members[::2] == sorted(members[::2]) for members in shards.values())
+            assert (tmp_path / name / shard).stat().st_size <= shard_mb * 1e6 or len(members) == 1
+        assert all(members == sorted(members) for members in shards.values())
         export(source, tmp_path / f"{name}2", "--to", "webdataset", "--shard-mb", shard_mb)
         assert file_hashes(tmp_path / name) == file_hashes(tmp_path / f"{name}2")
     shards = sorted(path.name for path in (tmp_path / "p").glob("*.tar"))
     assert shards == [f"images-{number:06}.tar" for number in range(len(shards))]
     assert len(shards) == (33 if shard_mb == 1e-6 else 1) or shard_mb == 8e-3 and 1 < len(shards) < 33
+
+
+@pytest.mark.parametrize("names", [["cat", "dog", "Ü/x y"], ["1", "2", "7"], ["0", "1", "2"], ["02", "1", "00"]])
+@pytest.mark.parametrize("to", ["folder", "webdataset"])
+def test_classes_keep_their_names(to, names, tmp_path):
+    """Whether they are numbers or not, the labels or others, and with some of the classes."""
+    write_tree(tmp_path / "src", {name: 2 + i for i, name in enumerate(names)})
+    pack(tmp_path / "src", tmp_path / "pack")
+    export(tmp_path / "pack", tmp_path / "all", "--to", to)
+    pack(tmp_path / "all", tmp_path / "again", "--max-skipped", 0)
+    assert same(tmp_path / "pack", tmp_path / "again")
+    export(tmp_path / "pack", tmp_path / "some", "--to", to, "--classes", "1-2")
+    pack(tmp_path / "some", tmp_path / "few", "--classes", tmp_path / "pack", "--max-skipped", 0)
+    whole = records(Pack(tmp_path / "pack"))
+    assert records(Pack(tmp_path / "few")) == [record for record in whole if record[1] > 0]
 
 
 @pytest.mark.parametrize("to", ["folder", "webdataset"])
@@ -156,7 +176,7 @@ def test_suffixes_are_those_of_the_contents(tmp_path, to):
         names = sorted(os.listdir(tmp_path / "out" / "k"))
         assert [(tmp_path / "out" / "k" / name).read_bytes() for name in names] == [image for image, _ in images]
     else:
-        names = from_tars(tmp_path / "out")[1]["images-000000.tar"][::2]
+        names = from_tars(tmp_path / "out")[1]["images-000000.tar"]
     assert names == [f"{i:09}.{suffix}" for i, suffix in enumerate(formats)]
 
 

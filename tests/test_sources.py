@@ -383,6 +383,8 @@ def test_members_that_are_not_taken_from_a_tar_are_counted(tmp_path, capsys):
         "noimage": [("noimage.cls", b"3")],
         "two": [("two.png", image), ("two.jpg", image), ("two.cls", b"a")],
         "conflict": [("conflict.png", image), ("conflict.cls", b"a"), ("conflict.json", b'{"label": "b"}')],
+        "names": [("names.png", image), ("names.cls", b"1"), ("names.json", b'{"label": 2, "class_name": "b"}')],
+        "noname": [("noname.png", image), ("noname.json", b'{"label": 2, "class_name": 3}')],
         "list": [("list.png", image), ("list.json", b"[1]")],
         "deep": [("deep.png", image), ("deep.json", b"[" * 60_000)],
         "broken": [("broken.png", image), ("broken.json", b"{")],
