@@ -54,7 +54,7 @@ from data_tools.pack_writer import ShardWriter
 from data_tools.partial_folder import discard, fingerprint, kept, left, open_folder, owned, path_for
 from data_tools.progress import Progress, note
 from data_tools.skipped import NAMED, Skipped
-from data_tools.sources import KINDS, check_splits, open_source
+from data_tools.sources import KINDS, check_splits, is_pack, open_source
 from xc import pack as layout
 from xc.disk import sync_tree
 from xc.pack import PackError, open_splits
@@ -79,6 +79,8 @@ def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, wor
     of_bytes = {name: value for name, value in locals().items() if name not in BESIDE}
     started, (number, parts) = time.monotonic(), part
     out, memory_bytes = os.path.abspath(out), int(memory_mb * 1e6)
+    if parts > 1 and is_pack(out):
+        raise PackError(f"{out} is a pack: if it is that of these parts, all is done; else give another name")
     check_paths(src, out, root)
     if quality is not None and format in ("png", "raw"):
         raise PackError(f"--quality is of jpeg and webp, {format} loses nothing; leave it out")
@@ -123,6 +125,8 @@ def pack(src, out, *, kind, classes, root, split, seed, shard_mb, memory_mb, wor
         if not journal.done:
             write_part(journal, listed, number, [source.root for source in sources], shard_mb * 1e6, memory_bytes,
                        workers, max_skipped, max_pixels, encoding, check)
+        if os.path.lexists(out) and not (parts > 1 and is_pack(out)):
+            raise PackError(f"{out} has appeared meanwhile, and is not the pack; take it away")
         journals = [Journal(place) for place in places]
         to_come = 0 if os.path.lexists(out) else sum(not one.done for one in journals)  # or all may be gone already
         if not to_come:

@@ -8,6 +8,7 @@ import os
 import platform
 import secrets
 import shutil
+import stat
 from contextlib import contextmanager
 
 from xc import pack as layout
@@ -28,15 +29,21 @@ def left(out):
 
 
 def fingerprint(path):
-    """What tells cheaply whether a file changed, or a file in a folder or in its folders of splits."""
-    if not os.path.isdir(path):
-        files = [path]
-    else:
+    """What tells cheaply whether a file changed, or in a folder and its folders of splits a file or the entries of a
+    folder."""
+    paths = [path]
+    if os.path.isdir(path):
         folders = [path, *(os.path.join(path, split) for split in layout.SPLITS)]
-        files = [entry.path for folder in folders if os.path.isdir(folder) for entry in os.scandir(folder)
-                 if entry.is_file()]
-    stats = [(os.path.relpath(file, path), os.stat(file)) for file in sorted(files)]
-    return hashlib.sha256(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode()).hexdigest()
+        paths = (entry.path for folder in folders if os.path.isdir(folder) for entry in os.scandir(folder))
+    total = 0  # of hashes, in any order: there may be a folder for every class
+    for found in paths:
+        try:
+            status = os.stat(found)
+        except OSError:
+            continue  # a link to nowhere
+        facts = os.path.relpath(found, path), stat.S_ISDIR(status.st_mode) or status.st_size, status.st_mtime_ns
+        total += int.from_bytes(hashlib.sha256(repr(facts).encode()).digest(), "big")
+    return f"{total % 2**256:064x}"
 
 
 def open_folder(out, description, restart):

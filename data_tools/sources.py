@@ -83,13 +83,18 @@ def kind_of(path):
         if head[257:262] == b"ustar" or path.endswith(".tar"):
             return "webdataset"
         return "manifest"
-    if any(os.path.isfile(os.path.join(path, folder, layout.INDEX_FILE)) for folder in ("", "train")):
+    if is_pack(path):
         return "pack"
     folders, files = _shard_folders(path)
     for kind, suffix in SUFFIXES.items():
         if not folders and any(name.endswith(suffix) for _, name in files):
             return kind
     return "folder"
+
+
+def is_pack(path):
+    """Whether there is a pack, or a folder of packs."""
+    return any(os.path.isfile(os.path.join(path, folder, layout.INDEX_FILE)) for folder in ("", "train"))
 
 
 def _check_file(path):
