@@ -42,7 +42,7 @@ import PIL
 from data_tools.checking import CHUNK_BYTES, CHUNK_RECORDS, KEPT, read_in_order, worker_pool
 from data_tools.choosing import choose
 from data_tools.claim import by_one
-from data_tools.class_table import name_hash, names_of
+from data_tools.class_table import BLOCK, name_hash, names_of
 from data_tools.command import Parser, between, check_paths, printing, stop_on_signals
 from data_tools.duplicates import RULES, Duplicates
 from data_tools.encoding import FORMATS, Encoding
@@ -182,7 +182,8 @@ def list_sources(folder, src, sources, classes, named, seed, parts, memory_bytes
                 if listed is None:
                     skipped.ignored[f"images of classes that {classes} does not name"] += 1
                 elif duplicates != "keep":
-                    repeated.add(listed, source.root, *record[1:4])
+                    _, path, name, data = record[:4]
+                    repeated.add(listed, source.root, _shown(path, source.root, data, sources), name, data)
                 progress.add(1)
         repeated.end()
     splits = listing.splits
@@ -219,6 +220,9 @@ def list_sources(folder, src, sources, classes, named, seed, parts, memory_bytes
     absent = 0 if wanted is None else len(wanted) - len(choice.table) - choice.num_few
     if absent > 0:
         note(f"{absent} classes of {classes} have no images and get no label")
+    for name in choice.counts:
+        if "train" in choice.counts and split_by == "image" and (count := _unseen(choice.counts, name)):
+            note(f"{count} classes have images in {name} and none in train")
     listing.finish(choice.table, has_weights, left_out, skipped.tally)
 
 
@@ -240,7 +244,8 @@ def write_part(journal, listed, number, roots, shard_bytes, memory_bytes, worker
             images = read_in_order(pool, 2 * workers + 1, roots, chunks, *checking)
             for record, data, crc_or_reason in images:
                 if data is None:
-                    skipped.add(record.split, record.path, crc_or_reason)
+                    path = _shown(record.path, roots[record.root], record.data, roots)
+                    skipped.add(record.split, path, crc_or_reason)
                 else:
                     if writer and not (split == record.split and writer.fits(data)):
                         end_shard(record.key)
@@ -252,6 +257,18 @@ def write_part(journal, listed, number, roots, shard_bytes, memory_bytes, worker
                 taken += 1
                 progress.add(1)
         end_shard(None)
+
+
+def _shown(path, root, data, sources):
+    """What reports call an image: of one of several sources whose images are files, the whole path."""
+    return os.path.join(os.path.abspath(root), path) if data is None and len(sources) > 1 else path
+
+
+def _unseen(counts, split):
+    """Number of classes with images in a split and none in train, of {split: (C,) int64}."""
+    pairs = ((counts[name][first : first + BLOCK] for name in (split, "train"))
+             for first in range(0, len(counts["train"]), BLOCK))
+    return sum(np.count_nonzero((of_split > 0) & (train == 0)) for of_split, train in pairs)
 
 
 def totals(shards_of_splits):

@@ -35,6 +35,7 @@ MAX_LABEL_BYTES = 2**16  # of a file .cls or .json
 MAX_PATH_BYTES = 4096  # of a path in a manifest, which Linux takes to 4,095, and of each text in a Parquet file
 MAX_LINE = 2**16  # characters of the first line of a manifest
 MAX_ROW = 2**20  # of every other row, which may be several lines
+SPLIT_OF = {**{name: name for name in layout.SPLITS}, "validation": "val", "valid": "val"}  # by what people call it
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\3\4")  # gzip, bzip2, xz, zstd, zip
 EXACT = 2**24  # float32, in which RecordIO has its labels, tells all whole numbers below apart
 ROWS = 1024  # of columns of a Parquet file whose values are kept once each
@@ -109,9 +110,9 @@ def _shard_folders(root):
     for entry in _entries(root, Counter()):
         if not entry.is_dir(follow_symlinks=False):
             files.append((_split_named(entry.path), entry.path))
-        elif entry.name in layout.SPLITS:
+        elif entry.name in SPLIT_OF:
             inner = list(_entries(entry.path, Counter()))
-            files += [(entry.name, one.path) for one in inner if not one.is_dir(follow_symlinks=False)]
+            files += [(SPLIT_OF[entry.name], one.path) for one in inner if not one.is_dir(follow_symlinks=False)]
             others += [one.path for one in inner if one.is_dir(follow_symlinks=False)]
         else:
             others.append(entry.path)
@@ -119,9 +120,11 @@ def _shard_folders(root):
 
 
 def _split_named(path):
-    """The split that a file is named after, as train-000.tar and train.tar; "" where it is none."""
-    name = os.path.basename(path)
-    return next((split for split in layout.SPLITS if name.startswith((split + "-", split + "."))), "")
+    """The split that a file is named after, as train-000.tar, train.tar or images_validation_000.tar; "" where it is
+    none, or several and the first word is none."""
+    words = [SPLIT_OF.get(word, "") for word in re.split(r"[-_.]", os.path.basename(path))]
+    named = {split for split in words if split}
+    return named.pop() if len(named) == 1 else words[0]
 
 
 def check_splits(paths):
@@ -140,7 +143,7 @@ def _shards(path, suffix):
     shards = [(split, file) for split, file in _shard_folders(path)[1] if file.endswith(suffix)]
     if len({bool(split) for split, _ in shards}) > 1:
         bare = next(file for split, file in shards if not split)
-        raise PackError(f"{bare}: of no split, but other files are; let its name begin with train-, val- or test-")
+        raise PackError(f"{bare}: of no split, but other files are; let it have train, val or test in its name")
     for _, file in shards:
         _check_file(file)
     return shards
@@ -150,8 +153,8 @@ def folder_source(root, skipped):
     """Images of a tree, in a fixed order."""
     ignored = skipped.ignored
     top = {entry.name for entry in _entries(root, Counter()) if entry.is_dir(follow_symlinks=False)}
-    has_splits = "train" in top and top <= set(layout.SPLITS)
-    if not has_splits and "train" in top and len(splits := top & set(layout.SPLITS)) > 1:
+    has_splits = "train" in top and top <= SPLIT_OF.keys()
+    if not has_splits and "train" in top and len(splits := top & SPLIT_OF.keys()) > 1:
         note(f"{root}: {', '.join(sorted(splits))} are taken for classes, not for splits, because "
              f"{min(top - splits)} stands beside them")
     folders = [""]
@@ -163,10 +166,10 @@ def folder_source(root, skipped):
             if entry.is_dir(follow_symlinks=False):
                 inner.append(path)
             elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                split, _, name = folder.partition("/") if has_splits else ("", "", folder)
+                first, _, name = folder.partition("/") if has_splits else ("", "", folder)
                 if not name:
                     raise PackError(f"{path}: an image of no class; it belongs into a folder named after its class")
-                yield split, path, name, None
+                yield SPLIT_OF.get(first, ""), path, name, None
             else:
                 ignored["files that are not images"] += 1
         folders += reversed(inner)
@@ -227,13 +230,15 @@ class _Lines:
 
 
 def _check_row(where, row):
-    """PackError where the texts path, label and split of a manifest's row are not allowed."""
+    """PackError where the texts of a manifest's row are not allowed; its split becomes one of ours."""
     if "path" in row and not _stays_below(row["path"]):
         raise PackError(f"{where}: path {row['path']!r} must be relative and stay below the root")
     if "path" in row and (num_bytes := len(row["path"].encode())) > MAX_PATH_BYTES:
         raise PackError(f"{where}: path of {num_bytes} bytes, more than {MAX_PATH_BYTES}")
-    if "split" in row and row["split"] not in layout.SPLITS:
-        raise PackError(f"{where}: split {row['split']!r} is none of {', '.join(layout.SPLITS)}")
+    if "split" in row:
+        if row["split"] not in SPLIT_OF:
+            raise PackError(f"{where}: split {row['split']!r} is none of {', '.join(SPLIT_OF)}")
+        row["split"] = SPLIT_OF[row["split"]]
     if not row["label"]:
         raise PackError(f"{where}: no label")
 

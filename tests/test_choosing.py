@@ -330,3 +330,29 @@ def test_a_split_that_loses_all_its_images(tmp_path, capsys):
     write_tree(tmp_path / "src" / "test", {"b": 3}, first=50)
     error = fails(capsys, tmp_path / "src", tmp_path / "pack", "--min-images", 3).splitlines()[-1]
     assert "no image of test is left" in error
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_classes_that_only_a_held_out_split_has_are_counted(tmp_path, capsys, count):
+    write_tree(tmp_path / "src" / "train", {"a": 3, **{f"c{i}": 1 for i in range(7)}})
+    write_tree(tmp_path / "src" / "test", {"a": 1}, first=90)
+    (tmp_path / "list.csv").write_text("path,label,split\n" + "".join(
+        f"{path.relative_to(tmp_path)},{path.parent.name},{'test' if path.parent.name in held else 'train'}\n"
+        for held in [[f"c{i}" for i in range(count)]] for path in sorted((tmp_path / "src" / "train").rglob("*.png")))
+        + "".join(f"{path.relative_to(tmp_path)},a,test\n" for path in (tmp_path / "src" / "test").rglob("*.png")))
+    names = tmp_path / "names"
+    run(tmp_path / "src" / "train", names)  # a table of all
+    capsys.readouterr()
+    run(tmp_path / "list.csv", tmp_path / "pack", "--classes", names)
+    assert (f"{count} classes have images in test and none in train" in capsys.readouterr().err) == (count > 0)
+
+
+def test_reports_tell_which_of_several_sources(tmp_path, capsys):
+    for name in "one", "two":
+        write_tree(tmp_path / name, {"a": 2, "b": 2}, first=5)
+        (tmp_path / name / "a" / "bad.png").write_bytes(b"bad")
+    run(tmp_path / "one", tmp_path / "two", tmp_path / "pack", "--max-skipped", 2, "--duplicates", "report")
+    paths = [line.split("\t")[0] for line in (tmp_path / "pack" / "skipped.tsv").read_text().splitlines()[1:]]
+    assert sorted(paths) == [f"{tmp_path}/{name}/a/bad.png" for name in ("one", "two")]
+    report = (tmp_path / "pack" / "duplicates.tsv").read_text()
+    assert all(report.count(f"\t{tmp_path}/{name}/") >= 4 for name in ("one", "two"))

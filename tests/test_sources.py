@@ -253,7 +253,9 @@ def test_a_path_has_one_label_however_it_is_written(tmp_path, capsys, kind):
 
 
 @pytest.mark.parametrize("names", [("train-0.tar", "train-1.tar", "test-0.tar"),
-                                   ("train/0.tar", "train/1.tar", "test/x.tar")])
+                                   ("train/0.tar", "train/1.tar", "test/x.tar"),
+                                   ("a-train-0.tar", "b.train_7.tar", "crops_test.tar"),
+                                   ("train-of-the-test-0.tar", "train.tar", "test-train.tar")])
 def test_shards_are_of_the_split_they_are_named_after(tmp_path, capsys, names):
     made = [write_tree(tmp_path / str(i), {"0": 2, "1": 1}, first=10 * i) for i in range(3)]
     for name, some in zip(names, made, strict=True):
@@ -268,6 +270,28 @@ def test_shards_are_of_the_split_they_are_named_after(tmp_path, capsys, names):
         assert contents(pack) == contents(packs[split])
     write_tar(tmp_path / "tars" / "more.tar", samples(made[0]))
     assert "more.tar: of no split" in fails(capsys, tmp_path / "tars", tmp_path / "new")
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "valid"])
+@pytest.mark.parametrize("kind", ["folder", "shards", "folders of shards", "manifest"])
+def test_validation_is_val_whatever_it_is_called(tmp_path, kind, name):
+    files = {split: write_tree(tmp_path / "src" / split, {"0": 2, "1": 1}, first=10 * i)
+             for i, split in enumerate(("train", name))}
+    source = tmp_path / "src"
+    if kind == "manifest":
+        source = tmp_path / "src" / "list.csv"
+        source.write_text("path,label,split\n" + "".join(
+            f"{split}/{path},{path[0]},{split}\n" for split, some in files.items() for path in some))
+    elif kind != "folder":
+        source = tmp_path / "tars"
+        for split, some in files.items():
+            path = source / (f"set-{split}-00.tar" if kind == "shards" else f"{split}/00.tar")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_tar(path, samples(some))
+    run(source, tmp_path / "packs")
+    packs = open_splits(tmp_path / "packs")
+    assert packs.keys() == {"train", "val"}
+    assert contents(packs["train"]) == by_class(files["train"]) and contents(packs["val"]) == by_class(files[name])
 
 
 @pytest.mark.parametrize("suffix", ["tar", "rec", "parquet"])
@@ -315,6 +339,7 @@ def test_a_share_is_held_out(tmp_path, capsys, kind):
         assert 40 < len(test) < 80 and packs["train"].num_classes == 100  # 60 ± 6.5
     assert file_hashes(tmp_path / "a") == file_hashes(tmp_path / "b")
     assert contents(open_splits(tmp_path / "a")["test"]) != test
+    assert " classes have images in test and none in train\n" in capsys.readouterr().err
     assert "is of split t" in fails(capsys, tmp_path / "a", tmp_path / "new", "--split", "val=0.5")
     for wrong in ("train=0.1", "test=1", "test=0", "test=nan", "test", "dev=0.1"):
         assert "is not like test=0.01" in fails(capsys, source, tmp_path / "new", "--split", wrong)
