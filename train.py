@@ -23,9 +23,10 @@ from xc import backbone as backbones
 from xc import checkpoint, config, data, doctor, heads, noise_scale, pipeline, run_folder, schedule_plot, watchdog
 from xc import exchange as exchanges
 from xc.evaluate import evaluate
+from xc.losses import Losses
 from xc.metrics import Metrics, Timer, peak_rss_mb
 from xc.optim import RowSGD, backbone_optimizer, set_lr
-from xc.rollback import Losses, Rollbacks
+from xc.rollback import Rollbacks
 from xc.saver import Saver
 from xc.schedule import Position, Schedule
 from xc.timeline import Timeline
@@ -60,7 +61,7 @@ def main():
         exchange = exchanges.build(backbone, world, cfg)
     state = checkpoint.State(backbone, backbone_optimizer(backbone, cfg, exchange.keeps_momentum), head,
                              RowSGD(head, cfg.head_momentum, cfg.head_weight_decay), exchange,
-                             noise_scale.NoiseScale())
+                             noise_scale.NoiseScale(), Losses(world.device))
 
     # --- resume: any number of ranks from any number of ranks ---
     position = Position()
@@ -80,43 +81,48 @@ def main():
     test = data.Loader(packs["test"], cfg, world) if "test" in packs else None
     saver = Saver(cfg.out, world, identity, cfg.keep)
     metrics = Metrics(cfg.out, world.rank, position, schedule.num_steps, schedule.examples)
-    timer, losses = Timer(), Losses(world.device)
+    timer = Timer()
     timeline = Timeline(cfg.timeline_steps, position.step, schedule.least_steps, cfg.out, world, timer)
     stopping = stop.Stop(world)
     rollbacks = Rollbacks(cfg.max_rollbacks, cfg.out, world)
-    first = begun = logged = position
+    begun = logged = position
+    # An evaluation that was interrupted, or not even begun, is made up for.
+    known = world.everyone.all_gather_object(folder and checkpoint.top1_of(folder))[0]
+    owed = test and folder and known is None and (
+        schedule.due(position, cfg.eval_every) or position.examples == schedule.examples)
     now = labels = features = found = None  # of the last step, and of the last evaluation
 
     while True:
         # what the step before leaves to be done
         over = position.examples == schedule.examples
-        if position.step > begun.step:
+        moved = position.step > begun.step
+        if moved or owed:
             with world.traffic.uncounted():
                 stopped = stopping.asked() and not over
-            log = position.step % cfg.log_steps == 0 or over
+            log = moved and (position.step % cfg.log_steps == 0 or over)
             eval = test and (schedule.due(position, cfg.eval_every) or over)
-            save = schedule.due(position, cfg.save_every) or over or stopped
-            if log or eval or save:
-                losses.look()
-                if losses.bad_step is not None:  # looked for before a save: there must be one to go on from
+            save = owed or schedule.due(position, cfg.save_every) or over
+            if log or eval or save or stopped:
+                state.losses.look()
+                if state.losses.bad_step is not None:  # looked for before a save: there must be one to go on from
                     saver.finish()
-                    folder = rollbacks.folder(losses)
+                    folder = rollbacks.folder(state.losses)
+                    state.losses = Losses(world.device)
                     with world.agreed():
                         position = begun = logged = schedule.resume(checkpoint.load(folder, state, identity))
                     batches = loader.train(position.examples, schedule.examples, cfg.global_batch // cfg.micro_batches)
                     metrics.back_to(position)
-                    losses = Losses(world.device)
                     continue
             if log:
                 num_steps, examples = position.step - logged.step, position.examples - logged.examples
-                metrics.log(position, loss=losses.take(), lr=now.lr, global_batch=now.global_batch,
+                metrics.log(position, loss=state.losses.take(), lr=now.lr, global_batch=now.global_batch,
                             peak_rss_mb=peak_rss_mb(), noise_scale=state.noise.examples,
                             loss_scale=exchange.loss_scale.scale if exchange.loss_scale.active else None,
                             bad_records=loader.bad_records(), **world.traffic.take(num_steps),
                             **timer.take(num_steps, examples))
                 logged = position
             with world.traffic.uncounted():
-                if log or eval or save:
+                if log or eval or save:  # and not where the run was stopped, which must change nothing
                     exchange.average_buffers()
                 found = None
                 if eval and not stopped:
@@ -126,11 +132,12 @@ def main():
                     saver.save(state, position, found and found["top1"])
                 if found:
                     metrics.log(position, **found, train_seconds=timer.total, bad_test_records=test.bad_records(),
-                                **head.audit(features, labels[: len(features)]))
+                                **(head.audit(features, labels[: len(features)]) if features is not None else {}))
             if stopped:
                 saver.finish(last=True)
                 raise Leave(stop.EXIT_CODE, f"told to stop after {position.step} steps, all of which are saved; go on "
                                             f"with it: {run_folder.resume_command(cfg, world.size)}")
+            owed = False
         timeline.at(position.step)
         if over:
             break
@@ -168,14 +175,14 @@ def main():
             exchange.zero_grad()
             head.zero_grad()
             features = features[:_AUDITED]  # of the first micro-batch, which has the first labels
-            losses.add(loss, position.step)
+            state.losses.add(loss, position.step)
         position = position.after(now)
     if schedule.auto and state.noise.grown == 1 and world.rank == 0:
         print("warning: --fccs auto never let the batch grow: the noise did not, or it was not known", file=sys.stderr)
 
     # --- the result ---
     saver.finish(last=True)
-    if test and position == first:  # there was nothing left to train
+    if test and found is None:  # there was nothing left to do
         found = evaluate(backbone, head, test.test(cfg.global_batch), world)
     result = found or {"top1": None, "top5": None}
     metrics.close()

@@ -33,6 +33,7 @@ from xc import checkpoint, saver
 from xc.config import Config
 from xc.exchange import AllReduce
 from xc.heads import HEADS
+from xc.losses import Losses
 from xc.noise_scale import NoiseScale
 from xc.optim import RowSGD, backbone_optimizer
 from xc.schedule import Position
@@ -67,7 +68,8 @@ def measure(args, world):
     net = backbones.build("mlp", (16,), args.dim, 0, world)
     rows = RowSGD(head, 0.0, 0.0)
     rows.param_groups[0]["lr"] = 0.1
-    state = checkpoint.State(net, backbone_optimizer(net, cfg, True), head, rows, AllReduce(net, world), NoiseScale())
+    state = checkpoint.State(net, backbone_optimizer(net, cfg, True), head, rows, AllReduce(net, world), NoiseScale(),
+                             Losses())
     writer = saver.Saver(args.folder, world, {"seed": 0}, keep=1)
     generator = torch.Generator().manual_seed(1000 + world.rank)
     features = torch.randn(args.batch_per_rank, args.dim, generator=generator).requires_grad_()

@@ -20,6 +20,7 @@ import secrets
 import shutil
 import signal
 import sys
+from bisect import bisect_left
 from pathlib import Path
 
 import numpy as np
@@ -202,6 +203,13 @@ def slice_rows(folder, out, intervals):
         if first <= before:
             raise ValueError(f"--classes names class {first} twice: name every class once")
     _refuse(faults(folder, meta["files"]))
+    lasts, touched = [last for _, last in in_order], {}
+    for first, last in checkpoint.ranges_of(folder, meta):
+        found = bisect_left(lasts, first)
+        if found < len(lasts) and in_order[found][0] < last:
+            name = checkpoint.rows_name(first, last)
+            touched[name] = meta["files"][name]
+    _refuse(faults(folder, touched, checksums=True))  # what is damaged gets no new checksum
     rows = class_rows(folder, meta)
     dtype, row = rows.table("weight")
     count = sum(last - first + 1 for first, last in intervals)

@@ -48,6 +48,7 @@ import data_tools.split
 from data_tools import encoding, glyphs, recordio
 from data_tools.image_check import CHECKS, check_image
 from xc import backbone, checkpoint, config, data, exchange, heads, metrics, pack, run_folder, saver, schedule, synth
+from xc.losses import Losses
 from xc.noise_scale import NoiseScale
 from xc.optim import RowSGD, backbone_optimizer
 from xc.world import World
@@ -640,7 +641,7 @@ def a_state(flags, begun):
         for parameter in net.parameters():
             parameter.grad = torch.ones_like(parameter)
         body.step()
-    return checkpoint.State(net, body, head, RowSGD(head, cfg.head_momentum, 0.0), gradients, NoiseScale())
+    return checkpoint.State(net, body, head, RowSGD(head, cfg.head_momentum, 0.0), gradients, NoiseScale(), Losses())
 
 
 def make_runs(folder):

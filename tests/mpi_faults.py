@@ -11,6 +11,7 @@ the time into the file $FAULT_AT:
     slow       works for a long time, but moves on
     nan        all ranks: the inputs of step 21, counted from 0, are no numbers
     without    all ranks: the batches of steps 20 and 21 are left out
+    none       no fault
 """
 
 import os
@@ -95,6 +96,8 @@ if __name__ == "__main__":
         pipeline.run = spoiled(pipeline.run)
     elif name == "without":
         rollback.Rollbacks.skipped = {BAD_STEP - 1, BAD_STEP}
+    elif name == "none":
+        pass
     elif name == "slow-disk":
         saver.sync, tensor_file.write = slow_on_rank_0(saver.sync), slow_on_rank_0(tensor_file.write)
     else:

@@ -1,7 +1,10 @@
 """Any world reads any world's checkpoint, bit for bit; what is not whole is refused by name."""
 
 import copy
+import errno
 import json
+import os
+import shutil
 import threading
 
 import pytest
@@ -16,6 +19,7 @@ from xc import saver as savers
 from xc.config import Config, UserError
 from xc.exchange import AllReduce
 from xc.heads import HEADS
+from xc.losses import Losses
 from xc.noise_scale import NoiseScale
 from xc.optim import RowSGD
 from xc.schedule import Position, Schedule
@@ -36,7 +40,7 @@ def state_of(world, seed, num_classes=C, head="full"):
     net = copy.deepcopy(NETS[seed])
     head = HEADS[head](num_classes, D, world, seed=seed, **HEAD_SETTINGS[head])
     state = checkpoint.State(net, torch.optim.SGD(net.parameters(), 0.1, 0.9), head, RowSGD(head, 0.9, 0.0),
-                             AllReduce(net, world), NoiseScale())
+                             AllReduce(net, world), NoiseScale(), Losses())
     for p in net.parameters():
         p.grad = torch.ones_like(p)
     state.body_optimizer.step()
@@ -51,9 +55,9 @@ def position(step):
     return Position(step, 7 * step, 7)
 
 
-def save(world, run, step=3, keep=2, top1=None, num_classes=C, head="full"):
+def save(world, run, step=3, keep=2, top1=None, num_classes=C, head="full", seed=1):
     saver = savers.Saver(run, world, IDENTITY, keep)
-    state = state_of(world, 1, num_classes, head)
+    state = state_of(world, seed, num_classes, head)
     state.head.refresh(0, due=True)
     saver.save(state, position(step), top1)
     saver.finish(last=True)
@@ -271,6 +275,99 @@ def test_damage_is_found_and_an_older_one_is_taken(damage, file, tmp_path, capsy
         run_ranks(2, lambda w: checkpoint.to_resume("auto", tmp_path, w))
 
 
+@pytest.mark.parametrize("damage", ["bit", "cut", "gone", "another's", "pipe", "pipe for meta"])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_checkpoint_by_name_is_looked_at_as_closely(ranks, damage, tmp_path):
+    for step in 1, 2:
+        run_ranks(3, lambda w, step=step: save(w, tmp_path, step, seed=step))
+    folder = tmp_path / "checkpoints" / "step-00000002"
+    assert run_ranks(ranks, lambda w: checkpoint.to_resume(folder, tmp_path, w)) == [folder] * ranks
+    path, words = folder / "rows-000000000004-000000000007.safetensors", "rows-000000000004.* is damaged"
+    data = bytearray(path.read_bytes())
+    match damage:
+        case "bit":
+            data[-3] ^= 64
+            path.write_bytes(data)
+        case "cut":
+            path.write_bytes(data[:-1])
+        case "another's":
+            shutil.copy(tmp_path / "checkpoints" / "step-00000001" / path.name, path)
+        case "pipe for meta":
+            (folder / "meta.json").unlink()
+            os.mkfifo(folder / "meta.json")
+            words = "not a checkpoint"
+        case _:
+            path.unlink()
+            if damage == "pipe":
+                os.mkfifo(path)
+    with pytest.raises(UserError, match=words):
+        run_ranks(ranks, lambda w: checkpoint.to_resume(folder, tmp_path, w))
+
+
+@pytest.mark.parametrize("hindrance", ["busy", "link", "none"])
+def test_an_old_checkpoint_that_cannot_be_deleted_costs_nothing(hindrance, tmp_path, capsys, monkeypatch):
+    def refuse(path, *rest, **options):
+        if ".removed-" in str(path):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return remove(path, *rest, **options)
+
+    remove = shutil.rmtree
+    folder = tmp_path / "checkpoints"
+    run_ranks(2, lambda w: save(w, tmp_path, 1))
+    if hindrance == "link":
+        (folder / "step-00000001").rename(tmp_path / "elsewhere")
+        (folder / "step-00000001").symlink_to(tmp_path / "elsewhere")
+    elif hindrance == "busy":
+        monkeypatch.setattr(savers.shutil, "rmtree", refuse)
+
+    def body(world):
+        saver, state = savers.Saver(tmp_path, world, IDENTITY, keep=1), state_of(world, seed=1)
+        for step in 2, 3, 4, 5, 5:
+            saver.save(state, position(step))
+        saver.finish(last=True)
+
+    run_ranks(2, body)
+    said = capsys.readouterr().err
+    assert said.count("an old checkpoint could not be deleted") == (5 if hindrance == "busy" else 0)
+    assert "could not be written" not in said
+    assert [f.name for f in checkpoint.folders(folder)] == ["step-00000005"]
+    checkpoint.check(folder / "step-00000005")
+    assert hindrance != "link" or (tmp_path / "elsewhere" / "meta.json").exists()
+    monkeypatch.undo()
+    run_ranks(2, lambda w: save(w, tmp_path, 6, keep=1))  # now it can be
+    assert os.listdir(folder) == ["step-00000006"]
+
+
+@pytest.mark.parametrize("readers", [1, 2, 3, 4])
+def test_buffers_that_differ_between_ranks_are_kept(readers, tmp_path):
+    """Each rank goes on with its own; another number of ranks with the mean."""
+    def of(world, step):
+        state = state_of(world, seed=1)
+        state.backbone.add_module("norm", torch.nn.BatchNorm1d(3))
+        state.backbone.norm.running_mean[:] = torch.tensor([1.0, 2.0, 5.0]) * (1 + world.rank) * step
+        state.backbone.norm.running_var[:] = 7 * step
+        return state
+
+    def write(world):
+        state = of(world, 1)
+        state.exchange.begin(None)  # a step
+        saver = savers.Saver(tmp_path, world, IDENTITY, 2)
+        saver.save(state, position(1))
+        saver.finish()
+
+    def read(world):
+        state = of(world, 0)
+        checkpoint.load(checkpoint.to_resume("auto", tmp_path, world), state, IDENTITY)
+        files = state.exchange.files()
+        assert bool(files) == (world.size == 3)  # they still differ, and are kept so
+        return state.backbone.norm.running_mean.clone(), state.backbone.norm.running_var.clone()
+
+    run_ranks(3, write)
+    for rank, (mean, var) in enumerate(run_ranks(readers, read)):
+        assert torch.equal(mean, torch.tensor([1.0, 2.0, 5.0]) * (1 + rank if readers == 3 else 2))
+        assert torch.equal(var, torch.full((3,), 7.0))
+
+
 def spoil(folder, what):
     meta = json.loads((folder / "meta.json").read_text())
     rows = folder / meta["rows"][0]
@@ -308,7 +405,7 @@ def spoil(folder, what):
 
 
 @pytest.mark.parametrize("what, text", [
-    ("no meta", "not a checkpoint"), ("meta is no json", "not a checkpoint"), ("version", "version 4"),
+    ("no meta", "not a checkpoint"), ("meta is no json", "not a checkpoint"), ("version", "version 5"),
     ("gap", "cover the class rows"), ("path", "cover the class rows"), ("position", "no position"),
     ("rows are no list", "cover the class rows"),
     ("no momentum", "optimizer.safetensors"), ("other momentum", "optimizer.safetensors"),

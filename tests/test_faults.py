@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.kills import kill_again_and_again
-from tests.launch import Launched, losses, run
+from tests.launch import Launched, accuracies, losses, run
 from tests.processes import of_run, wait_until
 from tests.test_mpi import SYNTH
 from tests.test_train import QUICK
@@ -225,6 +225,26 @@ def test_a_loss_that_is_no_number_goes_back_beyond_what_it_spoiled(tmp_path):
     faulty(2, "without", *base, "--out", tmp_path / "without")
     assert losses(out) == losses(tmp_path / "without")
     assert (out / "rollbacks.json").read_text() == "[21]"
+
+
+def test_a_launch_may_begin_with_a_batch_that_is_left_out(tmp_path):
+    """Killed behind a rollback and before a further step: the next launch evaluates before it has trained."""
+    base = [*SYNTH[1:], "--head", "knn", "--active-classes", 90, "--steps", 30, "--save-every", "20steps",
+            "--eval-every", "21steps", "--keep", 3, "--max-rollbacks", 1]
+    faulty(2, "nan", *base, "--out", tmp_path / "run")
+    whole = accuracies(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000030")
+    faulty(2, "none", *base, "--out", tmp_path / "run", "--resume", "auto")
+    assert [step for step, *_ in whole] == [21, 30] and accuracies(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, "5", '["a"]', "{", ""])
+def test_a_list_of_rollbacks_that_is_none_is_one_line(text, tmp_path):
+    base = [sys.executable, *SYNTH, "--out", tmp_path / "run", "--resume", "auto"]
+    run(*base, "--steps", 1)
+    (tmp_path / "run" / "rollbacks.json").write_text(text)
+    (line,) = errors(run(*base, "--steps", 2, expect=2))
+    assert "rollbacks.json is no list of steps: delete it" in line
 
 
 def test_two_launches_do_not_share_a_run_folder(tmp_path):

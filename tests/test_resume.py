@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.launch import losses, mpirun, run
+from tests.launch import accuracies, last_json, losses, mpirun, run
 
 pytestmark = pytest.mark.mpi
 
@@ -62,6 +62,38 @@ def test_stopped_and_resumed_is_uninterrupted(ranks, stop, flags, tmp_path):
         batches = {line["step"]: line["global_batch"] for line in lines if "loss" in line}
         assert batches[1] < batches[stop] < max(batches.values())
         assert sum(batches.values()) == ended["examples"] and all(n % batches[1] == 0 for n in batches.values())
+
+
+@pytest.mark.parametrize("stop", [11, 16, 18])
+def test_logs_and_statistics_of_norms_are_those_of_an_unbroken_run(stop, tmp_path):
+    """Means over eight steps, whenever the run is told to stop: between them, with one, with an evaluation. A ResNet's
+    running statistics are each rank's own until they are averaged for one of these."""
+    base = [*RUN, "--backbone", "resnet18", "--steps", 26, "--log-steps", 8, "--eval-every", "9steps", "--lr", 0.001]
+    whole, cut = ([*base, "--out", tmp_path / name] for name in ("whole", "cut"))
+    mpirun(2, "train.py", *whole)
+    mpirun(2, "-m", "tests.mpi_stopped", stop - 1, *cut, expect=75)
+    mpirun(2, "train.py", *cut, "--resume", "auto")
+    assert sorted(losses(tmp_path / "whole")) == [8, 16, 24, 26]
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert [step for step, *_ in accuracies(tmp_path / "whole")] == [9, 18, 26]
+    assert accuracies(tmp_path / "cut") == accuracies(tmp_path / "whole")
+    assert last_files(tmp_path / "cut") == last_files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("at", ["12steps", "24steps"])
+def test_an_evaluation_that_is_interrupted_is_made_up_for(at, tmp_path):
+    """In the midst of the run, and that of its end."""
+    base = [*RUN, "--data", "synth:classes=60,dim=16,test=1000", "--steps", 24, "--eval-every", "12steps"]
+    whole, cut = ([*base, "--out", tmp_path / name] for name in ("whole", "cut"))
+    mpirun(2, "train.py", *whole)
+    calls = 14 if at == "12steps" else 100  # each batch of an evaluation asks, too
+    mpirun(2, "-m", "tests.mpi_stopped", calls, *cut, expect=75)
+    found = sorted((tmp_path / "cut" / "checkpoints").iterdir())[-1].name
+    assert found == f"step-{int(at[:2]):08d}" and len(accuracies(tmp_path / "cut")) == (0 if at == "12steps" else 1)
+    result = mpirun(2, "train.py", *cut, "--resume", "auto")
+    assert accuracies(tmp_path / "cut") == accuracies(tmp_path / "whole") and len(accuracies(tmp_path / "cut")) == 2
+    assert last_json(result)["top1"] == accuracies(tmp_path / "whole")[-1][1]
+    assert last_files(tmp_path / "cut") == last_files(tmp_path / "whole")
 
 
 def test_a_resharded_checkpoint_is_gone_on_from_bit_for_bit(tmp_path):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 XC = Path(__file__).parent.parent / "xc"
 FLOORS = [
-    {"disk", "keyed", "loss_scale", "margin", "message", "noise_scale", "schedule", "shard", "stop", "tensor_file",
-     "topk", "watchdog"},
+    {"disk", "keyed", "loss_scale", "losses", "margin", "message", "noise_scale", "schedule", "shard", "stop",
+     "tensor_file", "topk", "watchdog"},
     {"order", "pack", "schedule_plot", "traffic"},
     {"config"},
     {"world", "run_folder", "synth", "knn_graph"},

@@ -6,6 +6,7 @@
         backbone.safetensors                         parameters and buffers
         optimizer.safetensors                        the backbone's momentum, by parameter name
         residuals-….safetensors                      what every rank has yet to deliver, if anything: the exchange's own
+        buffers-….safetensors                        the backbone's buffers of every rank, where they differ: likewise
         meta.json                                    format, position, classes, width, the files of class rows
 
 All files are written into a hidden folder, meta.json last, with the length and checksum of every other; then the
@@ -15,6 +16,7 @@ seed and of the step.
 """
 
 import json
+import math
 import re
 import sys
 import zlib
@@ -29,11 +31,12 @@ from xc import watchdog
 from xc.config import UserError
 from xc.exchange import AllReduce
 from xc.heads import Head
+from xc.losses import Losses
 from xc.noise_scale import NoiseScale
 from xc.optim import RowSGD
 from xc.schedule import Position
 
-_FORMAT, _VERSION = "xc-checkpoint", 4
+_FORMAT, _VERSION = "xc-checkpoint", 5
 _MOST_META = 2**26  # characters of a meta.json, of which a file takes a hundred: it may come from anywhere
 _FOLDER = re.compile(r"step-(\d{8,})")
 _FILE = re.compile(r"[a-z]+(-\d+)*\.safetensors")
@@ -50,6 +53,7 @@ class State:
     head_optimizer: RowSGD
     exchange: AllReduce
     noise: NoiseScale
+    losses: Losses
 
 
 def files_of(state, world):
@@ -74,10 +78,15 @@ def rows_among(names):
 
 
 def to_resume(resume, run, world):
-    """Folder of the checkpoint that --resume means, None to begin anew; with auto the newest whole one. Collective."""
+    """Folder of the checkpoint that --resume means, every byte of which is as it was written; None to begin anew. With
+    auto it is the newest whole one. UserError where a file is damaged. Collective."""
     if resume == "auto":
         return newest_whole(run, world)
-    return Path(resume) if resume else None
+    if not resume:
+        return None
+    with world.agreed():
+        check(Path(resume), world.rank, world.size)
+    return Path(resume)
 
 
 def newest_whole(run, world, most_steps=10**18):
@@ -191,6 +200,8 @@ def read_meta(folder):
     """What meta.json of a checkpoint says; ValueError if it cannot be. `files`: {name: {bytes, crc32}}."""
     folder = Path(folder)
     try:
+        if not (folder / "meta.json").is_file():  # opening a pipe would wait for its writer
+            raise ValueError("it has no file meta.json")
         with open(folder / "meta.json", encoding="utf-8") as file:
             text = file.read(_MOST_META + 1)
         if len(text) > _MOST_META:
@@ -241,7 +252,8 @@ def _fitting(folder, expected, state):
     numbers = [meta.get(name) for name in _numbers(state)]
     for found, known in zip(numbers, _numbers(state).values(), strict=True):
         if not isinstance(found, dict) or _types(found) != _types(known):
-            raise ValueError(f"checkpoint {folder} lacks the state of noise and loss scale: take another checkpoint")
+            raise ValueError(f"checkpoint {folder} lacks the state of noise, loss scale and losses: take another "
+                             "checkpoint")
     return position, ranges, numbers
 
 
@@ -250,12 +262,12 @@ def _types(values):
 
 
 def _number_owners(state):
-    return state.noise, state.exchange.loss_scale
+    return state.noise, state.exchange.loss_scale, state.losses
 
 
 def _numbers(state):
     """What is kept in meta.json of the state, by name."""
-    return dict(zip(("noise_scale", "loss_scale"), map(asdict, _number_owners(state)), strict=True))
+    return dict(zip(("noise_scale", "loss_scale", "losses"), map(asdict, _number_owners(state)), strict=True))
 
 
 def _shape(head):
@@ -323,4 +335,4 @@ def top1_of(folder):
         top1 = read_meta(folder).get("top1")
     except ValueError:
         return None
-    return top1 if isinstance(top1, float) else None
+    return top1 if isinstance(top1, float) and math.isfinite(top1) else None

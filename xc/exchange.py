@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from xc.config import Config, UserError
 from xc.loss_scale import LossScale
@@ -61,6 +62,7 @@ class AllReduce:
         """bits: of every number on the way, 16 are float16's. loss_scale: what backward passes begin with."""
         self.world, self.bits, self.loss_scale = world, bits, loss_scale or LossScale()
         self.watched, self._sketches = None, {}
+        self._buffers_differ = False  # between ranks
         self._backbone, self._buckets = backbone, []
         self._make_buckets([p for p in reversed(list(backbone.parameters())) if p.requires_grad], bucket_mb * 2**20)
 
@@ -76,6 +78,7 @@ class AllReduce:
 
     def begin(self, now):
         """The next backward pass is the last of the step `now` of the schedule: what it completes can leave."""
+        self._buffers_differ = True
         for bucket in self._buckets:
             bucket.begin(now)
 
@@ -125,9 +128,12 @@ class AllReduce:
 
     def average_buffers(self):
         """Make the buffers (batch-norm statistics, which every rank takes of its own examples) the same. Collective."""
-        for buffer in self._backbone.buffers():
-            if buffer.is_floating_point():
-                self.world.everyone.all_reduce(buffer).div_(self.world.size)
+        for buffer in self._own_buffers().values():
+            self.world.everyone.all_reduce(buffer).div_(self.world.size)
+        self._buffers_differ = False
+
+    def _own_buffers(self):
+        return {name: buffer for name, buffer in self._backbone.named_buffers() if buffer.is_floating_point()}
 
     def zero_grad(self):
         self._sketches = {}
@@ -135,13 +141,28 @@ class AllReduce:
             bucket.flat.zero_()
 
     def files(self):
-        """{file name: {name: tensor}} of what this rank has yet to deliver, for a checkpoint."""
-        return {}
+        """{file name: {name: tensor}} of what this rank has for itself, for a checkpoint: what it has yet to deliver,
+        and its buffers since they were averaged."""
+        buffers = self._own_buffers()
+        if not buffers or not self._buffers_differ or self.world.size == 1:
+            return {}
+        return {f"buffers-{self.world.rank:06d}.safetensors": buffers}
 
     def load(self, folder):
         """Read what `files` had, on any number of ranks. Not collective; ValueError if it is another exchange's."""
         if _residuals(folder):
             raise ValueError("it holds gradients yet to be sent: go on with the --exchange that it was made with")
+        self._load_buffers(folder)
+
+    def _load_buffers(self, folder):
+        """This rank's own, or of another number of ranks their mean, where they differed."""
+        paths = sorted(Path(folder).glob("buffers-*.safetensors"))
+        self._buffers_differ = len(paths) == self.world.size
+        if self._buffers_differ:
+            paths = paths[self.world.rank : self.world.rank + 1]
+        of_ranks = [load_file(path) for path in paths]
+        for name, buffer in self._own_buffers().items() if of_ranks else ():
+            buffer.copy_(sum(of_rank[name] for of_rank in of_ranks) / len(of_ranks))
 
 
 class Dgc(AllReduce):
@@ -227,7 +248,7 @@ class Dgc(AllReduce):
     def files(self):
         tables = {f"{name}.{bucket.first + bucket.part.first}": rows
                   for bucket in self._sparse for name, rows in bucket.kept.items()}
-        return {f"residuals-{self.outer.rank:06d}-{self.inner.rank:06d}.safetensors": tables}
+        return super().files() | {f"residuals-{self.outer.rank:06d}-{self.inner.rank:06d}.safetensors": tables}
 
     def load(self, folder):
         """What rank r of W' kept goes to rank r mod W: residuals are summed, none is lost."""
@@ -240,6 +261,7 @@ class Dgc(AllReduce):
             if int(path.stem.split("-")[1]) % self.outer.size == self.outer.rank:
                 with safe_open(path, "pt") as file:
                     self._add_kept(file)
+        self._load_buffers(folder)
 
     def _add_kept(self, file):
         for key in file.keys():

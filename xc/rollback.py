@@ -1,11 +1,8 @@
-"""A loss that is not finite: found without a wait in every step; the run stops, or goes back to its last checkpoint
-and leaves the batch out."""
+"""A loss that is not finite: the run stops, or goes back to its last checkpoint and leaves the batch out."""
 
 import json
 import sys
 from pathlib import Path
-
-import torch
 
 from xc import checkpoint
 from xc.config import UserError
@@ -14,38 +11,6 @@ from xc.run_folder import replace_text
 
 class NotFinite(UserError):
     """All ranks raise it alike: to do the same once more would end the same."""
-
-
-class Losses:
-    """Losses of the steps since the last `take`, on the device.
-
-    bad_step, bad_loss   of the first step, counted from 0, whose loss is not finite, as of the last `look`; or None
-    """
-
-    def __init__(self, device):
-        self._sum, self._count = torch.zeros((), device=device), 0
-        self._bad_step = torch.full((), -1, device=device)
-        self._bad_loss = torch.zeros((), device=device)
-        self.bad_step = self.bad_loss = None
-
-    def add(self, loss, step):
-        """loss: (), the same on every rank, of the step of that number."""
-        self._sum += loss
-        self._count += 1
-        bad = (self._bad_step < 0) & ~loss.isfinite()
-        self._bad_step = torch.where(bad, step, self._bad_step)
-        self._bad_loss = torch.where(bad, loss, self._bad_loss)
-
-    def look(self):
-        """Waits for the steps so far."""
-        if self._bad_step.item() >= 0:
-            self.bad_step, self.bad_loss = self._bad_step.item(), self._bad_loss.item()
-
-    def take(self):
-        """The mean loss; None where there was no step."""
-        mean = self._sum.item() / self._count if self._count else None
-        self._sum, self._count = torch.zeros_like(self._sum), 0
-        return mean
 
 
 class Rollbacks:
@@ -59,9 +24,7 @@ class Rollbacks:
         self._most, self._run, self._world = most, run, world
         self._path = Path(run) / "rollbacks.json"
         with world.agreed():
-            steps = json.loads(self._path.read_text()) if world.rank == 0 and self._path.exists() else []
-            if not (isinstance(steps, list) and all(type(step) is int for step in steps)):
-                raise ValueError(f"{self._path} is no list of steps: delete it")
+            steps = _steps_in(self._path) if world.rank == 0 and self._path.exists() else []
         self._bad_steps = world.everyone.all_gather_object(steps)[0]
 
     @property
@@ -90,3 +53,14 @@ class Rollbacks:
             print(f"warning: {what}: going back to {folder}, to leave out that batch and the one before; "
                   f"--max-rollbacks allows {self._most - len(self._bad_steps)} more", file=sys.stderr, flush=True)
         return folder
+
+
+def _steps_in(path):
+    """The list of steps in a file; ValueError where there is none."""
+    try:
+        steps = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        steps = None
+    if not (isinstance(steps, list) and all(type(step) is int for step in steps)):
+        raise ValueError(f"{path} is no list of steps: delete it")
+    return steps

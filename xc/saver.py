@@ -1,6 +1,7 @@
 """Writes checkpoints behind the steps and deletes those that are not to be kept; checkpoint.py says what is in them."""
 
 import os
+import secrets
 import shutil
 import sys
 import threading
@@ -88,7 +89,7 @@ class Saver:
         try:
             with _agreed(group):
                 if rank == 0:
-                    for left in self._folder.glob(".step-*"):  # by a run that was killed
+                    for left in self._folder.glob(".step-*.partial"):  # by a run that was killed
                         shutil.rmtree(left, ignore_errors=True)
                     partial.mkdir(parents=True)
             written = {}
@@ -107,11 +108,12 @@ class Saver:
                         self._moves_on()
                         sync(path)
                     self._moves_on()
-                    if folder.exists():  # an earlier launch's, which was then resumed from an older one
-                        _remove(folder)
+                    if folder.exists():  # an earlier launch's, or one without the evaluation that this one has
+                        folder.rename(_hidden(folder))
                     partial.rename(folder)
                     sync(self._folder)
-                    self._prune(folder)
+            if rank == 0:  # on its own: what cannot be deleted takes nothing from what was saved
+                self._prune(folder)
         except Exception as error:
             self._error = error
             if rank == 0:
@@ -125,9 +127,15 @@ class Saver:
         folders = checkpoint.folders(self._folder)
         earlier = folders[: folders.index(newest) + 1]
         kept = {*earlier[-self._keep :], checkpoint.best_of(earlier)}
-        for folder in folders:
-            if folder not in kept:
-                _remove(folder)
+        try:
+            for folder in folders:
+                if folder not in kept:
+                    folder.rename(_hidden(folder))  # a folder that bears its name is whole, also where this is killed
+            for hidden in self._folder.glob(".step-*.removed-*"):
+                hidden.unlink() if hidden.is_symlink() else shutil.rmtree(hidden)
+        except OSError as error:
+            print(f"warning: an old checkpoint could not be deleted ({error}); the new one is whole, training goes on",
+                  file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -141,11 +149,9 @@ def _agreed(group):
             raise OSError(" ".join(str(error).split()) or repr(error)) from error
 
 
-def _remove(folder):
-    """A folder that bears its name is whole, also where this is killed."""
-    hidden = folder.with_name(f".{folder.name}.removed")
-    folder.rename(hidden)
-    shutil.rmtree(hidden)
+def _hidden(folder):
+    """A name for what is to be removed, of its own: what was to be removed before may still be there."""
+    return folder.with_name(f".{folder.name}.removed-{secrets.token_hex(4)}")
 
 
 def _copied(tensor, last):
