@@ -31,7 +31,6 @@ import time
 
 import numpy as np
 
-from data_tools.checking import CHUNK_RECORDS
 from data_tools.class_list import intervals_of
 from data_tools.command import Parser, between, check_paths, new_folder, printing, stop_on_signals
 from data_tools.progress import Progress
@@ -139,16 +138,16 @@ class TarShards:
 
     def add(self, split, number, image, label, pack):
         digits, name = str(label), pack.class_name(label)
-        record = _member(f"{number:09}.{suffix_of(image)}", image) + _member(f"{number:09}.cls", digits.encode())
+        record = *_member(f"{number:09}.{suffix_of(image)}", image), *_member(f"{number:09}.cls", digits.encode())
         if name != digits:
             facts = json.dumps({"label": int(label), "class_name": name}).encode()
-            record += _member(f"{number:09}.json", facts)
-        if self.file and self.file.tell() + len(record) + TAR_END > self.shard_bytes:
+            record += *_member(f"{number:09}.json", facts),
+        if self.file and self.file.tell() + sum(map(len, record)) + TAR_END > self.shard_bytes:
             self._end_shard()
         if not self.file:
             path = f"{split if self.is_split else 'images'}-{self.number:06}.tar"
             self.file = open(os.path.join(self.out, path), "xb")
-        self.file.write(record)
+        self.file.writelines(record)
 
     def end_split(self):
         if self.file:
@@ -168,16 +167,15 @@ class TarShards:
 
 
 def _member(name, data):
-    """A file as a tar holds it; written without tarfile.TarFile, which remembers all of them."""
+    """A file as a tar holds it, in pieces; written without tarfile.TarFile, which remembers all of them."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
-    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+    return info.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % tarfile.BLOCKSIZE)
 
 
 def chosen(pack, classes):
     """Yields record numbers (n,), those of classes (a bool of each; None: all), in their order, a few at a time."""
-    for start in range(0, len(pack), CHUNK_RECORDS):
-        stop = min(start + CHUNK_RECORDS, len(pack))
+    for start, stop in pack.ranges():
         records = np.arange(start, stop)
         yield records if classes is None else records[classes[pack.labels(start, stop)]]
 

@@ -24,6 +24,7 @@ SPLITS = ("", *layout.SPLITS)  # "" of sources without splits
 CLASS_SPLITS = {"", "train"}  # those whose names are the classes
 ROWS = 2**16  # looked at at once
 MAX_NAME_BYTES = 4096  # of a class
+LARGE_BYTES, LARGE_SHARE = 2**16, 2**10  # large images have more bytes than the one, and than this part of the memory
 
 
 class Fate(IntEnum):
@@ -56,15 +57,27 @@ class Entry(NamedTuple):
     name: int  # name_hash of its class
 
 
-# Split, place in the order, number, hash of the class, root, length of the path, weight, whether bytes follow it.
-HEAD = struct.Struct(">B8sQQHIf?")
+class Home(IntEnum):
+    """Where the bytes of an image are."""
+
+    PATH = 0  # in a file of its own
+    RECORD = 1  # behind its path here
+    LARGE = 2  # in the file of the large ones, at the STRETCH behind its path here
+
+
+# Split, place in the order, number, hash of the class, root, length of the path, weight, Home of its bytes.
+HEAD = struct.Struct(">B8sQQHIfB")
+STRETCH = struct.Struct(">QI")  # where it begins, how many bytes it has
+LARGE_FILE = "large-images"  # in the order in which they were listed
 
 
 class Listing:
     """All records of the sources, sorted by a hash of their number and the seed, and the class names they carry.
 
     The order depends neither on the memory that sorting takes nor on the number of parts, which are stretches of it
-    in every split. The records go to files in `folder`, the rest does where memory does not hold it.
+    in every split. The records go to files in `folder`, the rest does where memory does not hold it. A merge holds a
+    record of each run, hundreds perhaps: large images are not sorted, but written to one file as they come, and read
+    from there when they are packed. Small ones are sorted with their records and read one behind the other.
     """
 
     ROW = np.dtype([("split", "u1"), ("name", "<u8")])  # of each record, in the order of their numbers
@@ -86,6 +99,8 @@ class Listing:
         self._names, self._numbers = {}, True  # by split; whether all names are numbers
         self._of_split, self._weighted = Counter(), Counter()
         self._rows = open(os.path.join(folder, "rows"), "wb", buffering=2**20)
+        self._large = open(os.path.join(folder, LARGE_FILE), "wb")
+        self._most_sorted = max(LARGE_BYTES, memory_bytes // LARGE_SHARE)
         self.has_gaps = False  # between the numbers; known when class_names has ended
 
     def __len__(self):
@@ -140,9 +155,13 @@ class Listing:
         path = os.fsencode(path)
         if may_repeat and data is None:
             self._paths.add(b"\0".join((path, b"%d" % root, name)))
-        head = HEAD.pack(SPLITS.index(split), place, self._total, number, root, len(path), weight, data is not None)
+        home, rest = (Home.PATH, b"") if data is None else (Home.RECORD, data)
+        if len(rest) > self._most_sorted:
+            home, rest = Home.LARGE, STRETCH.pack(self._large.tell(), len(data))
+            self._large.write(data)
+        head = HEAD.pack(SPLITS.index(split), place, self._total, number, root, len(path), weight, home)
         part = int.from_bytes(place, "big") * len(self._records) >> 64
-        self._records[part].add(b"".join((head, path, data or b"")))
+        self._records[part].add(b"".join((head, path, rest)))
         self._num_records[part] += 1
         self._total += 1
         return Entry(self._total - 1, split, number)
@@ -224,6 +243,7 @@ class Listing:
         facts = {"splits": self.splits, "num_records": self._num_records, "has_weights": has_weights,
                  "table": os.path.basename(table.folder), "left_out": left_out, "skipped": skipped.as_json(), "runs": [
                      [os.path.relpath(path, self._folder) for path in records.runs()] for records in self._records]}
+        self._large.close()
         for entry in os.scandir(self._folder):
             if entry.name == "rows":
                 os.unlink(entry)
@@ -268,32 +288,50 @@ class FinishedListing:
     def chunks(self, part, memory_bytes, most_records, most_bytes, start=b""):
         """Yields the records of a part that are kept and of a class, in lists of one split and up to so many records.
 
-        A list ends with the record that reaches most_bytes. start is the key of the first.
+        A list ends before the record that would exceed most_bytes. start is the key of the first.
         """
         records = merged([os.path.join(self._folder, path) for path in self._runs[part]], memory_bytes, start)
-        for _, items in itertools.groupby(records, key=lambda item: item[0]):
-            chunk, num_bytes = [], 0
-            for item in items:
-                chunk.append(item)
-                num_bytes += len(item)
-                if len(chunk) >= most_records or num_bytes >= most_bytes:
-                    yield from self._decoded(chunk)
-                    chunk, num_bytes = [], 0
-            yield from self._decoded(chunk)
+        with open(os.path.join(self._folder, LARGE_FILE), "rb", buffering=0) as large:
+            for _, items in itertools.groupby(records, key=lambda item: item[0]):
+                chunk, num_bytes = [], 0
+                for item in items:
+                    item_bytes = _num_bytes(item)
+                    if len(chunk) == most_records or chunk and num_bytes + item_bytes > most_bytes:
+                        yield from self._decoded(chunk, large)
+                        chunk, num_bytes = [], 0
+                    chunk.append(item)
+                    num_bytes += item_bytes
+                yield from self._decoded(chunk, large)
 
-    def _decoded(self, items):
+    def _decoded(self, items, large):
         """Yields the list of Records that are packed, or nothing."""
         heads = [HEAD.unpack_from(item) for item in items]
         labels = self.table.labels(np.array([name for _, _, _, name, *_ in heads], np.uint64))
         is_kept = (labels >= 0) & (self._fates[[number for _, _, number, *_ in heads]] == Fate.KEPT)
         records = []
         for place in np.flatnonzero(is_kept):
-            split, _, _, _, root, length, weight, has_data = heads[place]
+            split, _, _, _, root, length, weight, home = heads[place]
             item, end = items[place], HEAD.size + length
-            path, data = os.fsdecode(item[HEAD.size : end]), item[end:] if has_data else None
+            path, data = os.fsdecode(item[HEAD.size : end]), None if home == Home.PATH else item[end:]
+            if home == Home.LARGE:
+                data = _stretch(large, *STRETCH.unpack(data))
             records.append(Record(SPLITS[split], path, root, int(labels[place]), data, weight, item[:end]))
         if records:
             yield records
+
+
+def _num_bytes(item):
+    """What a record takes when it is read, with its image if that is in the list."""
+    is_large = item[HEAD.size - 1] == Home.LARGE
+    return STRETCH.unpack(item[-STRETCH.size :])[1] if is_large else len(item)
+
+
+def _stretch(file, offset, num_bytes):
+    """Bytes of a file; PackError where it does not have all of them."""
+    data = os.pread(file.fileno(), num_bytes, offset)
+    if len(data) != num_bytes:
+        raise PackError(f"{file.name}: ends at byte {offset + len(data)}, inside of an image; give --restart")
+    return data
 
 
 def zeros_file(path, length, dtype=np.int64):

@@ -22,8 +22,8 @@ which no reader accepts. Whatever ends a pack before, the same command goes on w
 that is whole, or with the list of images if that was not. Several processes, on any nodes that share the folder, make
 one pack by --part; the order of its records is that of one process.
 The same SRC, seed and number of parts give the same bytes whatever the number of workers, the memory and interruptions.
-While it runs, memory holds what --memory-mb allows, one shard, and some megabytes and one decoded image per worker; the
-list is files in that folder, as large as the images that did not come in files of their own.
+While it runs, memory holds what --memory-mb allows, one shard, and some megabytes or images and one decoded image per
+worker; the list is files in that folder, as large as the images that did not come in files of their own.
 """
 
 import argparse
@@ -159,7 +159,7 @@ def describe(src, classes, root, parts, of_bytes):
     return {"SRC": [os.path.abspath(path) for path in src], "state of SRC": [fingerprint(path) for path in src],
             "--classes": classes and [os.path.abspath(classes), fingerprint(classes)],
             "--root": root and os.path.abspath(root), "parts": parts,
-            "versions": {"pack": layout.VERSION, "parts": 1, "Pillow": PIL.__version__}, **flags}
+            "versions": {"pack": layout.VERSION, "parts": 2, "Pillow": PIL.__version__}, **flags}
 
 
 def list_sources(folder, src, sources, classes, named, seed, parts, memory_bytes, workers, max_skipped, split, split_by,

@@ -141,10 +141,10 @@ def sheet(pack):
     """A PNG, as bytes, of random records and their classes' names."""
     records = sample(pack, pack_pictures.SIDE**2)
     pictures, names = [], []
-    for record, label in zip(records, pack.read(records)[1], strict=True):
+    for record in records:
         with suppress(UndecodableError):
             pictures.append(open_record(pack, record, pack_pictures.square))
-            names.append(pack.class_name(label))
+            names.append(pack.class_name(*pack.labels(record, record + 1)))
     if not pictures:
         raise PackError(f"{pack.path}: none of {len(records)} random images decodes, so there is no contact sheet")
     return pack_pictures.contact_sheet(pictures, names)

@@ -39,7 +39,6 @@ SPLIT_OF = {**{name: name for name in layout.SPLITS}, "validation": "val", "vali
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\3\4")  # gzip, bzip2, xz, zstd, zip
 EXACT = 2**24  # float32, in which RecordIO has its labels, tells all whole numbers below apart
 ROWS = 1024  # of columns of a Parquet file whose values are kept once each
-RECORDS = 256  # of a pack
 MAX_WEIGHT = float(np.finfo(np.float32).max)
 
 
@@ -520,10 +519,10 @@ def pack_source(path, skipped):
     """Records of a pack, or of a folder of packs."""
     for split, pack in open_splits(path).items():
         split = "" if os.path.exists(os.path.join(path, layout.INDEX_FILE)) else split
-        for start in range(0, len(pack), RECORDS):
-            numbers = np.arange(start, min(start + RECORDS, len(pack)))
+        for start, stop in pack.ranges():
+            numbers = np.arange(start, stop)
             images, labels = pack.read(numbers)
-            weights = pack.weights(start, numbers[-1] + 1)[:, None].tolist() if pack.has_weights else [()] * len(images)
+            weights = pack.weights(start, stop)[:, None].tolist() if pack.has_weights else [()] * len(images)
             for number, image, label, weight in zip(numbers, images, labels, weights, strict=True):
                 yield split, f"{pack.path}: record {number}", pack.class_name(label), image, *weight
 

@@ -21,7 +21,6 @@ import zlib
 
 import numpy as np
 
-from data_tools.checking import CHUNK_RECORDS
 from data_tools.class_table import ClassTable, names_of
 from data_tools.command import Parser, between, check_paths, new_folder, printing, stop_on_signals
 from data_tools.pack_writer import PackWriter
@@ -103,10 +102,9 @@ def split(src, out, *, test, val, by, seed, shard_mb):
                                     pack.has_weights) for name in SPLITS if name == "train" or name in left}
         unread = counts.copy()
         with Progress("splitting", len(pack)) as progress:
-            for start in range(0, len(pack), CHUNK_RECORDS):
-                end = min(start + CHUNK_RECORDS, len(pack))
-                images, labels = pack.read(np.arange(start, end))
-                weights = pack.weights(start, end) if pack.has_weights else itertools.repeat(math.nan, end - start)
+            for start, stop in pack.ranges():
+                images, labels = pack.read(np.arange(start, stop))
+                weights = pack.weights(start, stop) if pack.has_weights else itertools.repeat(math.nan, stop - start)
                 chances = random.random(len(images))
                 for image, label, weight, chance in zip(images, labels, weights, chances, strict=True):
                     name = drawn(left, label, chance * unread[label])

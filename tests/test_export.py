@@ -14,11 +14,13 @@ import zlib
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
+import h5py
 import numpy as np
 import pytest
 
 import data_tools.export
 import data_tools.pack
+import xc.pack
 from data_tools.class_table import ClassTable
 from data_tools.export import MAX_FOLDERS, MAX_NAME, folder_of
 from data_tools.pack_writer import PackWriter
@@ -332,3 +334,35 @@ def test_memory_does_not_grow_with_the_records(tmp_path, to):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[2] < peaks[1] + 2500 * 20
+
+
+# Packs are walked a few records at a time.
+
+
+@pytest.mark.parametrize("most_records, most_bytes", [(256, 2**23), (256, 50), (5, 50), (5, 2**23), (1, 1), (256, 1)])
+def test_ranges_are_all_records_and_as_many_as_fit(tmp_path, monkeypatch, most_records, most_bytes):
+    chance = np.random.default_rng(most_bytes)
+    sizes = np.where(chance.random(300) < 0.1, 80, chance.integers(0, 30, 300))  # some are empty, some do not fit
+    write_pack(tmp_path / "pack", ["a"], [(bytes(size), 0) for size in sizes.tolist()], 2500)
+    monkeypatch.setattr(xc.pack, "RUN_RECORDS", most_records)
+    monkeypatch.setattr(xc.pack, "RANGE_BYTES", most_bytes)
+    pack = Pack(tmp_path / "pack")
+    found = list(pack.ranges())
+    assert [number for start, stop in found for number in range(start, stop)] == list(range(300))
+    begins = np.cumsum([0, *h5py.File(tmp_path / "pack" / "index.h5")["shard_records"][:-1]])
+    for start, stop in found:
+        assert 0 < stop - start <= most_records and (stop - start == 1 or sizes[start:stop].sum() <= most_bytes)
+        at_edge = stop == 300 or stop in begins or (stop - begins[begins <= start][-1]) % most_records == 0
+        assert at_edge or sizes[start : stop + 1].sum() > most_bytes
+    assert pack.verify() == 300
+
+
+def test_verifying_holds_some_records_however_large_they_are(tmp_path, monkeypatch):
+    write_pack(tmp_path / "pack", ["a"], [(bytes(20_000), 0)] * 250, 10**7)
+    monkeypatch.setattr(xc.pack, "RANGE_BYTES", 50_000)
+    tracemalloc.start()
+    try:
+        assert Pack(tmp_path / "pack").verify() == 250
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()

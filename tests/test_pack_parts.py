@@ -16,21 +16,25 @@ import numpy as np
 import pytest
 
 import data_tools.claim
+import data_tools.listing
 import data_tools.pack
 import data_tools.progress
 from data_tools.external_sort import Sorter, merged
+from data_tools.pack_writer import ShardWriter
 from tests.processes import wait_until
 from tests.test_faults import small_disk
 from tests.test_pack import ROOT, fails, file_hashes, picture, run
 from tests.test_sources import write_tar
 from xc.pack import PackError, open_splits
 
-KINDS = ["folder", "webdataset"]  # images named by paths, and images that come as bytes
+KINDS = ["folder", "webdataset", "large"]  # images named by paths, those that come as bytes, and some of those large
+LARGE_BYTES = 165  # two of five images have more
 
 
 def write_source(kind, folder):
-    """Two splits and three classes; 3 of 96 images are bad."""
-    files = {f"{split}/c{i % 3}/{i}.png": b"bad" if i % 40 == 7 else picture(i + 1000 * len(split))
+    """Two splits and three classes, images of 125 to 201 bytes; 3 of 96 are bad."""
+    files = {f"{split}/c{i % 3}/{i}.png":
+             b"bad" if i % 40 == 7 else picture(i + 1000 * len(split), size=(6, 3 + i % 5))
              for split, count in (("train", 71), ("test", 25)) for i in range(count)}
     if kind == "folder":
         for name, data in files.items():
@@ -53,6 +57,7 @@ def start(*args, seconds=0.0, patience=90):
     """A real process of a pack, whose fsync takes so many seconds."""
     code = (f"import os, runpy, signal, time, data_tools.claim; os.fsync = lambda fd: time.sleep({seconds}); "
             f"data_tools.claim.LIFE_SECONDS = 0.1; data_tools.claim.PATIENCE_SECONDS = {patience}; "
+            f"import data_tools.listing; data_tools.listing.LARGE_BYTES = {data_tools.listing.LARGE_BYTES}; "
             "runpy.run_module('data_tools.pack', run_name='__main__', alter_sys=True)")
     return subprocess.Popen([sys.executable, "-c", code, *map(str, (*args, *FLAGS))], cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -78,9 +83,12 @@ def source(request, tmp_path_factory):
     """(a source, the pack that one process makes of it without interruption)."""
     folder = tmp_path_factory.mktemp("source")
     write_source(request.param, folder / "src")
-    run(folder / "src", folder / "pack", *FLAGS)
-    assert [len(images) for images in records(folder / "pack").values()] == [69, 24]
-    return folder / "src", folder / "pack"
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "large":
+            patch.setattr(data_tools.listing, "LARGE_BYTES", LARGE_BYTES)
+        run(folder / "src", folder / "pack", *FLAGS)
+        assert [len(images) for images in records(folder / "pack").values()] == [69, 24]
+        yield folder / "src", folder / "pack"
 
 
 def kept(out):
@@ -146,6 +154,50 @@ def test_an_interrupted_pack_goes_on(source, tmp_path, number):
     assert file_hashes(tmp_path / "pack") == file_hashes(whole)
     moved = {path.stat().st_mtime_ns for path in (tmp_path / "pack").glob("*/shard-*.h5")}
     assert sum(time in moved for time in before.values()) >= len(before) - 1 > 3  # they were not written anew
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_pack_does_not_show_which_images_were_large(tmp_path, monkeypatch, parts):
+    """Nor where it was interrupted."""
+    src, write, packs = write_source("webdataset", tmp_path / "src"), ShardWriter.write, []
+
+    def pack(out):
+        for i in range(parts):
+            run(src, out, *FLAGS, "--part", f"{i}/{parts}")
+        packs.append(file_hashes(out))
+
+    for most in 2**16, LARGE_BYTES, 0:
+        monkeypatch.setattr(data_tools.listing, "LARGE_BYTES", most)
+        pack(tmp_path / f"{most}")
+    monkeypatch.setattr(data_tools.listing, "LARGE_BYTES", LARGE_BYTES)
+    for stop in 3, 0, 5:
+        calls = itertools.count()
+
+        def stopped(writer):
+            if next(calls) == stop:  # noqa: B023
+                raise KeyboardInterrupt
+            return write(writer)
+
+        monkeypatch.setattr(ShardWriter, "write", stopped)
+        with pytest.raises(SystemExit):
+            pack(tmp_path / "stopped")
+    large = (kept(tmp_path / "stopped") / "listing" / data_tools.listing.LARGE_FILE).stat().st_size
+    assert LARGE_BYTES * 30 < large < sum(path.stat().st_size for path in src.iterdir()) / 3
+    monkeypatch.setattr(ShardWriter, "write", write)
+    pack(tmp_path / "stopped")
+    assert packs == packs[:1] * 4
+
+
+def test_a_list_that_lost_bytes_of_images_is_one_line(tmp_path, monkeypatch, capsys):
+    src = write_source("webdataset", tmp_path / "src")
+    monkeypatch.setattr(data_tools.listing, "LARGE_BYTES", LARGE_BYTES)
+    run(src, tmp_path / "pack", *FLAGS, "--part", "0/2")
+    os.truncate(kept(tmp_path / "pack") / "listing" / data_tools.listing.LARGE_FILE, 1000)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run(src, tmp_path / "pack", *FLAGS, "--part", "1/2")
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "inside of an image" in error and not (tmp_path / "pack").exists()
 
 
 @pytest.mark.parametrize("kilobytes", [60, 220])

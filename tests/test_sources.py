@@ -4,6 +4,7 @@ import codecs
 import io
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -379,6 +380,34 @@ def test_numbers_of_any_length_sort_by_value_on_disk(tmp_path, capsys):
 
 
 # Bad input: one clear line, or counted.
+
+
+def peak(module, *args):
+    """KiB of memory of a process of data_tools.module."""
+    code = (f"import re, sys; from data_tools.{module} import main; main(sys.argv[1:]); "
+            "print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])")
+    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                          check=True, timeout=300)
+    return int(done.stdout.splitlines()[-1])
+
+
+def test_large_images_take_the_memory_of_some_of_them(tmp_path):
+    """50 of about 4 MB, 200 MB together."""
+    def members():
+        for number in range(50):
+            yield f"{number}.bmp", picture(number, "BMP", (1000 + 20 * (number % 8), 1200))
+            yield f"{number}.cls", str(number % 3).encode()
+
+    write_tar(tmp_path / "a.tar", members())
+    few = "--shard-mb", 8
+    peaks = [peak("pack", tmp_path / "a.tar", tmp_path / "a", "--workers", 0, "--memory-mb", 4, *few)]
+    (tmp_path / "a.tar").unlink()
+    for module, *flags in (("pack", "--workers", 0, "--memory-mb", 4, *few), ("split", "--test", 0.2, *few),
+                           ("export", "--to", "webdataset"), ("export", "--to", "folder")):
+        peaks.append(peak(module, tmp_path / "a", tmp_path / "b", *flags))
+        shutil.rmtree(tmp_path / "b")
+    shutil.rmtree(tmp_path / "a")
+    assert max(peaks) < 150_000, peaks  # Python and its libraries take 60,000
 
 
 def skipped_rows(pack):

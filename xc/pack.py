@@ -66,6 +66,7 @@ MAX_RECORD_BYTES = 2**28
 MAX_PIXELS = 200_000_000  # of an image that a reader decodes: 600 MB as RGB
 MAX_OPEN_SHARDS = 256  # per Pack; a process may often have 1024 files open
 RUN_RECORDS = 256  # neighbours in one read, at most; bounds what is copied
+RANGE_BYTES = 2**23  # of the images in one of `ranges`, at most, but for one image that is larger
 MAX_KEPT_RUNS = 768  # runs of neighbours whose tables a Pack keeps: 4 MB
 
 # Pillow warns above a number of pixels of its own; open_image has a limit that is stricter and an error.
@@ -157,6 +158,20 @@ class Pack:
             labels += some_labels
         return [images[place] for place in places], np.array(labels, np.int64)[places]
 
+    def ranges(self):
+        """Yields (start, stop) over all records in their order, so few at a time that memory holds their images, of
+        whatever size: up to RUN_RECORDS of one shard, and RANGE_BYTES or one image."""
+        for number, _, num_records in self._stretches(0, self.num_records):
+            for first in range(0, num_records, RUN_RECORDS):
+                last = min(first + RUN_RECORDS, num_records)
+                offsets = self._shard(number).offsets("offsets", "bytes", first, last)
+                shift, start = int(self._starts[number]) + first, 0
+                while start < last - first:
+                    fitting = int(np.searchsorted(offsets, offsets[start] + RANGE_BYTES, side="right")) - 1
+                    stop = min(max(fitting, start + 1), last - first)
+                    yield shift + start, shift + stop
+                    start = stop
+
     def labels(self, start, stop):
         """(stop − start,) int64: labels of the records start … stop − 1."""
         if not 0 <= start <= stop <= self.num_records:
@@ -183,11 +198,11 @@ class Pack:
         returns   the number of records; PackError names the first bad one
         """
         num_bytes, counts = 0, np.zeros(self.num_classes, np.int64)
-        for start in range(0, self.num_records, 2**20):
-            for images, labels in self._runs(np.arange(start, min(start + 2**20, self.num_records))):
-                num_bytes += sum(map(len, images))
-                np.add.at(counts, labels, 1)
-                progress(len(images))
+        for start, stop in self.ranges():
+            images, labels = self.read(np.arange(start, stop))
+            num_bytes += sum(map(len, images))
+            np.add.at(counts, labels, 1)
+            progress(len(images))
         if num_bytes != self.num_bytes:
             raise self._index.error(f"num_bytes is {self.num_bytes}, the records have {num_bytes}")
         wrong = np.flatnonzero(counts != self.class_counts)
