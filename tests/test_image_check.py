@@ -15,7 +15,7 @@ from tests.fuzz import with_checksums
 from tests.test_encoding import KINDS, smooth
 from tests.test_pack import contents, fails, file_hashes, picture, png, run
 from xc.data import Images
-from xc.pack import Pack, open_image
+from xc.pack import MAX_SCANS, Pack, decode, decode_plain_jpeg, open_header, open_image
 
 MOST = 10**6  # pixels
 
@@ -119,6 +119,23 @@ def test_the_header_check_trusts_what_lies_between():
 def test_bombs_are_refused_by_their_header(check):
     for data in png(60000, 50000, 1000), png(60000, 50000, 1000)[:50]:
         assert (refused(data, check) is None) == (check == "none")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_jpeg_has_a_bounded_number_of_scans(mode):
+    data = jpeg((40, 33), mode, progressive=True)
+    scans = [found.start() for found in re.finditer(rb"\xff\xda", data)]
+    many = data[:-2] + data[scans[-1] : -2] * (MAX_SCANS - len(scans))
+    odd = many + b"\xff\xd9" + b"\xff\xda" * 999  # cameras put videos behind the end
+    for whole in data, many + data[-2:], odd:
+        assert {verdict(check_image, whole, MOST, check) for check in CHECKS} == {None}
+        assert decode(whole, 33, 3).shape == (3, 33, 33)
+    more = many + data[scans[-1] :]
+    for check in (open_header, open_image, lambda *args: check_image(*args, "full"),
+                  lambda *args: check_image(*args, "header"), lambda data, most: decode(data, 33, 3, most)):
+        assert verdict(check, more, MOST) == ("a JPEG of more than 100 scans, each of which may cost as much as the "
+                                              "whole image")
+    assert decode_plain_jpeg(more, MOST) is decode_plain_jpeg(more, MOST, only_check=True) is None
 
 
 def test_none_and_header_leave_it_to_the_reader(tmp_path, capsys):

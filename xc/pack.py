@@ -39,6 +39,7 @@ import hashlib
 import io
 import itertools
 import os
+import re
 import threading
 import weakref
 import zlib
@@ -65,6 +66,11 @@ ATTRIBUTES = ("format", "version", "num_records", "shard", "num_classes", "num_b
 MAX_RECORD_BYTES = 2**28
 MAX_PIXELS = 200_000_000  # of an image that a reader decodes: 600 MB as RGB
 MAX_OPEN_SHARDS = 256  # per Pack; a process may often have 1024 files open
+# Of a JPEG. Progressive files have about 10, and libtiff takes 100 as well; of a plain image a scan can be some bytes
+# that cost as much as decoding all of it. The pattern is the begin of a scan's header: libjpeg fails at any other, and
+# compressed data cannot hold it.
+MAX_SCANS = 100
+SCAN = re.compile(rb"\xff\xda\0[\x08\x0a\x0c\x0e][\1-\4]")
 RUN_RECORDS = 256  # neighbours in one read, at most; bounds what is copied
 MAX_KEPT_RUNS = 768  # runs of neighbours whose tables a Pack keeps: 4 MB
 
@@ -349,7 +355,13 @@ def open_header(data, max_pixels=MAX_PIXELS):
         raise ValueError("a PPM that is not one of bytes with the maximum 255, or of 16 bits")
     if image.width * image.height > max_pixels:
         raise ValueError(f"{image.width}×{image.height} pixels, more than {max_pixels}")
+    if image.format in ("JPEG", "MPO") and _has_many_scans(data):
+        raise ValueError(f"a JPEG of more than {MAX_SCANS} scans, each of which may cost as much as the whole image")
     return image
+
+
+def _has_many_scans(jpeg):
+    return any(itertools.islice(SCAN.finditer(jpeg), MAX_SCANS, None))
 
 
 def open_image(data, max_pixels=MAX_PIXELS, only_check=False):
@@ -411,7 +423,7 @@ def decode_plain_jpeg(data, max_pixels, only_check=False):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if height * width > max_pixels or colours not in ("Gray", "YCbCr"):
+        if height * width > max_pixels or colours not in ("Gray", "YCbCr") or _has_many_scans(data):
             return None
         if only_check:
             return simplejpeg.decode_jpeg(data, "GRAY", min_height=-(-height // 8), min_width=-(-width // 8))
