@@ -39,6 +39,7 @@ COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\3\4"
 EXACT = 2**24  # float32, in which RecordIO has its labels, tells all whole numbers below apart
 ROWS = 1024  # of columns of a Parquet file whose values are kept once each
 RECORDS = 256  # of a pack
+MACOS_FOLDER = "__MACOSX"  # which macOS adds to a zip file
 MAX_WEIGHT = float(np.finfo(np.float32).max)
 
 
@@ -170,7 +171,7 @@ def folder_source(root, skipped):
 def _entries(folder, ignored):
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name.startswith(".") or entry.name == "__MACOSX":  # which macOS adds to a zip file
+            if entry.name.startswith(".") or entry.name == MACOS_FOLDER:
                 ignored["hidden files and folders"] += 1
             elif entry.is_symlink() and os.path.isdir(entry.path):  # may lead out of the tree, or round in circles
                 ignored["links to folders"] += 1
