@@ -71,6 +71,7 @@ MAX_OPEN_SHARDS = 256  # per Pack; a process may often have 1024 files open
 # compressed data cannot hold it.
 MAX_SCANS = 100
 SCAN = re.compile(rb"\xff\xda\0[\x08\x0a\x0c\x0e][\1-\4]")
+NAMES = 2**12  # that are read at once: a name can have some kilobytes
 RUN_RECORDS = 256  # neighbours in one read, at most; bounds what is copied
 MAX_KEPT_RUNS = 768  # runs of neighbours whose tables a Pack keeps: 4 MB
 
@@ -203,8 +204,8 @@ class Pack:
         if self.has_weights:
             for start in range(0, self.num_records, 2**20):
                 self.weights(start, min(start + 2**20, self.num_records))
-        for start in range(0, self.num_classes, 2**20):
-            self.class_names(start, min(start + 2**20, self.num_classes))
+        for start in range(0, self.num_classes, NAMES):
+            self.class_names(start, min(start + NAMES, self.num_classes))
         index = self._index
         if classes_digest(index.blocks("class_name_offsets"), index.blocks("class_names")) != self.classes_digest:
             raise index.error("classes_digest does not match the class names")
