@@ -456,7 +456,7 @@ class _Member(tarfile.TarInfo):
 
 def _label(suffix, data):
     """The class name that a .cls or .json carries; ValueError where there is none."""
-    text = data.decode()
+    text = data.decode("utf-8-sig")
     if suffix == "json":
         try:
             value = json.loads(text)

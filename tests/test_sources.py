@@ -410,6 +410,14 @@ def test_members_that_are_not_taken_from_a_tar_are_counted(tmp_path, capsys):
     assert "allows 0" in fails(capsys, tmp_path / "a.tar", tmp_path / "pack2", "--max-skipped", "0")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_label(tmp_path):
+    marked = [("a.cls", b"cat"), ("b.cls", codecs.BOM_UTF8 + b"cat"), ("c.json", codecs.BOM_UTF8 + b'{"label": "cat"}')]
+    write_tar(tmp_path / "a.tar", [member for i, (name, data) in enumerate(marked)
+                                   for member in ((f"{name[0]}.png", picture(i)), (name, data))])
+    run(tmp_path / "a.tar", tmp_path / "pack", "--max-skipped", 0)
+    assert contents(Pack(tmp_path / "pack")) == {picture(i): "cat" for i in range(3)}
+
+
 def test_a_tar_that_is_cut_anywhere_is_one_line(tmp_path, capsys):
     files = write_tree(tmp_path / "src", {"0": 2})
     whole = write_tar(tmp_path / "whole.tar", samples(files)).read_bytes()
