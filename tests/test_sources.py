@@ -532,7 +532,16 @@ def test_labels_that_float32_does_not_tell_apart_are_one_line(tmp_path, capsys):
     assert "a.rec: record 1: label 16777216, but" in error and "from another source" in error
 
 
+@pytest.mark.parametrize("text", [lambda text: text + "\n\r\n \n", lambda text: text.replace("\n", "\n\n")])
+def test_blank_lines_of_an_index_say_nothing(tmp_path, text):
+    write_rec(tmp_path / "a.rec", [image_record(1.0, picture(i)) for i in range(3)])
+    (tmp_path / "a.idx").write_text(text((tmp_path / "a.idx").read_text()))
+    run(tmp_path / "a.rec", tmp_path / "pack")
+    assert contents(Pack(tmp_path / "pack")) == {picture(i): "1" for i in range(3)}
+
+
 @pytest.mark.parametrize("text, words", [
+    (lambda text: text + "\n\n9\t0\n", "line 6 is of byte 0, but"),
     (lambda text: text + "9\t0\n", "line 4 is of byte 0, but"),
     (lambda text: text[: text.rindex("2\t")], "has no more lines, but"),
     (lambda text: text.replace("\n1\t", "\n1\t1"), "line 2 is of byte 1"),
