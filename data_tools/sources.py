@@ -334,11 +334,12 @@ def _parquet_columns(file, schema):
         if name == "image":
             if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
                 kind, columns[-1] = kind.field("bytes").type, "image.bytes"
-            fits = types.is_binary(kind) or types.is_large_binary(kind)
+            fits = types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
         elif name == "weight":
             fits = types.is_floating(kind) or types.is_integer(kind)
         else:
-            fits = types.is_string(kind) or types.is_large_string(kind) or (name == "label" and types.is_integer(kind))
+            fits = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+            fits = fits or (name == "label" and types.is_integer(kind))
         if not fits:
             raise PackError(f"{file}: column {name} is of type {kind}; path and split must be texts, label a text or "
                             "an integer, weight a number, image binary")

@@ -558,6 +558,22 @@ def test_an_index_that_is_not_that_of_the_rec_is_one_line(tmp_path, capsys, text
     run(tmp_path / "a.rec", tmp_path / "pack")
 
 
+@pytest.mark.parametrize("text, binary", [(pa.string(), pa.binary()), (pa.large_string(), pa.large_binary()),
+                                          (pa.string_view(), pa.binary_view())])
+def test_texts_and_images_of_any_arrow_type_are_read(tmp_path, capsys, text, binary):
+    files = write_tree(tmp_path, {"a": 3, "n" * 99: 2})
+    labels = pa.array([name.partition("/")[0] for name in files], text)
+    splits, images = pa.array(["train"] * 5, text), pa.array(files.values(), binary)
+    structs = pa.StructArray.from_arrays([images], ["bytes"])
+    for name, columns in ("paths", {"path": pa.array(files, text)}), ("bytes", {"image": images}), (
+            "structs", {"image": structs}):
+        source = write_parquet(tmp_path / f"{name}.parquet", label=labels, split=splits, **columns)
+        run(source, tmp_path / name)
+        assert contents(Pack(tmp_path / name / "train")) == by_class(files)
+    write_parquet(tmp_path / "a.parquet", image=images, label=pa.array(["a", "b" * 5000, "", "", ""], text))
+    assert "row 2: label of 5000 bytes, more than 4096" in fails(capsys, tmp_path / "a.parquet", tmp_path / "new")
+
+
 @pytest.mark.parametrize("columns, words", [
     ({"label": ["a"]}, "must have the columns"),
     ({"path": ["x.png"]}, "must have the columns"),
