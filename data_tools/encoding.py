@@ -37,16 +37,23 @@ class Encoding:
         image = _plain(image, with_alpha=format not in ("jpeg", "raw"))
         if smaller:
             sides = [max(1, round(side * self.side / shorter)) for side in image.size]
-            image = image.resize(sides, Image.Resampling.BICUBIC)
+            image = _resized(image, sides)
         file = io.BytesIO()
         try:
             if format in ("png", "raw"):
                 image.save(file, RAW if format == "raw" else format)
             else:
-                image.save(file, format, quality=self.quality or 90)
+                image.save(file, format, quality=self.quality or 90, exact=True)  # exact: also what is transparent
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot be written as {format}: {error}") from error
         return file.getvalue()
+
+
+def _resized(image, sides):
+    # Pillow would weigh colours by what shows of them and make black what is hidden, but the reader drops transparency.
+    if image.mode in ("LA", "RGBA"):
+        return Image.merge(image.mode, [_resized(band, sides) for band in image.split()])
+    return image.resize(sides, Image.Resampling.BICUBIC)
 
 
 def _plain(image, with_alpha):

@@ -10,8 +10,8 @@ folder      OUT/<class name>/<record number>.<suffix by content>, of a folder of
             A / in a class name makes folders. What no folder can be called, or data_tools.pack would not find there,
             is escaped; list.csv has the names themselves. Undone by dropping every %/ and then decoding every %XX:
                 %XX    the byte XX: of a %, of control characters, of a / at the name's ends or after a /, of a . at
-                       the begin of a folder or in one that is called like a file here, of folders train, val, test
-                       at the top of a pack whose classes all lie in such
+                       the begin of a folder or in one that is called like a file here, of a folder __MACOSX, and
+                       of folders train, val, test at the top of a pack whose classes all lie in such
                 %/     the name of a folder goes on in the next, as it has more than 200 bytes
             White space at the ends of a class name is kept in OUT, but data_tools.pack takes it off in list.csv.
 webdataset  OUT/<split>-000000.tar … (images-… of a pack without splits), each of at most --shard-mb; of every record
@@ -34,6 +34,7 @@ import numpy as np
 from data_tools.class_list import intervals_of
 from data_tools.command import Parser, between, check_paths, new_folder, printing, stop_on_signals
 from data_tools.progress import Progress
+from data_tools.sources import MACOS_FOLDER
 from xc.pack import INDEX_FILE, SPLITS, PackError, open_splits
 
 SUFFIXES = ((rb"\x89PNG\r\n\x1a\n", "png"), (rb"\xff\xd8\xff", "jpg"), (rb"RIFF....WEBP", "webp"), (rb"BM", "bmp"),
@@ -92,6 +93,8 @@ def _pieces(folder):
         pieces[-1] += token
     if re.fullmatch(rf"[0-9]{{9,}}\.[a-z]+|{re.escape(LIST)}", pieces[-1]):
         pieces[-1] = pieces[-1].replace(".", _escape("."))
+    elif pieces[-1] == MACOS_FOLDER:
+        pieces[-1] = _escape(pieces[-1])
     return pieces
 
 
@@ -141,7 +144,7 @@ class TarShards:
         record = *_member(f"{number:09}.{suffix_of(image)}", image), *_member(f"{number:09}.cls", digits.encode())
         if name != digits:
             facts = json.dumps({"label": int(label), "class_name": name}).encode()
-            record += *_member(f"{number:09}.json", facts),
+            record += _member(f"{number:09}.json", facts)
         if self.file and self.file.tell() + sum(map(len, record)) + TAR_END > self.shard_bytes:
             self._end_shard()
         if not self.file:

@@ -77,11 +77,13 @@ def _record(path, file, size):
 
 
 def _places(index):
-    """(number of the line, the place it names or None) of every line of an index."""
+    """(number of the line, the place it names or None) of every line of an index but blank ones."""
     with open(index, "rb") as file:
         number = 0
         while line := file.readline(2**12):
             number += 1
+            if not line.strip():
+                continue
             cells = line.split(b"\t")
             yield number, int(cells[1]) if len(cells) == 2 and cells[1].strip().isdigit() else None
 

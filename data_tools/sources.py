@@ -39,6 +39,7 @@ SPLIT_OF = {**{name: name for name in layout.SPLITS}, "validation": "val", "vali
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\3\4")  # gzip, bzip2, xz, zstd, zip
 EXACT = 2**24  # float32, in which RecordIO has its labels, tells all whole numbers below apart
 ROWS = 1024  # of columns of a Parquet file whose values are kept once each
+MACOS_FOLDER = "__MACOSX"  # which macOS adds to a zip file
 MAX_WEIGHT = float(np.finfo(np.float32).max)
 
 
@@ -177,7 +178,7 @@ def folder_source(root, skipped):
 def _entries(folder, ignored):
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name.startswith(".") or entry.name == "__MACOSX":  # which macOS adds to a zip file
+            if entry.name.startswith(".") or entry.name == MACOS_FOLDER:
                 ignored["hidden files and folders"] += 1
             elif entry.is_symlink() and os.path.isdir(entry.path):  # may lead out of the tree, or round in circles
                 ignored["links to folders"] += 1
@@ -342,11 +343,12 @@ def _parquet_columns(file, schema):
         if name == "image":
             if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
                 kind, columns[-1] = kind.field("bytes").type, "image.bytes"
-            fits = types.is_binary(kind) or types.is_large_binary(kind)
+            fits = types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
         elif name == "weight":
             fits = types.is_floating(kind) or types.is_integer(kind)
         else:
-            fits = types.is_string(kind) or types.is_large_string(kind) or (name == "label" and types.is_integer(kind))
+            fits = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+            fits = fits or (name == "label" and types.is_integer(kind))
         if not fits:
             raise PackError(f"{file}: column {name} is of type {kind}; path and split must be texts, label a text or "
                             "an integer, weight a number, image binary")
@@ -468,7 +470,7 @@ class _Member(tarfile.TarInfo):
 
 def _label(suffix, data):
     """(label, class name or None) that a .cls or .json carries; ValueError where there is no label."""
-    text, name = data.decode(), None
+    text, name = data.decode("utf-8-sig"), None
     if suffix == "json":
         try:
             value = json.loads(text)

@@ -55,6 +55,46 @@ def test_raw_pixels_are_those_that_the_reader_takes(kind, mode):
             open_image(raw[:cut])
 
 
+def cut_out(kind, mode, side=40):
+    """An image whose middle shows, with a soft edge, on colours that go on where it does not."""
+    image = open_image(smooth("PNG", (side, side), "L" if mode == "LA" else "RGB"))
+    x, y = np.meshgrid(*[np.linspace(-1, 1, side)] * 2)
+    alpha = Image.fromarray(np.clip(500 - 700 * np.hypot(x, y), 0, 255).astype(np.uint8))
+    file, options = io.BytesIO(), {}
+    if mode in ("P", "PA"):
+        image = image.quantize(200)
+        options = {"transparency": bytes(range(0, 200, 2))} if kind == "PNG" else {"transparency": 7}
+    if mode == "PA":
+        image, palette = Image.merge("PA", [Image.fromarray(np.asarray(image)), alpha]), image.getpalette()
+        image.putpalette(palette)
+    elif mode != "P":
+        image.putalpha(alpha)
+    image.save(file, kind, **options, **{"lossless": True, "exact": True} if kind == "WEBP" else {})
+    return file.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize("kind, mode", [("PNG", "RGBA"), ("PNG", "LA"), ("PNG", "P"), ("TIFF", "RGBA"), ("TIFF", "LA"),
+                                        ("TIFF", "PA"), ("GIF", "P"), ("WEBP", "RGBA")])
+@pytest.mark.parametrize("side", [None, 40, 17])
+@pytest.mark.parametrize("format, quality", [(None, None), *((format, None) for format in FORMATS), ("webp", 100)])
+def test_colours_stay_where_an_image_is_transparent(kind, mode, side, format, quality):
+    data = cut_out(kind, mode)
+    image = open_image(data)
+    assert image.mode == mode and (mode != "P" or "transparency" in image.info)
+    coded = Encoding(side, format, quality).apply(image, data)
+    colours, alpha = image.convert("L" if mode == "LA" else "RGB"), image.convert("RGBA").getchannel("A")
+    if side is not None:
+        colours, alpha = (one.resize((side, side), Image.Resampling.BICUBIC) for one in (colours, alpha))
+    for channels, seen in (1, "L"), (3, "RGB"):
+        pixels, expected = decode(coded, side or 40, channels), np.array(colours.convert(seen))
+        distance = np.abs(pixels.astype(int) - expected.reshape(*expected.shape[:2], channels).transpose(2, 0, 1))
+        lossless = open_image(coded).format not in ("JPEG", "WEBP")
+        assert not distance.any() if lossless else distance.mean() < 4 and distance.max() < 40, seen
+    if format not in ("jpeg", "raw"):
+        assert np.array_equal(open_image(coded).convert("RGBA").getchannel("A"), alpha) and alpha.getextrema()[0] < 255
+
+
 @pytest.mark.parametrize("data", [b"P3\n1 1\n255\n1 2 3\n", b"P2 1 1 255 7", b"P1 1 1 1", b"P4 1 1 \1",
                                   b"Pf 1 1 1 abcd", b"P6 1 1 254 abc", b"P5 1 1 1 \1"])
 def test_pixels_that_take_minutes_to_read_are_refused(data):

@@ -32,7 +32,7 @@ CLASSES = {"b": 5, "a/x": 11, "a": 3, "c 10": 7, "ü": 4, "train": 2, "1": 1}
 HOSTILE = ["..", ".", "../..", "a/../../b", "/etc/passwd", "/", "//", "a//b", "a/", "a", "a/b", ".hidden", "a/.b",
            "n\0l", "%2E%2E", "%", "%/", "x" * 900, "x" * 199 + "..", "x" * 200 + "..", "x" * 200 + "." * 300,
            "日" * 500, "y" * 199 + "%", "a\nb", "a\rb", 'a"b', "a,b", "000000001.png", "000000001.png/c", "list.csv",
-           "list.csv/c", "train", "-rf", "C:\\x", "~", "\u202eabc", "\x7f", "a/" * 40 + "b"]
+           "list.csv/c", "train", "__MACOSX", "a/__MACOSX", "-rf", "C:\\x", "~", "\u202eabc", "\x7f", "a/" * 40 + "b"]
 
 
 def export(*args):
@@ -210,6 +210,16 @@ def test_what_would_seem_splits_is_not(tmp_path):
     assert same(tmp_path / "pack", tmp_path / "again")
 
 
+def test_no_class_is_lost_that_a_folder_would_hide(tmp_path):
+    names = [".git", "..", "__MACOSX", "a/.b/c", "a/__MACOSX/b", "b/__MACOSX"]
+    write_pack(tmp_path / "pack", names, [(picture(i), i % len(names)) for i in range(20)])
+    export(tmp_path / "pack", tmp_path / "out", "--to", "folder")
+    for way in "out", "out/list.csv":
+        pack(tmp_path / way, tmp_path / "again", "--max-skipped", 0)
+        assert {image for image, *_ in records(Pack(tmp_path / "again"))} == {picture(i) for i in range(20)}
+        shutil.rmtree(tmp_path / "again")
+
+
 # Hostile names.
 
 
@@ -218,7 +228,8 @@ def unescaped(path):
 
 
 def test_folders_of_classes_are_tame_and_say_the_name():
-    parts = ["/", ".", "%", "a", "ü", "\0", " ", "\n", "000000001.png", "list.csv", "train", "x" * 90, "..", "日" * 40]
+    parts = ["/", ".", "%", "a", "ü", "\0", " ", "\n", "000000001.png", "list.csv", "__MACOSX", "train", "x" * 90, "..",
+             "日" * 40]
     pick = random.Random(0)
     names = HOSTILE + ["".join(pick.choices(parts, k=pick.randint(1, 9))) for _ in range(5000)]
     for shun_splits in (False, True):
@@ -228,7 +239,7 @@ def test_folders_of_classes_are_tame_and_say_the_name():
             for folder in path.split("/"):
                 assert folder and folder[0] != "." and len(folder.encode()) < 256
                 assert not any(ord(letter) < 32 for letter in folder)
-                assert folder not in ("list.csv", "000000001.png")
+                assert folder not in ("list.csv", "000000001.png", "__MACOSX")
             assert not (shun_splits and path.split("/")[0] in ("train", "val", "test"))
     for name in "plain", "a/x", "c 10", "ü", "a.b", "5", "train":
         assert folder_of(name) == name

@@ -4,6 +4,8 @@ import io
 import json
 import random
 import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from tests.fuzz import with_checksums
 from tests.test_encoding import KINDS, smooth
 from tests.test_pack import contents, fails, file_hashes, picture, png, run
 from xc.data import Images
-from xc.pack import Pack, open_image
+from xc.pack import MAX_SCANS, Pack, decode, decode_plain_jpeg, open_header, open_image
 
 MOST = 10**6  # pixels
 
@@ -119,6 +121,59 @@ def test_the_header_check_trusts_what_lies_between():
 def test_bombs_are_refused_by_their_header(check):
     for data in png(60000, 50000, 1000), png(60000, 50000, 1000)[:50]:
         assert (refused(data, check) is None) == (check == "none")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_jpeg_has_a_bounded_number_of_scans(mode):
+    data = jpeg((40, 33), mode, progressive=True)
+    scans = [found.start() for found in re.finditer(rb"\xff\xda", data)]
+    many = data[:-2] + data[scans[-1] : -2] * (MAX_SCANS - len(scans))
+    odd = many + b"\xff\xd9" + b"\xff\xda" * 999  # cameras put videos behind the end
+    for whole in data, many + data[-2:], odd:
+        assert {verdict(check_image, whole, MOST, check) for check in CHECKS} == {None}
+        assert decode(whole, 33, 3).shape == (3, 33, 33)
+    more = many + data[scans[-1] :]
+    for check in (open_header, open_image, lambda *args: check_image(*args, "full"),
+                  lambda *args: check_image(*args, "header"), lambda data, most: decode(data, 33, 3, most)):
+        assert verdict(check, more, MOST) == ("a JPEG of more than 100 scans, each of which may cost as much as the "
+                                              "whole image")
+    assert decode_plain_jpeg(more, MOST) is decode_plain_jpeg(more, MOST, only_check=True) is None
+
+
+def tiled(size, tile, order="<", version=42, more=(), kind=4):
+    """A TIFF of greys in tiles that are all the same bytes; version 43: BigTIFF."""
+    number, entry, count, start = ("Q", "HHQQ", "Q", 16) if version == 43 else ("I", "HHII", "H", 8)
+    content = zlib.compress(bytes(tile[0] * tile[1]))
+    tiles = -(-size[0] // tile[0]) * -(-size[1] // tile[1])
+    places = start + len(content)
+    sizes = places + 4 * tiles
+    tags = [(256, 4, 1, size[0]), (257, 4, 1, size[1]), (258, 4, 1, 8), (259, 4, 1, 8), (262, 4, 1, 1), (277, 4, 1, 1),
+            (322, kind, 1, tile[0]), (323, 4, 1, tile[1]), (324, 4, tiles, places if tiles > 1 else start),
+            (325, 4, tiles, sizes if tiles > 1 else len(content)), *more]
+    head = struct.pack(order + "2sH", b"II" if order == "<" else b"MM", version)
+    head += struct.pack("<HH", 8, 0) if version == 43 else b""
+    return b"".join([head, struct.pack(order + number, sizes + 4 * tiles), content,
+                     struct.pack(f"{order}{tiles}I", *[start] * tiles),
+                     struct.pack(f"{order}{tiles}I", *[len(content)] * tiles), struct.pack(order + count, len(tags)),
+                     *(struct.pack(order + entry, *tag) for tag in tags), bytes(8)])
+
+
+def test_tiles_of_a_tiff_are_pixels_too():
+    """A column of pixels could have thousands of tiles of a million pixels, all of the same bytes."""
+    for order, version in ("<", 42), (">", 42), ("<", 43):
+        for size in (40, 33), (16, 16), (1, 4000):
+            data = tiled(size, (16, 16), order, version)
+            assert open_image(data, MOST).size == size
+            assert {verdict(check_image, data, MOST, check) for check in CHECKS} == {None}
+        bomb = tiled((1, 4000), (2**10, 16), order, version)
+        assert refused(bomb, "full") == refused(bomb, "header") == (
+            "1×4000 pixels in tiles of 4096000, more than 1000000")
+        assert open_image(bomb, 4_096_000).size == (1, 4000)
+    wide, narrow = (322, 4, 1, 2**10), (322, 4, 1, 16)
+    for data in tiled((1, 4000), (2**10, 16), more=[narrow]), tiled((1, 4000), (16, 16), more=[wide]):
+        assert "in tiles of 4096000" in refused(data, "header")
+    for kind in 2, 5, 16:
+        assert refused(tiled((40, 33), (16, 16), kind=kind), "header")
 
 
 def test_none_and_header_leave_it_to_the_reader(tmp_path, capsys):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import warnings
 import zlib
 from pathlib import Path
@@ -28,6 +29,8 @@ import data_tools.pack
 import data_tools.progress
 import data_tools.show
 import xc.pack
+from data_tools.class_table import ClassTable
+from data_tools.pack_writer import PackWriter
 from xc.pack import Pack, PackError, decode, open_splits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -411,6 +414,21 @@ def test_verify_checks_the_index(copy, change, message):
         change(file)
     with pytest.raises(PackError, match=f"index.h5: .*{message}"):
         Pack(copy).verify()
+
+
+def test_verify_holds_some_of_many_long_names(tmp_path):
+    writer = PackWriter(tmp_path / "pack", 10**6, np.zeros(20_000, np.int64))
+    writer.add(picture(0), zlib.crc32(picture(0)), 7)
+    writer.end_shard()
+    table = ClassTable(tmp_path / "table", (b"%d" % number * 400 for number in range(10_000, 30_000)), 2**20)
+    writer.write_index(table, source="made", seed=0, skipped=0)
+    pack = Pack(tmp_path / "pack")
+    tracemalloc.start()
+    try:
+        assert pack.verify() == 1
+        assert tracemalloc.get_traced_memory()[1] < 25e6  # of 40 MB of names
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_flipped_bit_is_found_and_named(copy, capsys):

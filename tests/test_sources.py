@@ -466,6 +466,14 @@ def test_members_that_are_not_taken_from_a_tar_are_counted(tmp_path, capsys):
     assert "allows 0" in fails(capsys, tmp_path / "a.tar", tmp_path / "pack2", "--max-skipped", "0")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_label(tmp_path):
+    marked = [("a.cls", b"cat"), ("b.cls", codecs.BOM_UTF8 + b"cat"), ("c.json", codecs.BOM_UTF8 + b'{"label": "cat"}')]
+    write_tar(tmp_path / "a.tar", [member for i, (name, data) in enumerate(marked)
+                                   for member in ((f"{name[0]}.png", picture(i)), (name, data))])
+    run(tmp_path / "a.tar", tmp_path / "pack", "--max-skipped", 0)
+    assert contents(Pack(tmp_path / "pack")) == {picture(i): "cat" for i in range(3)}
+
+
 def test_a_tar_that_is_cut_anywhere_is_one_line(tmp_path, capsys):
     files = write_tree(tmp_path / "src", {"0": 2})
     whole = write_tar(tmp_path / "whole.tar", samples(files)).read_bytes()
@@ -580,7 +588,16 @@ def test_labels_that_float32_does_not_tell_apart_are_one_line(tmp_path, capsys):
     assert "a.rec: record 1: label 16777216, but" in error and "from another source" in error
 
 
+@pytest.mark.parametrize("text", [lambda text: text + "\n\r\n \n", lambda text: text.replace("\n", "\n\n")])
+def test_blank_lines_of_an_index_say_nothing(tmp_path, text):
+    write_rec(tmp_path / "a.rec", [image_record(1.0, picture(i)) for i in range(3)])
+    (tmp_path / "a.idx").write_text(text((tmp_path / "a.idx").read_text()))
+    run(tmp_path / "a.rec", tmp_path / "pack")
+    assert contents(Pack(tmp_path / "pack")) == {picture(i): "1" for i in range(3)}
+
+
 @pytest.mark.parametrize("text, words", [
+    (lambda text: text + "\n\n9\t0\n", "line 6 is of byte 0, but"),
     (lambda text: text + "9\t0\n", "line 4 is of byte 0, but"),
     (lambda text: text[: text.rindex("2\t")], "has no more lines, but"),
     (lambda text: text.replace("\n1\t", "\n1\t1"), "line 2 is of byte 1"),
@@ -595,6 +612,22 @@ def test_an_index_that_is_not_that_of_the_rec_is_one_line(tmp_path, capsys, text
     assert "a.idx: " in error and words in error
     (tmp_path / "a.idx").unlink()
     run(tmp_path / "a.rec", tmp_path / "pack")
+
+
+@pytest.mark.parametrize("text, binary", [(pa.string(), pa.binary()), (pa.large_string(), pa.large_binary()),
+                                          (pa.string_view(), pa.binary_view())])
+def test_texts_and_images_of_any_arrow_type_are_read(tmp_path, capsys, text, binary):
+    files = write_tree(tmp_path, {"a": 3, "n" * 99: 2})
+    labels = pa.array([name.partition("/")[0] for name in files], text)
+    splits, images = pa.array(["train"] * 5, text), pa.array(files.values(), binary)
+    structs = pa.StructArray.from_arrays([images], ["bytes"])
+    for name, columns in ("paths", {"path": pa.array(files, text)}), ("bytes", {"image": images}), (
+            "structs", {"image": structs}):
+        source = write_parquet(tmp_path / f"{name}.parquet", label=labels, split=splits, **columns)
+        run(source, tmp_path / name)
+        assert contents(Pack(tmp_path / name / "train")) == by_class(files)
+    write_parquet(tmp_path / "a.parquet", image=images, label=pa.array(["a", "b" * 5000, "", "", ""], text))
+    assert "row 2: label of 5000 bytes, more than 4096" in fails(capsys, tmp_path / "a.parquet", tmp_path / "new")
 
 
 @pytest.mark.parametrize("columns, words", [

@@ -38,7 +38,10 @@ import functools
 import hashlib
 import io
 import itertools
+import math
 import os
+import re
+import struct
 import threading
 import weakref
 import zlib
@@ -65,6 +68,14 @@ ATTRIBUTES = ("format", "version", "num_records", "shard", "num_classes", "num_b
 MAX_RECORD_BYTES = 2**28
 MAX_PIXELS = 200_000_000  # of an image that a reader decodes: 600 MB as RGB
 MAX_OPEN_SHARDS = 256  # per Pack; a process may often have 1024 files open
+# Of a JPEG. Progressive files have about 10, and libtiff takes 100 as well; of a plain image a scan can be some bytes
+# that cost as much as decoding all of it. The pattern is the begin of a scan's header: libjpeg fails at any other, and
+# compressed data cannot hold it.
+MAX_SCANS = 100
+SCAN = re.compile(rb"\xff\xda\0[\x08\x0a\x0c\x0e][\1-\4]")
+TILE_WIDTH, TILE_HEIGHT = 322, 323  # tags of a TIFF
+INTEGERS = {1: 1, 3: 2, 4: 4}  # bytes of the types of its numbers
+NAMES = 2**12  # that are read at once: a name can have some kilobytes
 RUN_RECORDS = 256  # neighbours in one read, at most; bounds what is copied
 RANGE_BYTES = 2**23  # of the images in one of `ranges`, at most, but for one image that is larger
 MAX_KEPT_RUNS = 768  # runs of neighbours whose tables a Pack keeps: 4 MB
@@ -212,8 +223,8 @@ class Pack:
         if self.has_weights:
             for start in range(0, self.num_records, 2**20):
                 self.weights(start, min(start + 2**20, self.num_records))
-        for start in range(0, self.num_classes, 2**20):
-            self.class_names(start, min(start + 2**20, self.num_classes))
+        for start in range(0, self.num_classes, NAMES):
+            self.class_names(start, min(start + NAMES, self.num_classes))
         index = self._index
         if classes_digest(index.blocks("class_name_offsets"), index.blocks("class_names")) != self.classes_digest:
             raise index.error("classes_digest does not match the class names")
@@ -364,7 +375,36 @@ def open_header(data, max_pixels=MAX_PIXELS):
         raise ValueError("a PPM that is not one of bytes with the maximum 255, or of 16 bits")
     if image.width * image.height > max_pixels:
         raise ValueError(f"{image.width}×{image.height} pixels, more than {max_pixels}")
+    if image.format in ("JPEG", "MPO") and _has_many_scans(data):
+        raise ValueError(f"a JPEG of more than {MAX_SCANS} scans, each of which may cost as much as the whole image")
+    if image.format == "TIFF" and (pixels := _tiled_pixels(data, image)) > max_pixels:
+        raise ValueError(f"{image.width}×{image.height} pixels in tiles of {pixels}, more than {max_pixels}")
     return image
+
+
+def _has_many_scans(jpeg):
+    return any(itertools.islice(SCAN.finditer(jpeg), MAX_SCANS, None))
+
+
+def _tiled_pixels(tiff, image):
+    """How many pixels the tiles of a TIFF have; libtiff decodes them whole, however far they reach beyond the image.
+
+    ValueError where that cannot be told. Of a tag that comes twice Pillow takes the last, libtiff the first; here the
+    larger counts.
+    """
+    order, is_big = "<" if tiff[:2] == b"II" else ">", b"+" in tiff[2:4]
+    count, entry = (struct.Struct(order + one) for one in (("Q", "HHQ8s") if is_big else ("H", "HHI4s")))
+    sides = {TILE_WIDTH: 1, TILE_HEIGHT: 1}
+    try:
+        start = image.tag_v2.offset + count.size
+        [num_entries] = count.unpack_from(tiff, start - count.size)
+        for tag, kind, _, value in entry.iter_unpack(tiff[start : start + num_entries * entry.size]):
+            if tag in sides:
+                number = int.from_bytes(value[: INTEGERS[kind]], "little" if order == "<" else "big")
+                sides[tag] = max(sides[tag], number)
+    except (struct.error, KeyError) as error:
+        raise ValueError("a TIFF with a damaged table of tags") from error
+    return math.prod(-(-side // tile) * tile for side, tile in zip(image.size, sides.values(), strict=True))
 
 
 def open_image(data, max_pixels=MAX_PIXELS, only_check=False):
@@ -426,7 +466,7 @@ def decode_plain_jpeg(data, max_pixels, only_check=False):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if height * width > max_pixels or colours not in ("Gray", "YCbCr"):
+        if height * width > max_pixels or colours not in ("Gray", "YCbCr") or _has_many_scans(data):
             return None
         if only_check:
             return simplejpeg.decode_jpeg(data, "GRAY", min_height=-(-height // 8), min_width=-(-width // 8))
