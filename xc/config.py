@@ -126,8 +126,8 @@ class Config:
     log_steps: int = _flag(50, "steps between two lines of metrics")
     eval_every: str = _flag("1epochs", "time between two evaluations; 0: only at the end")
     save_every: str = _flag("1epochs", "time between two checkpoints; 0: only at the end")
-    max_bad_records: int = _flag(0, "records that cannot be read, on all ranks, in whose place the next one is taken; "
-                                    "one more ends the run")
+    max_bad_records: int = _flag(0, "records of train, and of test, that cannot be read, on all ranks, in whose place "
+                                    "the next one is taken; one more ends the launch")
     max_rollbacks: int = _flag(0, "times that the run goes back to its last checkpoint where a loss is not finite, and "
                                   "leaves out the batch; 0: it ends")
     stall_seconds: float = _flag(600.0, "the run ends where no rank moves on for so long, and names the one that the "
@@ -181,7 +181,7 @@ class Config:
             ("log_steps", self.log_steps >= 1, "at least 1"),
             ("max_bad_records", self.max_bad_records >= 0, "0 or more"),
             ("max_rollbacks", self.max_rollbacks >= 0, "0 or more"),
-            ("stall_seconds", self.stall_seconds >= 0, "0 (no watch) or seconds"),
+            ("stall_seconds", 0 <= self.stall_seconds <= 1e6, "0 (no watch) or seconds up to 1000000"),
             ("keep", self.keep >= 1, "at least 1"),
         ]:
             if not ok:
