@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,22 @@ def ranks(cluster, number):
     return sorted(pid for pid, command in cluster.processes(number).items() if command.startswith("python train.py"))
 
 
+def put_to_sleep(cluster, number):
+    """The two ranks of a job; their process numbers."""
+    pids = ranks(cluster, number)
+    assert len(pids) == 2
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    return pids
+
+
+def end_in(cluster, number, seconds):
+    """Move a job's time limit; when it then ends. Slurm's shortest one is a minute from the start."""
+    end = datetime.now() + timedelta(seconds=seconds)
+    cluster.run("scontrol", "update", f"jobid={number}", f"endtime={end:%FT%T}")
+    return end
+
+
 def requeued(cluster, number, times):
     until(lambda: int(cluster.jobs(number)[0]["Restarts"]) >= times, f"restart {times} of {cluster.jobs(number)}")
 
@@ -110,14 +127,11 @@ def test_a_run_outlives_its_time_limit_again_and_again(cluster, unbroken, tmp_pa
     """Once Slurm's own time limit, once a signal sent by hand. The run ends when its flags, read anew, say so."""
     out, flags = tmp_path / "run", tmp_path / "run.args"
     flags.write_text(f"--out {out} --steps {ENDLESS}\n")
-    number = cluster.submit(*TWO_NODES, "-t", 1, "--signal=B:USR1@15", "slurm/train.sbatch", *FLAGS, f"@{flags}",
+    number = cluster.submit(*TWO_NODES, "-t", 10, "--signal=B:USR1@40", "slurm/train.sbatch", *FLAGS, f"@{flags}",
                             env={"XC_LAUNCHER": "mpirun"})
-    # Slurm's shortest limit is a minute. The ranks sleep until it comes near, lest the run be long.
     until(lambda: steps_of(out) > 3, "first steps")
-    asleep = ranks(cluster, number)
-    assert len(asleep) == 2
-    for pid in asleep:
-        os.kill(pid, signal.SIGSTOP)
+    asleep = put_to_sleep(cluster, number)  # lest the run be long: Slurm looks at time limits twice a minute
+    end_in(cluster, number, 70)
     log = Path(cluster.jobs(number)[0]["StdOut"])
     until(lambda: "Forwarding signal 10" in log.read_text(), "the signal", seconds=70)
     for pid in asleep:
@@ -152,6 +166,26 @@ def test_a_signal_saves_under_every_launcher(launcher, cluster, unbroken, tmp_pa
     log = ended(cluster, number, restarts=1)
     assert f"by {launcher}," in log and f"goes on from: {out}/checkpoints/step-{first:08d}" in log
     assert losses(out) == unbroken(first + 5)
+
+
+@pytest.mark.parametrize("launcher, nodes", [("srun", TWO_NODES), ("mpirun", TWO_NODES), ("horovodrun", ONE_NODE)])
+def test_a_job_goes_on_whose_ranks_do_not_answer_in_time(launcher, nodes, cluster, unbroken, tmp_path):
+    """As in a step of minutes: from the newest checkpoint there is."""
+    out, flags = tmp_path / "run", tmp_path / "run.args"
+    flags.write_text(f"--steps {ENDLESS}\n")
+    number = cluster.submit(*nodes, "slurm/train.sbatch", *FLAGS, "--save-every", "4steps", "--out", out, f"@{flags}",
+                            env={"XC_LAUNCHER": launcher})
+    until(lambda: list(out.glob("checkpoints/step-*")), "a checkpoint")
+    put_to_sleep(cluster, number)
+    end = end_in(cluster, number, 40)
+    cluster.run("scancel", "--signal=USR1", "--batch", number)
+    requeued(cluster, number, 1)
+    assert datetime.now() < end
+    last = steps_of(out) + 3
+    flags.write_text(f"--steps {last}\n")
+    log = ended(cluster, number, restarts=1)
+    assert log.count("the job ends before the ranks do, what is not saved is lost, back into the queue") == 1
+    assert losses(out) == unbroken(last)
 
 
 @pytest.mark.parametrize("launcher, nodes", [("srun", TWO_NODES), ("mpirun", ONE_NODE)])
