@@ -89,7 +89,8 @@ run_ranks() {  # run_ranks COMMAND...: on all ranks; sets $code
 }
 
 # --- training ---
-newest() { find "$run/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort -V | tail -n 1 || true; }
+# The checkpoint that --resume auto takes, and when it was written: one of the same name may have taken its place.
+newest() { stat -c '%n %Y' "$run"/checkpoints/step-*/meta.json 2>/dev/null | sort -V | tail -n 1 || true; }
 
 # Prints the run folder; train.py reads its flags the same way, @FILE and all.
 out_of_flags='
@@ -161,7 +162,7 @@ back_into_the_queue() {
                 "$XC_LOGS, mend the cause, submit again" >&2
         else
             echo "$restarts" >"$XC_LOGS/restarts"
-            echo "job $id: $2, back into the queue; goes on from: $found"
+            echo "job $id: $2, back into the queue; goes on from: ${found%/meta.json *}"
             patiently scontrol requeue "$id" || true
         fi
     fi

@@ -217,6 +217,32 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(launcher, nodes
     assert losses(out) == unbroken(last)
 
 
+def test_a_run_that_went_back_does_not_go_back_again(cluster, unbroken, tmp_path):
+    """Its first new checkpoint bears the name of the newest one that there was."""
+    out, flags = tmp_path / "run", tmp_path / "run.args"
+    base = [*ONE_NODE, "slurm/train.sbatch", *FLAGS, "--save-every", "200steps", "--out", out, f"@{flags}"]
+    env = {"XC_LAUNCHER": "mpirun"}
+    flags.write_text("--steps 400\n")
+    ended(cluster, cluster.submit(*base, env=env))
+    old, newest = sorted(out.glob("checkpoints/step-*"))
+    assert newest.name == "step-00000400"
+    inode = newest.stat().st_ino
+
+    flags.write_text(f"--steps {ENDLESS}\n")
+    number = cluster.submit(*base, "--resume", old, env=env)
+    until(lambda: newest.exists() and newest.stat().st_ino != inode, "the new checkpoint")
+    os.kill(ranks(cluster, number)[1], signal.SIGKILL)
+    until(lambda: not ranks(cluster, number), "the end of the ranks")
+    assert sorted(out.glob("checkpoints/step-*")) == [old, newest]
+    before = (out / "metrics.jsonl").read_text().splitlines()[:400]
+    requeued(cluster, number, 1)
+    flags.write_text("--steps 410\n")
+    log = ended(cluster, number, restarts=1)
+    assert f"goes on from: {newest}\n" in log
+    assert (out / "metrics.jsonl").read_text().splitlines()[:400] == before  # with its times: not computed anew
+    assert losses(out) == unbroken(410)
+
+
 def test_a_lost_node_does_too(cluster, unbroken, tmp_path):
     """Slurm itself puts the job back into the queue, and starts it when there are two nodes again."""
     out, flags = tmp_path / "run", tmp_path / "run.args"
