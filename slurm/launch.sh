@@ -121,13 +121,14 @@ train_until_complete() {
     trap 'back_into_the_queue 124 "the job ends before the ranks do, what is not saved is lost"' ALRM
     choose_launcher
     code=0
-    # What is wrong at a restart may pass by itself, and the run has shown that it can be.
+    # What is wrong at a restart may pass by itself, and the run has shown that it can be: there is no check then, and
+    # code 2 is a failure like others.
     if [ "$XC_CHECK" = 1 ] && [ -z "${SLURM_RESTART_COUNT:-}" ]; then run_ranks python train.py "${flags[@]}" --check; fi
     if [ "$code" = 0 ] && [ "$told" -gt 0 ]; then code=75; fi
     if [ "$code" = 0 ]; then run_ranks python train.py "${flags[@]}"; fi
     trap '' USR1 TERM ALRM  # there is nobody to tell or to watch any more
     [ -z "$watch" ] || kill "$watch" 2>/dev/null || true
-    case $code in 0 | 2) exit "$code" ;; esac
+    case $code in 0) exit 0 ;; 2) [ -n "${SLURM_RESTART_COUNT:-}" ] || exit 2 ;; esac
     back_into_the_queue "$code" "exit code $code"
 }
 

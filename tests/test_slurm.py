@@ -1,5 +1,6 @@
 """The Slurm templates on a real Slurm of two nodes: whatever befalls a run, it completes or ends for good."""
 
+import fcntl
 import functools
 import json
 import os
@@ -241,6 +242,38 @@ def test_a_run_that_went_back_does_not_go_back_again(cluster, unbroken, tmp_path
     assert f"goes on from: {newest}\n" in log
     assert (out / "metrics.jsonl").read_text().splitlines()[:400] == before  # with its times: not computed anew
     assert losses(out) == unbroken(410)
+
+
+def test_a_mistake_at_a_restart_may_pass(cluster, unbroken, tmp_path):
+    """As the lock of a process on a node that is lost, and does not know yet."""
+    out, flags = tmp_path / "run", tmp_path / "run.args"
+    flags.write_text(f"--steps {ENDLESS}\n")
+    number = cluster.submit(*ONE_NODE, "slurm/train.sbatch", *FLAGS, "--save-every", "4steps", "--out", out,
+                            f"@{flags}", env={"XC_LAUNCHER": "mpirun"})
+    until(lambda: list(out.glob("checkpoints/step-*")), "a checkpoint")
+    os.kill(ranks(cluster, number)[1], signal.SIGKILL)
+    with open(out / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the end of rank 0
+        last = steps_of(out) + 3
+        flags.write_text(f"--steps {last}\n")
+        requeued(cluster, number, 2)
+    log = ended(cluster, number, restarts=2)
+    assert f"--out {out} belongs to " in log and "exit code 2, back into the queue" in log
+    assert losses(out) == unbroken(last)
+
+
+def test_a_mistake_that_stays_ends_the_job_with_its_code(cluster, tmp_path):
+    """Here it comes after the first start, and none of the restarts gets on."""
+    out, flags = tmp_path / "run", tmp_path / "run.args"
+    flags.write_text("")
+    number = cluster.submit(*ONE_NODE, "slurm/train.sbatch", *FLAGS, "--save-every", "4steps", "--steps", ENDLESS,
+                            "--out", out, f"@{flags}", env={"XC_LAUNCHER": "mpirun", "XC_MAX_RESTARTS": "1"})
+    until(lambda: list(out.glob("checkpoints/step-*")), "a checkpoint")
+    flags.write_text("--global-batch 1\n")
+    os.kill(ranks(cluster, number)[1], signal.SIGKILL)
+    log = ended(cluster, number, state="FAILED", code="2:0", restarts=2)
+    assert log.count("exit code 2, back into the queue") == 1
+    assert "exit code 2, and 1 restarts in a row brought no new checkpoint" in log
 
 
 def test_a_lost_node_does_too(cluster, unbroken, tmp_path):
