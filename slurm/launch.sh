@@ -107,6 +107,10 @@ except config.UserError as error:
 # the same number, and goes on from its newest checkpoint. Exits with train.py's code: 0 complete, 2 a user's mistake.
 train_until_complete() {
     local flags
+    case $XC_CHECK in 0 | 1) ;; *) stop "XC_CHECK=$XC_CHECK is not allowed: 0 or 1" ;; esac
+    case $XC_MAX_RESTARTS in
+        '' | *[!0-9]*) stop "XC_MAX_RESTARTS=$XC_MAX_RESTARTS is not allowed: a number, 0 or more" ;;
+    esac
     flags=(--out "runs/$SLURM_JOB_NAME-$id" --resume auto "$@")  # of a flag given twice the last one counts
     run=$(python -c "$out_of_flags" "${flags[@]}") || exit
     before=$(newest)

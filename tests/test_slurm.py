@@ -428,15 +428,18 @@ def test_a_requeued_pack_goes_on(cluster, tiny_packs, tmp_path):
     assert open_splits(out)["train"].verify() == 120
 
 
-@pytest.mark.parametrize("arguments, text", [
-    (["--array=3", "slurm/sweep.sbatch", "{lines}"], "has no line 3"),
-    (["--array=1", "slurm/sweep.sbatch", "{lines}.no"], "is no file to read"),
-    (["slurm/sweep.sbatch", "{lines}"], "submit it with --array=1-N"),
-    (["slurm/bench.sbatch", "head_stop"], "there is no benchmark 'head_stop'; there are: best_accuracy.py "),
+@pytest.mark.parametrize("arguments, env, text", [
+    (["--array=3", "slurm/sweep.sbatch", "{lines}"], {}, "has no line 3"),
+    (["--array=1", "slurm/sweep.sbatch", "{lines}.no"], {}, "is no file to read"),
+    (["slurm/sweep.sbatch", "{lines}"], {}, "submit it with --array=1-N"),
+    (["slurm/bench.sbatch", "head_stop"], {}, "there is no benchmark 'head_stop'; there are: best_accuracy.py "),
+    (["slurm/train.sbatch"], {"XC_MAX_RESTARTS": "three"}, "XC_MAX_RESTARTS=three is not allowed: a number, 0 or more"),
+    (["slurm/train.sbatch"], {"XC_MAX_RESTARTS": "-1"}, "XC_MAX_RESTARTS=-1 is not allowed: a number, 0 or more"),
+    (["slurm/train.sbatch"], {"XC_CHECK": "yes"}, "XC_CHECK=yes is not allowed: 0 or 1"),
 ])
-def test_a_mistake_about_a_template_is_one_line(arguments, text, cluster, tmp_path):
+def test_a_mistake_about_a_template_is_one_line(arguments, env, text, cluster, tmp_path):
     (tmp_path / "lines").write_text("--steps 1\n--steps 2\n")
-    number = cluster.submit(*(a.replace("{lines}", str(tmp_path / "lines")) for a in arguments))
+    number = cluster.submit(*(a.replace("{lines}", str(tmp_path / "lines")) for a in arguments), env=env)
     log = ended(cluster, number, state="FAILED", code="2:0")
     assert text in log and len(log.splitlines()) == 1
 
