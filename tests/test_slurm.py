@@ -381,7 +381,7 @@ def test_a_sweep_of_two(cluster, tmp_path):
     outs = [tmp_path / "first", tmp_path / "second run"]
     (tmp_path / "steps").write_text(f"--steps {ENDLESS}\n")
     lines = tmp_path / "two.lines"
-    lines.write_text(f"--out {outs[0]}\n--out '{outs[1]}' --seed 5\n")
+    lines.write_text(f"# lines that do not count\n--out {outs[0]}\n\n --out '{outs[1]}' --seed 5\n")
     number = cluster.submit("--array=1-2", "slurm/sweep.sbatch", lines, *FLAGS, f"@{tmp_path}/steps",
                             env={"XC_LAUNCHER": "mpirun"})
     until(lambda: all(steps_of(out) > 3 for out in outs), "first steps")
@@ -429,7 +429,7 @@ def test_a_requeued_pack_goes_on(cluster, tiny_packs, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, env, text", [
-    (["--array=3", "slurm/sweep.sbatch", "{lines}"], {}, "has no line 3"),
+    (["--array=3", "slurm/sweep.sbatch", "{lines}"], {}, "has no line 3, where empty ones and those that begin with #"),
     (["--array=1", "slurm/sweep.sbatch", "{lines}.no"], {}, "is no file to read"),
     (["slurm/sweep.sbatch", "{lines}"], {}, "submit it with --array=1-N"),
     (["slurm/bench.sbatch", "head_stop"], {}, "there is no benchmark 'head_stop'; there are: best_accuracy.py "),
@@ -438,7 +438,7 @@ def test_a_requeued_pack_goes_on(cluster, tiny_packs, tmp_path):
     (["slurm/train.sbatch"], {"XC_CHECK": "yes"}, "XC_CHECK=yes is not allowed: 0 or 1"),
 ])
 def test_a_mistake_about_a_template_is_one_line(arguments, env, text, cluster, tmp_path):
-    (tmp_path / "lines").write_text("--steps 1\n--steps 2\n")
+    (tmp_path / "lines").write_text("# two runs\n--steps 1\n\n--steps 2\n")
     number = cluster.submit(*(a.replace("{lines}", str(tmp_path / "lines")) for a in arguments), env=env)
     log = ended(cluster, number, state="FAILED", code="2:0")
     assert text in log and len(log.splitlines()) == 1
