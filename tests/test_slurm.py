@@ -62,6 +62,7 @@ def ended(cluster, number, state="COMPLETED", code="0:0", restarts=0, seconds=15
     log = read_log(cluster, job)
     # Now and then a rank of srun dies inside MPI at its start, where two nodes share a host. The job mends that itself.
     crashes = log.count("exit code 139, back into the queue")
+    assert crashes <= 1, log
     assert (job["JobState"], job["ExitCode"], int(job["Restarts"]) - crashes) == (state, code, restarts), log
     until(lambda: not cluster.processes(number), f"processes of the ended job: {cluster.processes(number)}", seconds=15)
     return log
