@@ -76,20 +76,21 @@ told_to_stop() {
 trap told_to_stop USR1 TERM
 
 run_ranks() {  # run_ranks COMMAND...: on all ranks; sets $code
-    local before=$told
+    local known=$told
     "${launch[@]}" "$@" &
     pid=$!
-    if [ "$told" != "$before" ]; then kill -USR1 "$pid" || true; fi
+    if [ "$told" != "$known" ]; then kill -USR1 "$pid" || true; fi
     while
-        before=$told code=0
+        known=$told code=0
         wait "$pid" || code=$?
-        [ "$told" != "$before" ]  # then it was wait that ended, not the ranks
+        [ "$told" != "$known" ]  # then it was wait that ended, not the ranks
     do :; done
     pid=''
 }
 
 # --- training ---
-newest() { find "$run/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort -V | tail -n 1 || true; }
+# The checkpoint that --resume auto takes, and when it was written: one of the same name may have taken its place.
+newest() { stat -c '%n %Y' "$run"/checkpoints/step-*/meta.json 2>/dev/null | sort -V | tail -n 1 || true; }
 
 # Prints the run folder; train.py reads its flags the same way, @FILE and all.
 out_of_flags='
@@ -105,7 +106,11 @@ except config.UserError as error:
 # train_until_complete FLAGS...: train.py with these flags; what is not complete then goes back into the queue, with
 # the same number, and goes on from its newest checkpoint. Exits with train.py's code: 0 complete, 2 a user's mistake.
 train_until_complete() {
-    local flags before restarts=0
+    local flags
+    case $XC_CHECK in 0 | 1) ;; *) stop "XC_CHECK=$XC_CHECK is not allowed: 0 or 1" ;; esac
+    case $XC_MAX_RESTARTS in
+        '' | *[!0-9]*) stop "XC_MAX_RESTARTS=$XC_MAX_RESTARTS is not allowed: a number, 0 or more" ;;
+    esac
     flags=(--out "runs/$SLURM_JOB_NAME-$id" --resume auto "$@")  # of a flag given twice the last one counts
     run=$(python -c "$out_of_flags" "${flags[@]}") || exit
     before=$(newest)
@@ -116,26 +121,59 @@ train_until_complete() {
         echo "$before" >"$XC_LOGS/begun-from"
     fi
 
+    trap 'told_to_stop; watch_the_end' USR1 TERM
+    trap 'back_into_the_queue 124 "the job ends before the ranks do, what is not saved is lost"' ALRM
     choose_launcher
     code=0
-    # What is wrong at a restart may pass by itself, and the run has shown that it can be.
+    # What is wrong at a restart may pass by itself, and the run has shown that it can be: there is no check then, and
+    # code 2 is a failure like others.
     if [ "$XC_CHECK" = 1 ] && [ -z "${SLURM_RESTART_COUNT:-}" ]; then run_ranks python train.py "${flags[@]}" --check; fi
     if [ "$code" = 0 ] && [ "$told" -gt 0 ]; then code=75; fi
     if [ "$code" = 0 ]; then run_ranks python train.py "${flags[@]}"; fi
-    case $code in 0 | 2) exit "$code" ;; esac
+    trap '' USR1 TERM ALRM  # there is nobody to tell or to watch any more
+    [ -z "$watch" ] || kill "$watch" 2>/dev/null || true
+    case $code in 0) exit 0 ;; 2) [ -n "${SLURM_RESTART_COUNT:-}" ] || exit 2 ;; esac
+    back_into_the_queue "$code" "exit code $code"
+}
 
+# Ranks that were told to stop go on to the end of a step, and save. ALRM tells this shell when that takes until shortly
+# before the job's own end, which would be for good.
+watch='' shortly=20  # seconds
+watch_the_end() {
+    local end left
+    [ -z "$watch" ] || return 0
+    {
+        end=$(SLURM_TIME_FORMAT=standard patiently scontrol show job -o "$id" | grep -o ' EndTime=[^ ]*')
+        end=$(date -d "${end#*=}" +%s 2>/dev/null) || exit 0  # Unknown: the job has no limit
+        left=$((end - $(date +%s)))
+        end=$((end - (left < 2 * shortly ? left / 2 : shortly)))
+        # One long sleep would outlive this process, and that must not outlive the shell.
+        while [ "$(date +%s)" -lt "$end" ]; do sleep 1; kill -0 $$ 2>/dev/null || exit 0; done
+        kill -ALRM $$
+    } &
+    watch=$!
+    disown "$watch"  # or bash would say that it was killed
+}
+
+# back_into_the_queue CODE WHY: exits with that code; without a new checkpoint again and again, it gives up.
+back_into_the_queue() {
+    local found restarts=0
     # A job that scancel ended is still here for a moment, but must not come back.
-    [ "$(patiently squeue -h -j "$id" -o %T)" = RUNNING ] || exit "$code"
-    if [ "$(newest)" = "$before" ]; then restarts=$(($(cat "$XC_LOGS/restarts" 2>/dev/null || echo 0) + 1)); fi
-    if [ "$restarts" -gt "$XC_MAX_RESTARTS" ]; then
-        echo "error: exit code $code, and $XC_MAX_RESTARTS restarts in a row brought no new checkpoint: look into" \
-            "$XC_LOGS, mend the cause, submit again" >&2
-        exit "$code"
+    if [ "$(patiently squeue -h -j "$id" -o %T)" = RUNNING ]; then
+        found=$(newest)
+        if [ "$found" = "$before" ]; then restarts=$(($(cat "$XC_LOGS/restarts" 2>/dev/null || echo 0) + 1)); fi
+        if [ "$restarts" -gt "$XC_MAX_RESTARTS" ]; then
+            echo "error: $2, and $XC_MAX_RESTARTS restarts in a row brought no new checkpoint: look into" \
+                "$XC_LOGS, mend the cause, submit again" >&2
+        else
+            echo "$restarts" >"$XC_LOGS/restarts"
+            echo "job $id: $2, back into the queue; goes on from: ${found%/meta.json *}"
+            patiently scontrol requeue "$id" || true
+        fi
     fi
-    echo "$restarts" >"$XC_LOGS/restarts"
-    echo "job $id: exit code $code, back into the queue; goes on from: $(newest)"
-    patiently scontrol requeue "$id"
-    exit "$code"
+    # Slurm ends ranks that are still there; as children of this shell, or it might not find those of horovodrun.
+    while [ -n "$pid" ] && kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done
+    exit "$1"
 }
 
 # patiently COMMAND...: again and again for ten minutes, as Slurm's controller may be away for a moment.

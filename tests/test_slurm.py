@@ -1,5 +1,6 @@
 """The Slurm templates on a real Slurm of two nodes: whatever befalls a run, it completes or ends for good."""
 
+import fcntl
 import functools
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,7 @@ def ended(cluster, number, state="COMPLETED", code="0:0", restarts=0, seconds=15
     log = read_log(cluster, job)
     # Now and then a rank of srun dies inside MPI at its start, where two nodes share a host. The job mends that itself.
     crashes = log.count("exit code 139, back into the queue")
+    assert crashes <= 1, log
     assert (job["JobState"], job["ExitCode"], int(job["Restarts"]) - crashes) == (state, code, restarts), log
     until(lambda: not cluster.processes(number), f"processes of the ended job: {cluster.processes(number)}", seconds=15)
     return log
@@ -87,6 +90,22 @@ def ranks(cluster, number):
     return sorted(pid for pid, command in cluster.processes(number).items() if command.startswith("python train.py"))
 
 
+def put_to_sleep(cluster, number):
+    """The two ranks of a job; their process numbers."""
+    pids = ranks(cluster, number)
+    assert len(pids) == 2
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    return pids
+
+
+def end_in(cluster, number, seconds):
+    """Move a job's time limit; when it then ends. Slurm's shortest one is a minute from the start."""
+    end = datetime.now() + timedelta(seconds=seconds)
+    cluster.run("scontrol", "update", f"jobid={number}", f"endtime={end:%FT%T}")
+    return end
+
+
 def requeued(cluster, number, times):
     until(lambda: int(cluster.jobs(number)[0]["Restarts"]) >= times, f"restart {times} of {cluster.jobs(number)}")
 
@@ -110,14 +129,11 @@ def test_a_run_outlives_its_time_limit_again_and_again(cluster, unbroken, tmp_pa
     """Once Slurm's own time limit, once a signal sent by hand. The run ends when its flags, read anew, say so."""
     out, flags = tmp_path / "run", tmp_path / "run.args"
     flags.write_text(f"--out {out} --steps {ENDLESS}\n")
-    number = cluster.submit(*TWO_NODES, "-t", 1, "--signal=B:USR1@15", "slurm/train.sbatch", *FLAGS, f"@{flags}",
+    number = cluster.submit(*TWO_NODES, "-t", 10, "--signal=B:USR1@40", "slurm/train.sbatch", *FLAGS, f"@{flags}",
                             env={"XC_LAUNCHER": "mpirun"})
-    # Slurm's shortest limit is a minute. The ranks sleep until it comes near, lest the run be long.
     until(lambda: steps_of(out) > 3, "first steps")
-    asleep = ranks(cluster, number)
-    assert len(asleep) == 2
-    for pid in asleep:
-        os.kill(pid, signal.SIGSTOP)
+    asleep = put_to_sleep(cluster, number)  # lest the run be long: Slurm looks at time limits twice a minute
+    end_in(cluster, number, 70)
     log = Path(cluster.jobs(number)[0]["StdOut"])
     until(lambda: "Forwarding signal 10" in log.read_text(), "the signal", seconds=70)
     for pid in asleep:
@@ -154,6 +170,26 @@ def test_a_signal_saves_under_every_launcher(launcher, cluster, unbroken, tmp_pa
     assert losses(out) == unbroken(first + 5)
 
 
+@pytest.mark.parametrize("launcher, nodes", [("srun", TWO_NODES), ("mpirun", TWO_NODES), ("horovodrun", ONE_NODE)])
+def test_a_job_goes_on_whose_ranks_do_not_answer_in_time(launcher, nodes, cluster, unbroken, tmp_path):
+    """As in a step of minutes: from the newest checkpoint there is."""
+    out, flags = tmp_path / "run", tmp_path / "run.args"
+    flags.write_text(f"--steps {ENDLESS}\n")
+    number = cluster.submit(*nodes, "slurm/train.sbatch", *FLAGS, "--save-every", "4steps", "--out", out, f"@{flags}",
+                            env={"XC_LAUNCHER": launcher})
+    until(lambda: list(out.glob("checkpoints/step-*")), "a checkpoint")
+    put_to_sleep(cluster, number)
+    end = end_in(cluster, number, 40)
+    cluster.run("scancel", "--signal=USR1", "--batch", number)
+    requeued(cluster, number, 1)
+    assert datetime.now() < end
+    last = steps_of(out) + 3
+    flags.write_text(f"--steps {last}\n")
+    log = ended(cluster, number, restarts=1)
+    assert log.count("the job ends before the ranks do, what is not saved is lost, back into the queue") == 1
+    assert losses(out) == unbroken(last)
+
+
 @pytest.mark.parametrize("launcher, nodes", [("srun", TWO_NODES), ("mpirun", ONE_NODE)])
 def test_a_cancelled_job_does_not_come_back(launcher, nodes, cluster, tmp_path):
     number = cluster.submit(*nodes, "slurm/train.sbatch", *FLAGS, "--steps", ENDLESS, "--out", tmp_path / "run",
@@ -181,6 +217,64 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(launcher, nodes
     log = ended(cluster, number, restarts=1)
     assert "exit code 137, back into the queue; goes on from: " in log
     assert losses(out) == unbroken(last)
+
+
+def test_a_run_that_went_back_does_not_go_back_again(cluster, unbroken, tmp_path):
+    """Its first new checkpoint bears the name of the newest one that there was."""
+    out, flags = tmp_path / "run", tmp_path / "run.args"
+    base = [*ONE_NODE, "slurm/train.sbatch", *FLAGS, "--save-every", "200steps", "--out", out, f"@{flags}"]
+    env = {"XC_LAUNCHER": "mpirun"}
+    flags.write_text("--steps 400\n")
+    ended(cluster, cluster.submit(*base, env=env))
+    old, newest = sorted(out.glob("checkpoints/step-*"))
+    assert newest.name == "step-00000400"
+    inode = newest.stat().st_ino
+
+    flags.write_text(f"--steps {ENDLESS}\n")
+    number = cluster.submit(*base, "--resume", old, env=env)
+    until(lambda: newest.exists() and newest.stat().st_ino != inode, "the new checkpoint")
+    os.kill(ranks(cluster, number)[1], signal.SIGKILL)
+    until(lambda: not ranks(cluster, number), "the end of the ranks")
+    assert sorted(out.glob("checkpoints/step-*")) == [old, newest]
+    before = (out / "metrics.jsonl").read_text().splitlines()[:400]
+    requeued(cluster, number, 1)
+    flags.write_text("--steps 410\n")
+    log = ended(cluster, number, restarts=1)
+    assert f"goes on from: {newest}\n" in log
+    assert (out / "metrics.jsonl").read_text().splitlines()[:400] == before  # with its times: not computed anew
+    assert losses(out) == unbroken(410)
+
+
+def test_a_mistake_at_a_restart_may_pass(cluster, unbroken, tmp_path):
+    """As the lock of a process on a node that is lost, and does not know yet."""
+    out, flags = tmp_path / "run", tmp_path / "run.args"
+    flags.write_text(f"--steps {ENDLESS}\n")
+    number = cluster.submit(*ONE_NODE, "slurm/train.sbatch", *FLAGS, "--save-every", "4steps", "--out", out,
+                            f"@{flags}", env={"XC_LAUNCHER": "mpirun"})
+    until(lambda: list(out.glob("checkpoints/step-*")), "a checkpoint")
+    os.kill(ranks(cluster, number)[1], signal.SIGKILL)
+    with open(out / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the end of rank 0
+        last = steps_of(out) + 3
+        flags.write_text(f"--steps {last}\n")
+        requeued(cluster, number, 2)
+    log = ended(cluster, number, restarts=2)
+    assert f"--out {out} belongs to " in log and "exit code 2, back into the queue" in log
+    assert losses(out) == unbroken(last)
+
+
+def test_a_mistake_that_stays_ends_the_job_with_its_code(cluster, tmp_path):
+    """Here it comes after the first start, and none of the restarts gets on."""
+    out, flags = tmp_path / "run", tmp_path / "run.args"
+    flags.write_text("")
+    number = cluster.submit(*ONE_NODE, "slurm/train.sbatch", *FLAGS, "--save-every", "4steps", "--steps", ENDLESS,
+                            "--out", out, f"@{flags}", env={"XC_LAUNCHER": "mpirun", "XC_MAX_RESTARTS": "1"})
+    until(lambda: list(out.glob("checkpoints/step-*")), "a checkpoint")
+    flags.write_text("--global-batch 1\n")
+    os.kill(ranks(cluster, number)[1], signal.SIGKILL)
+    log = ended(cluster, number, state="FAILED", code="2:0", restarts=2)
+    assert log.count("exit code 2, back into the queue") == 1
+    assert "exit code 2, and 1 restarts in a row brought no new checkpoint" in log
 
 
 def test_a_lost_node_does_too(cluster, unbroken, tmp_path):
@@ -288,7 +382,7 @@ def test_a_sweep_of_two(cluster, tmp_path):
     outs = [tmp_path / "first", tmp_path / "second run"]
     (tmp_path / "steps").write_text(f"--steps {ENDLESS}\n")
     lines = tmp_path / "two.lines"
-    lines.write_text(f"--out {outs[0]}\n--out '{outs[1]}' --seed 5\n")
+    lines.write_text(f"# lines that do not count\n--out {outs[0]}\n\n --out '{outs[1]}' --seed 5\n")
     number = cluster.submit("--array=1-2", "slurm/sweep.sbatch", lines, *FLAGS, f"@{tmp_path}/steps",
                             env={"XC_LAUNCHER": "mpirun"})
     until(lambda: all(steps_of(out) > 3 for out in outs), "first steps")
@@ -335,15 +429,18 @@ def test_a_requeued_pack_goes_on(cluster, tiny_packs, tmp_path):
     assert open_splits(out)["train"].verify() == 120
 
 
-@pytest.mark.parametrize("arguments, text", [
-    (["--array=3", "slurm/sweep.sbatch", "{lines}"], "has no line 3"),
-    (["--array=1", "slurm/sweep.sbatch", "{lines}.no"], "is no file to read"),
-    (["slurm/sweep.sbatch", "{lines}"], "submit it with --array=1-N"),
-    (["slurm/bench.sbatch", "head_stop"], "there is no benchmark 'head_stop'; there are: best_accuracy.py "),
+@pytest.mark.parametrize("arguments, env, text", [
+    (["--array=3", "slurm/sweep.sbatch", "{lines}"], {}, "has no line 3, where empty ones and those that begin with #"),
+    (["--array=1", "slurm/sweep.sbatch", "{lines}.no"], {}, "is no file to read"),
+    (["slurm/sweep.sbatch", "{lines}"], {}, "submit it with --array=1-N"),
+    (["slurm/bench.sbatch", "head_stop"], {}, "there is no benchmark 'head_stop'; there are: best_accuracy.py "),
+    (["slurm/train.sbatch"], {"XC_MAX_RESTARTS": "three"}, "XC_MAX_RESTARTS=three is not allowed: a number, 0 or more"),
+    (["slurm/train.sbatch"], {"XC_MAX_RESTARTS": "-1"}, "XC_MAX_RESTARTS=-1 is not allowed: a number, 0 or more"),
+    (["slurm/train.sbatch"], {"XC_CHECK": "yes"}, "XC_CHECK=yes is not allowed: 0 or 1"),
 ])
-def test_a_mistake_about_a_template_is_one_line(arguments, text, cluster, tmp_path):
-    (tmp_path / "lines").write_text("--steps 1\n--steps 2\n")
-    number = cluster.submit(*(a.replace("{lines}", str(tmp_path / "lines")) for a in arguments))
+def test_a_mistake_about_a_template_is_one_line(arguments, env, text, cluster, tmp_path):
+    (tmp_path / "lines").write_text("# two runs\n--steps 1\n\n--steps 2\n")
+    number = cluster.submit(*(a.replace("{lines}", str(tmp_path / "lines")) for a in arguments), env=env)
     log = ended(cluster, number, state="FAILED", code="2:0")
     assert text in log and len(log.splitlines()) == 1
 
