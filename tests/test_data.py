@@ -1,6 +1,7 @@
 """Nothing is left out or repeated, at any number of ranks; batches do not depend on threads; distortion is a function
 of the example."""
 
+import contextlib
 import dataclasses
 import math
 import shutil
@@ -128,6 +129,22 @@ def test_threads_change_nothing(tiny_packs):
     (one,) = run_ranks(1, lambda w: batches(w, packs, dataclasses.replace(CFG, loader_threads=1, prefetch=1)))
     (many,) = run_ranks(1, lambda w: batches(w, packs, dataclasses.replace(CFG, loader_threads=4, prefetch=7)))
     assert all(torch.equal(a, b) for x, y in zip(one, many, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_what_goes_to_a_gpu_are_pixels(tiny_packs, monkeypatch):
+    """Threads pin bytes, and numbers are made of them behind the copy. Here the copy goes nowhere."""
+    packs = open_splits(dataclasses.replace(CFG, data=str(tiny_packs)))
+    expected, world, pinned, to = batches(World(), packs), World(), [], torch.Tensor.to
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.dtype) or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, *rest, **options: tensor.clone() if (
+        device == world.device) else to(tensor, device, *rest, **options))
+    world.device = torch.device("cuda")
+    found = batches(world, packs)
+    assert set(pinned) == {torch.uint8, torch.int64} and len(pinned) == 2 * len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
