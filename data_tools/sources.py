@@ -17,6 +17,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -86,9 +87,9 @@ def kind_of(path):
         return "manifest"
     if is_pack(path):
         return "pack"
-    folders, files = _shard_folders(path)
+    files, others = _shard_files(path)
     for kind, suffix in SUFFIXES.items():
-        if not folders and any(name.endswith(suffix) for _, name in files):
+        if not others and any(name.endswith(suffix) for _, name in files):
             return kind
     return "folder"
 
@@ -104,19 +105,18 @@ def _check_file(path):
         raise PackError(f"{path}: neither a file nor a folder")
 
 
-def _shard_folders(root):
-    """([folders that are not splits], [(split or "", path)] of all files at the top and in the folders of splits)."""
-    others, files = [], []
-    for entry in _entries(root, Counter()):
-        if not entry.is_dir(follow_symlinks=False):
-            files.append((_split_named(entry.path), entry.path))
-        elif entry.name in SPLIT_OF:
-            inner = list(_entries(entry.path, Counter()))
-            files += [(SPLIT_OF[entry.name], one.path) for one in inner if not one.is_dir(follow_symlinks=False)]
-            others += [one.path for one in inner if one.is_dir(follow_symlinks=False)]
+def _shard_files(root):
+    """([(split or "", path)] of all files at the top and in the folders of splits, number of all other folders)."""
+    folders, names = _listed(root, Counter())
+    files, others = [(_split_named(name), os.path.join(root, name)) for name in names], 0
+    for folder in folders:
+        if folder in SPLIT_OF:
+            inner, names = _listed(os.path.join(root, folder), Counter())
+            files += [(SPLIT_OF[folder], os.path.join(root, folder, name)) for name in names]
+            others += len(inner)
         else:
-            others.append(entry.path)
-    return others, files
+            others += 1
+    return files, others
 
 
 def _split_named(path):
@@ -140,7 +140,7 @@ def _shards(path, suffix):
     """[(split, file)] of a file, or of a folder in which train-000.tar and train/000.tar are of split train."""
     if not os.path.isdir(path):
         return [("", path)]
-    shards = [(split, file) for split, file in _shard_folders(path)[1] if file.endswith(suffix)]
+    shards = [(split, file) for split, file in _shard_files(path)[0] if file.endswith(suffix)]
     if len({bool(split) for split, _ in shards}) > 1:
         bare = next(file for split, file in shards if not split)
         raise PackError(f"{bare}: of no split, but other files are; let it have train, val or test in its name")
@@ -152,38 +152,43 @@ def _shards(path, suffix):
 def folder_source(root, skipped):
     """Images of a tree, in a fixed order."""
     ignored = skipped.ignored
-    top = {entry.name for entry in _entries(root, Counter()) if entry.is_dir(follow_symlinks=False)}
+    top = set(_listed(root, Counter())[0])
     has_splits = "train" in top and top <= SPLIT_OF.keys()
     if not has_splits and "train" in top and len(splits := top & SPLIT_OF.keys()) > 1:
         note(f"{root}: {', '.join(sorted(splits))} are taken for classes, not for splits, because "
              f"{min(top - splits)} stands beside them")
-    folders = [""]
-    while folders:
-        folder = folders.pop()
-        inner = []
-        for entry in _entries(os.path.join(root, folder), ignored):
-            path = os.path.join(folder, entry.name)
-            if entry.is_dir(follow_symlinks=False):
-                inner.append(path)
-            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                first, _, name = folder.partition("/") if has_splits else ("", "", folder)
-                if not name:
-                    raise PackError(f"{path}: an image of no class; it belongs into a folder named after its class")
-                yield SPLIT_OF.get(first, ""), path, name, None
-            else:
+    del top  # there may be a folder for every class
+    levels = [iter([""])]
+    while levels:
+        folder = next(levels[-1], None)
+        if folder is None:
+            levels.pop()
+            continue
+        inner, names = _listed(os.path.join(root, folder), ignored)
+        first, _, label = folder.partition("/") if has_splits else ("", "", folder)
+        for name in names:
+            path = os.path.join(folder, name)
+            if not name.lower().endswith(IMAGE_SUFFIXES):
                 ignored["files that are not images"] += 1
-        folders += reversed(inner)
+            elif not label:
+                raise PackError(f"{path}: an image of no class; it belongs into a folder named after its class")
+            else:
+                yield SPLIT_OF.get(first, ""), path, label, None
+        levels.append(map(partial(os.path.join, folder), inner))
 
 
-def _entries(folder, ignored):
+def _listed(folder, ignored):
+    """(folders, others): names of what is in a folder, in their order. Of entries memory would hold half as many."""
+    names = [], []
     with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
+        for entry in entries:
             if entry.name.startswith(".") or entry.name == MACOS_FOLDER:
                 ignored["hidden files and folders"] += 1
             elif entry.is_symlink() and os.path.isdir(entry.path):  # may lead out of the tree, or round in circles
                 ignored["links to folders"] += 1
             else:
-                yield entry
+                names[not entry.is_dir(follow_symlinks=False)].append(entry.name)
+    return tuple(map(sorted, names))
 
 
 def manifest_source(path, skipped):
