@@ -86,9 +86,9 @@ def main():
     stopping = stop.Stop(world)
     rollbacks = Rollbacks(cfg.max_rollbacks, cfg.out, world)
     begun = logged = position
-    # An evaluation that was interrupted, or not even begun, is made up for.
+    # An evaluation of this run that was interrupted, or not even begun, is made up for.
     known = world.everyone.all_gather_object(folder and checkpoint.top1_of(folder))[0]
-    owed = test and folder and known is None and (
+    owed = test and folder and cfg.resume == "auto" and known is None and (
         schedule.due(position, cfg.eval_every) or position.examples == schedule.examples)
     now = labels = features = found = None  # of the last step, and of the last evaluation
 
@@ -101,7 +101,7 @@ def main():
                 stopped = stopping.asked() and not over
             log = moved and (position.step % cfg.log_steps == 0 or over)
             eval = test and (schedule.due(position, cfg.eval_every) or over)
-            save = owed or schedule.due(position, cfg.save_every) or over
+            save = schedule.due(position, cfg.save_every) or over
             if log or eval or save or stopped:
                 state.losses.look()
                 if state.losses.bad_step is not None:  # looked for before a save: there must be one to go on from
@@ -128,7 +128,9 @@ def main():
                 if eval and not stopped:
                     found = evaluate(backbone, head, test.test(cfg.global_batch), world, stopping.asked)
                     stopped = found is None
-                if save or stopped:
+                if not moved and found:
+                    saver.add_top1(folder, found["top1"])
+                elif moved and (save or stopped):
                     saver.save(state, position, found and found["top1"])
                 if found:
                     metrics.log(position, **found, train_seconds=timer.total, bad_test_records=test.bad_records(),

@@ -16,7 +16,7 @@ folder      OUT/<class name>/<record number>.<suffix by content>, of a folder of
             White space at the ends of a class name is kept in OUT, but data_tools.pack takes it off in list.csv.
 webdataset  OUT/<split>-000000.tar … (images-… of a pack without splits), each of at most --shard-mb; of every record
             NNNNNNNNN.<suffix by content> and NNNNNNNNN.cls, its label in digits. Where that is not the name of its
-            class, NNNNNNNNN.json has it too, by which data_tools.pack goes: {"label": 0, "class_name": "cat"}.
+            class, NNNNNNNNN.json has it too, by which data_tools.pack goes: {"label": 0, "xc_class_name": "cat"}.
             OUT/classes.txt has the class names, line n + 1 that of label n (with \\\\ \\n \\r for a backslash and for
             ends of lines in them). The same pack gives the same bytes: all times are 0. Weights are left out.
 """
@@ -34,7 +34,7 @@ import numpy as np
 from data_tools.class_list import intervals_of
 from data_tools.command import Parser, between, check_paths, new_folder, printing, stop_on_signals
 from data_tools.progress import Progress
-from data_tools.sources import MACOS_FOLDER
+from data_tools.sources import MACOS_FOLDER, SPLIT_OF
 from xc.pack import INDEX_FILE, SPLITS, PackError, open_splits
 
 SUFFIXES = ((rb"\x89PNG\r\n\x1a\n", "png"), (rb"\xff\xd8\xff", "jpg"), (rb"RIFF....WEBP", "webp"), (rb"BM", "bmp"),
@@ -65,7 +65,7 @@ def folder_of(name, shun_splits=False):
         raise ValueError(f"a name of {len(name.encode())} bytes, more than a path can have")
     text = re.sub(r"[%\x00-\x1f\x7f]|^/+|/+\Z|(?<=/)/+", lambda found: _escape(found[0]), name)
     first, *others = text.split("/")
-    if shun_splits and first in SPLITS:
+    if shun_splits and first in SPLIT_OF:
         first = _escape(first)
     pieces = [piece for folder in (first, *others) for piece in _pieces(folder)]
     text = "/".join(pieces)
@@ -143,7 +143,7 @@ class TarShards:
         digits, name = str(label), pack.class_name(label)
         record = *_member(f"{number:09}.{suffix_of(image)}", image), *_member(f"{number:09}.cls", digits.encode())
         if name != digits:
-            facts = json.dumps({"label": int(label), "class_name": name}).encode()
+            facts = json.dumps({"label": int(label), "xc_class_name": name}).encode()
             record += _member(f"{number:09}.json", facts)
         if self.file and self.file.tell() + sum(map(len, record)) + TAR_END > self.shard_bytes:
             self._end_shard()
@@ -209,7 +209,7 @@ def export(src, out, *, to, split, classes, shard_mb):
     num_bytes = 0
     with new_folder(out) as partial:
         if to == "folder":  # most packs without splits say at their first class that they will not seem to have some
-            seems_split = not is_split and all(first.class_name(n).partition("/")[0] in SPLITS for n in labels)
+            seems_split = not is_split and all(first.class_name(n).partition("/")[0] in SPLIT_OF for n in labels)
             writer = Folders(partial, is_split, seems_split, first.has_weights)
         else:
             writer = TarShards(partial, is_split, first, shard_mb * 1e6)

@@ -11,6 +11,7 @@ import shutil
 import stat
 from contextlib import contextmanager
 
+from data_tools.sources import SPLIT_OF
 from xc import pack as layout
 from xc.disk import sync_tree
 from xc.pack import PackError
@@ -31,9 +32,10 @@ def left(out):
 def fingerprint(path):
     """What tells cheaply whether a file changed, or in a folder and its folders of splits a file or the entries of a
     folder."""
+    os.stat(path)  # what is not there has no fingerprint
     paths = [path]
     if os.path.isdir(path):
-        folders = [path, *(os.path.join(path, split) for split in layout.SPLITS)]
+        folders = [path, *(os.path.join(path, split) for split in SPLIT_OF)]
         paths = (entry.path for folder in folders if os.path.isdir(folder) for entry in os.scandir(folder))
     total = 0  # of hashes, in any order: there may be a folder for every class
     for found in paths:

@@ -386,8 +386,8 @@ def _text(where, name, value):
 def webdataset_source(path, skipped):
     """Samples of tar files: neighbours whose names agree up to the first dot, an image and .cls or .json with `label`.
 
-    .cls is the class as a number or a name. A .json may also have `class_name`, which then is the class, whatever its
-    number is here: data_tools.export writes it.
+    .cls is the class as a number or a name. A .json may also have `xc_class_name`, as data_tools.export writes it: that
+    then is the class, whatever its number is here.
     """
     for split, file in _shards(path, ".tar"):
         members = _members(file, split, skipped)
@@ -481,11 +481,11 @@ def _label(suffix, data):
             value = json.loads(text)
         except RecursionError as error:
             raise ValueError("its .json is nested too deep") from error
-        label, name = (value.get("label"), value.get("class_name")) if isinstance(value, dict) else (None, None)
+        label, name = (value.get("label"), value.get("xc_class_name")) if isinstance(value, dict) else (None, None)
         if not isinstance(label, str | int) or isinstance(label, bool):
             raise ValueError("its .json has no field label that is a number or a name")
-        if name is not None and not (isinstance(name, str) and name):
-            raise ValueError("its .json has a field class_name that is no name")
+        if name is not None and not (isinstance(name, str) and name.strip()):
+            raise ValueError("its .json has a field xc_class_name that is no name")
         text = str(label)
         (text + (name or "")).encode()  # JSON can name half of a pair, which is no character
     if not text.strip():

@@ -152,7 +152,7 @@ watch_the_end() {
         kill -ALRM $$
     } &
     watch=$!
-    disown "$watch"  # or bash would say that it was killed
+    disown "$watch" || true  # or bash would say that it was killed
 }
 
 # back_into_the_queue CODE WHY: exits with that code; without a new checkpoint again and again, it gives up.

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -302,6 +303,42 @@ def test_a_checkpoint_by_name_is_looked_at_as_closely(ranks, damage, tmp_path):
                 os.mkfifo(path)
     with pytest.raises(UserError, match=words):
         run_ranks(ranks, lambda w: checkpoint.to_resume(folder, tmp_path, w))
+
+
+def test_one_that_cannot_be_deleted_does_not_keep_the_others(tmp_path, monkeypatch, capsys):
+    def refuse(path, *rest, **options):
+        if ".step-00000001.removed-" in str(path):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return remove(path, *rest, **options)
+
+    remove = shutil.rmtree
+    monkeypatch.setattr(savers.shutil, "rmtree", refuse)
+    for step in range(1, 7):
+        run_ranks(2, lambda w, step=step: save(w, tmp_path, step, keep=1))
+    left = sorted(os.listdir(tmp_path / "checkpoints"))
+    assert len(left) == 2 and left[0].startswith(".step-00000001.removed-") and left[1] == "step-00000006"
+
+
+def test_a_checkpoint_stays_where_another_cannot_take_its_place(tmp_path, monkeypatch, capsys):
+    def refuse(path, target):
+        if path.name.endswith(".partial") and len(renamed) < 1:
+            renamed.append(path)
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    rename, renamed = Path.rename, []
+    run_ranks(1, lambda w: save(w, tmp_path, 1, seed=1))
+    monkeypatch.setattr(Path, "rename", refuse)
+
+    def body(world):
+        saver = savers.Saver(tmp_path, world, IDENTITY, 1)
+        saver.save(state_of(world, 2), position(1))
+        saver.finish()
+
+    run_ranks(1, body)
+    assert "Input/output error" in capsys.readouterr().err and renamed
+    assert os.listdir(tmp_path / "checkpoints") == ["step-00000001"]
+    checkpoint.check(tmp_path / "checkpoints" / "step-00000001")
 
 
 @pytest.mark.parametrize("hindrance", ["busy", "link", "none"])

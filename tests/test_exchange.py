@@ -79,7 +79,12 @@ def test_buffers_are_averaged():
     def body(world):
         net = nn.BatchNorm1d(1)
         net.running_mean.fill_(world.rank)
-        AllReduce(net, world).average_buffers()
+        exchange = AllReduce(net, world)
+        exchange.begin(None)  # a step, in which every rank takes its own
+        means = exchange.mean_buffers()
+        assert net.running_mean.item() == world.rank and means["running_mean"].item() == 1
+        exchange.average_buffers()
+        assert not exchange.mean_buffers() and not exchange.files()  # now they are the same
         return net.running_mean.item()
 
     assert run_ranks(3, body) == [1.0] * 3

@@ -152,17 +152,21 @@ def test_tars_hold_the_same(plain, split, tmp_path, shard_mb):
     assert len(shards) == (33 if shard_mb == 1e-6 else 1) or shard_mb == 8e-3 and 1 < len(shards) < 33
 
 
-@pytest.mark.parametrize("names", [["cat", "dog", "Ü/x y"], ["1", "2", "7"], ["0", "1", "2"], ["02", "1", "00"]])
+@pytest.mark.parametrize("names", [["cat", "dog", "Ü/x y"], ["1", "2", "7"], ["0", "1", "2"], ["02", "1", "00"],
+                                   ["train/x", "validation/x", "valid/y"]])
 @pytest.mark.parametrize("to", ["folder", "webdataset"])
 def test_classes_keep_their_names(to, names, tmp_path):
     """Whether they are numbers or not, the labels or others, and with some of the classes."""
-    write_tree(tmp_path / "src", {name: 2 + i for i, name in enumerate(names)})
-    pack(tmp_path / "src", tmp_path / "pack")
+    files = write_tree(tmp_path / "src", {f"{i}": 2 + i for i in range(len(names))})
+    (tmp_path / "src" / "list.csv").write_text("path,label\n" + "".join(
+        f"{path},{names[int(path.split('/')[0])]}\n" for path in files))
+    pack(tmp_path / "src" / "list.csv", tmp_path / "pack")
+    what = "list.csv" if to == "folder" else "."  # folders may have escapes in their names
     export(tmp_path / "pack", tmp_path / "all", "--to", to)
-    pack(tmp_path / "all", tmp_path / "again", "--max-skipped", 0)
+    pack(tmp_path / "all" / what, tmp_path / "again", "--max-skipped", 0)
     assert same(tmp_path / "pack", tmp_path / "again")
     export(tmp_path / "pack", tmp_path / "some", "--to", to, "--classes", "1-2")
-    pack(tmp_path / "some", tmp_path / "few", "--classes", tmp_path / "pack", "--max-skipped", 0)
+    pack(tmp_path / "some" / what, tmp_path / "few", "--classes", tmp_path / "pack", "--max-skipped", 0)
     whole = records(Pack(tmp_path / "pack"))
     assert records(Pack(tmp_path / "few")) == [record for record in whole if record[1] > 0]
 

@@ -371,6 +371,18 @@ def test_a_folder_that_changed_is_another(tmp_path, capsys, change):
     assert "state of SRC" in fails(capsys, src, tmp_path / "pack", *FLAGS, "--part", "1/2")
 
 
+@pytest.mark.parametrize("name", ["val", "validation", "valid"])
+def test_shards_in_any_folder_of_a_split_are_watched(tmp_path, capsys, name):
+    for split in "train", name:
+        (tmp_path / "src" / split).mkdir(parents=True)
+        write_tar(tmp_path / "src" / split / "0.tar", [("a.png", picture(len(split))), ("a.cls", b"x")])
+    run(tmp_path / "src", tmp_path / "pack", *FLAGS, "--part", "0/2")
+    with open(tmp_path / "src" / name / "0.tar", "ab") as file:
+        file.write(bytes(10240))
+    capsys.readouterr()
+    assert "state of SRC" in fails(capsys, tmp_path / "src", tmp_path / "pack", *FLAGS, "--part", "1/2")
+
+
 @pytest.mark.parametrize("part", [[], ["--part", "0/1"], ["--part", "1/2"]])
 def test_a_folder_that_appears_is_not_taken_for_the_pack(source, tmp_path, capsys, monkeypatch, part):
     src, whole = source

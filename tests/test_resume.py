@@ -7,7 +7,7 @@ import pytest
 
 from tests.launch import accuracies, last_json, losses, mpirun, run
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(300)]
 
 # Small images, distorted; an uneven batch; 1.3 epochs, of which the first half is over at the stop.
 RUN = ["--data", "synth:classes=60,dim=16,images=1,test=50", "--image-size", 16, "--feature-dim", 16,

@@ -29,11 +29,13 @@ from safetensors.torch import load_file
 
 from xc import watchdog
 from xc.config import UserError
+from xc.disk import sync
 from xc.exchange import AllReduce
 from xc.heads import Head
 from xc.losses import Losses
 from xc.noise_scale import NoiseScale
 from xc.optim import RowSGD
+from xc.run_folder import replace_text
 from xc.schedule import Position
 
 _FORMAT, _VERSION = "xc-checkpoint", 5
@@ -57,12 +59,12 @@ class State:
 
 
 def files_of(state, world):
-    """{file name: {name: tensor}} of what this rank writes."""
-    head, files = state.head, state.exchange.files()
+    """{file name: {name: tensor}} of what this rank writes. Collective."""
+    head, files, means = state.head, state.exchange.files(), state.exchange.mean_buffers()
     if world.replicas.rank == 0 and len(head.shard):
         files |= {rows_name(head.shard.first, head.shard.last): dict(_row_tables(state))} | head.files()
     if world.rank == 0:
-        files["backbone.safetensors"] = state.backbone.state_dict()
+        files["backbone.safetensors"] = state.backbone.state_dict() | means
         files["optimizer.safetensors"] = _momentum_by_name(state)
     return files
 
@@ -112,8 +114,13 @@ def newest_whole(run, world, most_steps=10**18):
 
 def write_meta(folder, meta):
     """Write meta.json, with a checksum of all that it says."""
-    with open(Path(folder) / "meta.json", "w") as file:
-        json.dump(meta | {"crc32": _crc32_of(meta)}, file, indent=1)
+    replace_text(Path(folder) / "meta.json", json.dumps(meta | {"crc32": _crc32_of(meta)}, indent=1))
+
+
+def add_top1(folder, top1):
+    """Put into a checkpoint what an evaluation gave that it was written without."""
+    write_meta(folder, read_meta(folder) | {"top1": top1})
+    sync(Path(folder) / "meta.json")
 
 
 def _crc32_of(meta):

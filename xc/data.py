@@ -15,7 +15,7 @@ The order of examples over all ranks is one endless sequence, epoch after epoch,
 next `global_batch` of it and each rank its part of those, so a run's position is one number, any number of ranks can
 go on from it, and with --sampler natural no example is left out or repeated within an epoch.
 
-Threads read and decode. What is left to do, making numbers of pixels and distorting them (`prepared`), takes three
+Threads read and decode. What is left to do, making numbers of pixels and distorting them (`prepared`), takes four
 times as long as decoding a JPEG of 224 × 224 pixels: a GPU does it for itself, from pixels that take a quarter of the
 memory of numbers on their way; for a CPU the same threads do.
 """

@@ -128,9 +128,16 @@ class AllReduce:
 
     def average_buffers(self):
         """Make the buffers (batch-norm statistics, which every rank takes of its own examples) the same. Collective."""
-        for buffer in self._own_buffers().values():
-            self.world.everyone.all_reduce(buffer).div_(self.world.size)
+        buffers = self._own_buffers()
+        for name, mean in self.mean_buffers().items():
+            buffers[name].copy_(mean)
         self._buffers_differ = False
+
+    def mean_buffers(self):
+        """{name: mean over the ranks} of the buffers, if they may differ. Collective."""
+        buffers = self._own_buffers() if self._buffers_differ else {}
+        return {name: self.world.everyone.all_reduce(buffer.clone()).div_(self.world.size)
+                for name, buffer in buffers.items()}
 
     def _own_buffers(self):
         return {name: buffer for name, buffer in self._backbone.named_buffers() if buffer.is_floating_point()}
@@ -155,14 +162,11 @@ class AllReduce:
         self._load_buffers(folder)
 
     def _load_buffers(self, folder):
-        """This rank's own, or of another number of ranks their mean, where they differed."""
+        """This rank's own, where as many ranks had some; or else the backbone has their mean."""
         paths = sorted(Path(folder).glob("buffers-*.safetensors"))
         self._buffers_differ = len(paths) == self.world.size
-        if self._buffers_differ:
-            paths = paths[self.world.rank : self.world.rank + 1]
-        of_ranks = [load_file(path) for path in paths]
-        for name, buffer in self._own_buffers().items() if of_ranks else ():
-            buffer.copy_(sum(of_rank[name] for of_rank in of_ranks) / len(of_ranks))
+        for name, buffer in load_file(paths[self.world.rank]).items() if self._buffers_differ else ():
+            self._own_buffers()[name].copy_(buffer)
 
 
 class Dgc(AllReduce):
@@ -219,7 +223,7 @@ class Dgc(AllReduce):
             before = bucket
 
     def begin(self, now):
-        self._now = now
+        self._now, self._buffers_differ = now, True
         if not self.loss_scale.active:
             super().begin(now)
 

@@ -55,6 +55,14 @@ class Saver:
         self._thread = threading.Thread(target=self._write, args=(self._copies, meta), name="checkpoint")
         self._thread.start()
 
+    def add_top1(self, folder, top1):
+        """Put what an evaluation gave into a checkpoint that was written without."""
+        if self._world.rank == 0:
+            try:
+                checkpoint.add_top1(folder, top1)
+            except OSError as error:
+                print(f"warning: {folder} does not get its top-1 ({error})", file=sys.stderr, flush=True)
+
     def finish(self, last=False):
         """Wait until what was begun is on the disk, or given up; the last one of a run must not be. Collective."""
         if self._thread is None:
@@ -108,10 +116,7 @@ class Saver:
                         self._moves_on()
                         sync(path)
                     self._moves_on()
-                    if folder.exists():  # an earlier launch's, or one without the evaluation that this one has
-                        folder.rename(_hidden(folder))
-                    partial.rename(folder)
-                    sync(self._folder)
+                    _take_place(partial, folder)
             if rank == 0:  # on its own: what cannot be deleted takes nothing from what was saved
                 self._prune(folder)
         except Exception as error:
@@ -127,15 +132,17 @@ class Saver:
         folders = checkpoint.folders(self._folder)
         earlier = folders[: folders.index(newest) + 1]
         kept = {*earlier[-self._keep :], checkpoint.best_of(earlier)}
-        try:
-            for folder in folders:
-                if folder not in kept:
+        errors = []
+        for folder in folders:
+            if folder not in kept:
+                with _noting(errors):
                     folder.rename(_hidden(folder))  # a folder that bears its name is whole, also where this is killed
-            for hidden in self._folder.glob(".step-*.removed-*"):
+        for hidden in self._folder.glob(".step-*.removed*"):
+            with _noting(errors):
                 hidden.unlink() if hidden.is_symlink() else shutil.rmtree(hidden)
-        except OSError as error:
-            print(f"warning: an old checkpoint could not be deleted ({error}); the new one is whole, training goes on",
-                  file=sys.stderr, flush=True)
+        if errors:
+            print(f"warning: an old checkpoint could not be deleted ({errors[0]}); the new one is whole, training goes "
+                  "on", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -147,6 +154,28 @@ def _agreed(group):
             yield
         except Exception as error:
             raise OSError(" ".join(str(error).split()) or repr(error)) from error
+
+
+@contextmanager
+def _noting(errors):
+    try:
+        yield
+    except OSError as error:
+        errors.append(error)
+
+
+def _take_place(partial, folder):
+    """A whole checkpoint gets its name, in place of one that an earlier launch made on a course since given up."""
+    hidden = _hidden(folder)
+    if folder.exists():
+        folder.rename(hidden)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if hidden.exists():
+            hidden.rename(folder)
+        raise
+    sync(folder.parent)
 
 
 def _hidden(folder):
