@@ -183,6 +183,8 @@ def test_a_job_goes_on_whose_ranks_do_not_answer_in_time(launcher, nodes, cluste
     cluster.run("scancel", "--signal=USR1", "--batch", number)
     requeued(cluster, number, 1)
     assert datetime.now() < end
+    # The limit stays with the job, and is shorter than the lead of the signal, which would come at any moment.
+    cluster.run("scontrol", "update", f"jobid={number}", "timelimit=10")
     last = steps_of(out) + 3
     flags.write_text(f"--steps {last}\n")
     log = ended(cluster, number, restarts=1)

@@ -39,3 +39,13 @@ def test_all_ranks_save_and_leave(ranks, which, number, tmp_path):
     whole = [*LONG, "--out", tmp_path / "whole"]
     mpirun(ranks, *whole) if ranks > 1 else run(sys.executable, *whole)
     assert losses(out) == losses(tmp_path / "whole") and len(losses(out)) == 300
+
+
+@pytest.mark.parametrize("end, code", [("None", 0), ("leave()", 75)])
+@pytest.mark.parametrize("number", ["SIGUSR1", "SIGTERM"])
+def test_a_signal_that_comes_too_late_changes_no_exit_code(end, code, number):
+    """While Python takes itself apart, when it has given signals back to the system."""
+    lines = ["import os, signal", "from xc import stop, world", "stop.listen()", "class Late:",
+             f"    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.{number}): kill(pid, number)",
+             "late = Late()", "def leave(): raise world.Leave(75, 'left')", f"world.run(lambda: {end})"]
+    assert run(sys.executable, "-c", "\n".join(lines), expect=code)

@@ -14,6 +14,13 @@ def listen():
         signal.signal(number, lambda number, _: _told.append(number))
 
 
+def ignore():
+    """From now on they come too late: nothing is left to be stopped. Else Python would give them back to the system
+    before its end, and a rank that is done die of them."""
+    for number in signal.SIGUSR1, signal.SIGTERM:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Stop:
     """Whether any rank was told, the same on all ranks at the same step: the signal may reach one of them alone."""
 

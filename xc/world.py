@@ -25,7 +25,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from xc import watchdog
+from xc import stop, watchdog
 from xc.config import UserError
 from xc.message import one_line
 from xc.traffic import Traffic, sent_all_gather, sent_all_reduce, sent_reduce_scatter
@@ -518,7 +518,9 @@ def run(main):
     """
     try:
         main()
+        stop.ignore()
     except Leave as e:
+        stop.ignore()
         if launched_rank() in (None, 0):
             print(e, flush=True)
         if launched_rank() is not None:  # the launcher ends all ranks when the first one leaves
