@@ -120,7 +120,7 @@ def write_meta(folder, meta):
 def add_top1(folder, top1):
     """Put into a checkpoint what an evaluation gave that it was written without."""
     write_meta(folder, read_meta(folder) | {"top1": top1})
-    sync(Path(folder) / "meta.json")
+    sync(folder)
 
 
 def _crc32_of(meta):

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from xc.config import UserError, as_arguments
+from xc.disk import sync
 
 _locks = []  # open files, which would lose their locks when they are closed
 _PACKAGES = ("torch", "horovod", "mpi4py", "h5py", "numpy", "safetensors")
@@ -68,9 +69,10 @@ def _lock(out):
 
 
 def replace_text(path, text):
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all, also where power is lost."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
+    sync(partial)
     partial.replace(path)
 
 
