@@ -8,7 +8,7 @@
 The run, top to bottom. The last line on standard output is one JSON object.
 """
 
-from xc import stop
+from xc.run import signals as stop
 
 stop.listen()  # first of all: what follows takes seconds
 
@@ -19,18 +19,29 @@ import time
 
 import torch
 
-from xc import backbone as backbones
-from xc import checkpoint, config, data, doctor, heads, noise_scale, pipeline, run_folder, schedule_plot, watchdog
-from xc import exchange as exchanges
-from xc.evaluate import evaluate
-from xc.losses import Losses
-from xc.metrics import Metrics, Timer, peak_rss_mb
-from xc.optim import RowSGD, backbone_optimizer, set_lr
-from xc.rollback import Rollbacks
-from xc.saver import Saver
-from xc.schedule import Position, Schedule
-from xc.timeline import Timeline
-from xc.world import Leave, open_world, run
+from xc import config
+from xc.checkpoint import layout, newest
+from xc.checkpoint import state as checkpoint
+from xc.checkpoint.rollback import Rollbacks
+from xc.checkpoint.writer import Saver
+from xc.comm.launch import run
+from xc.comm.world import open_world
+from xc.data import loader as data
+from xc.errors import ExitRun
+from xc.gradients import exchanges
+from xc.model import backbone as backbones
+from xc.model import head_table as heads
+from xc.optim import noise_scale, schedule_plot
+from xc.optim.optimizers import RowSGD, backbone_optimizer, set_lr
+from xc.optim.schedule import Position, Schedule
+from xc.preflight import check as preflight
+from xc.run import folder as run_folder
+from xc.run import watchdog
+from xc.run.loss_meter import Losses
+from xc.run.metrics import Metrics, Timer, peak_rss_mb
+from xc.run.trace import Timeline
+from xc.train import step as pipeline
+from xc.train.evaluate import evaluate
 
 _AUDITED = 4  # examples per rank that head.audit looks at, against all classes
 
@@ -42,7 +53,7 @@ def main():
     world = open_world(cfg.device, cfg.model_parallel_size)
     watch = watchdog.Watchdog(world, cfg.stall_seconds)
     if cfg.check:
-        raise Leave(*doctor.check(cfg, world))
+        raise ExitRun(*preflight.check(cfg, world))
     with world.agreed():
         if not cfg.schedule_plot:
             run_folder.check(cfg)
@@ -68,7 +79,7 @@ def main():
     identity = {"seed": cfg.seed, "sampler": cfg.sampler, "logits": cfg.logits, "num_records": len(packs["train"]),
                 "data_seed": packs["train"].data_seed, "classes_digest": packs["train"].classes_digest,
                 "course": schedule.course}
-    folder = checkpoint.to_resume(cfg.resume, cfg.out, world)
+    folder = newest.to_resume(cfg.resume, cfg.out, world)
     with world.agreed():
         if folder:
             position = schedule.resume(checkpoint.load(folder, state, identity))
@@ -87,7 +98,7 @@ def main():
     rollbacks = Rollbacks(cfg.max_rollbacks, cfg.out, world)
     begun = logged = position
     # An evaluation of this run that was interrupted, or not even begun, is made up for.
-    known = world.everyone.all_gather_object(folder and checkpoint.top1_of(folder))[0]
+    known = world.everyone.all_gather_object(folder and layout.top1_of(folder))[0]
     owed = test and folder and cfg.resume == "auto" and known is None and (
         schedule.due(position, cfg.eval_every) or position.examples == schedule.examples)
     now = labels = features = found = None  # of the last step, and of the last evaluation
@@ -137,7 +148,7 @@ def main():
                                 **(head.audit(features, labels[: len(features)]) if features is not None else {}))
             if stopped:
                 saver.finish(last=True)
-                raise Leave(stop.EXIT_CODE, f"told to stop after {position.step} steps, all of which are saved; go on "
+                raise ExitRun(stop.EXIT_CODE, f"told to stop after {position.step} steps, all of which are saved; go on "
                                             f"with it: {run_folder.resume_command(cfg, world.size)}")
             owed = False
         timeline.at(position.step)

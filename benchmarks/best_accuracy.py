@@ -13,9 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.measure import report
-from xc import config, synth
-from xc.config import UserError
-from xc.world import run
+from xc import config
+from xc.comm.launch import run
+from xc.data import synthetic as synth
+from xc.errors import UserError
 
 
 def main():

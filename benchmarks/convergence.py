@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.hosts import Hosts
 from benchmarks.softmax_table import ROOT, finished, lines_of, log_of, read, train
-from xc import config, data
+from xc import config
+from xc.data import loader as data
 
 # Of every set: flags of all runs; the baseline's batch, and the rates (backbone, class rows) that it is tried with.
 SETS = {

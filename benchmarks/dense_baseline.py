@@ -17,15 +17,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.measure import report
-from xc import backbone as backbones
-from xc import config, data
-from xc.config import UserError
-from xc.heads.base import initial_rows
-from xc.optim import backbone_optimizer, set_lr
-from xc.schedule import Schedule
-from xc.schedule_plot import steps_of
-from xc.shard import Shard
-from xc.world import World, run
+from xc import config
+from xc.comm.launch import run
+from xc.comm.shard import Shard
+from xc.comm.world import World
+from xc.data import loader as data
+from xc.errors import UserError
+from xc.model import backbone as backbones
+from xc.model.head import initial_rows
+from xc.optim.optimizers import backbone_optimizer, set_lr
+from xc.optim.schedule import Schedule
+from xc.optim.schedule_plot import steps_of
 
 
 def main():

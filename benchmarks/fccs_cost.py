@@ -17,13 +17,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.measure import median_step, report
-from xc import backbone as backbones
-from xc import config, heads, noise_scale, pipeline
-from xc.exchange import AllReduce
-from xc.metrics import Timer
-from xc.optim import RowSGD, backbone_optimizer, set_lr
-from xc.schedule import Position, Schedule
-from xc.world import open_world, run
+from xc import config
+from xc.comm.launch import run
+from xc.comm.world import open_world
+from xc.gradients.allreduce import AllReduce
+from xc.model import backbone as backbones
+from xc.model import head_table as heads
+from xc.optim import noise_scale
+from xc.optim.optimizers import RowSGD, backbone_optimizer, set_lr
+from xc.optim.schedule import Position, Schedule
+from xc.run.metrics import Timer
+from xc.train import step as pipeline
 
 
 def main():

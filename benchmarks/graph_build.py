@@ -30,11 +30,12 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measure import report
-from xc.config import UserError
-from xc.metrics import peak_rss_mb
-from xc.neighbors import build, refresh
-from xc.shard import Shard
-from xc.world import open_world, run
+from xc.comm.launch import run
+from xc.comm.shard import Shard
+from xc.comm.world import open_world
+from xc.errors import UserError
+from xc.knn.build import build, refresh
+from xc.run.metrics import peak_rss_mb
 
 
 def trained_like(num_classes, dim, shard):

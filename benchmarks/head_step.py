@@ -26,13 +26,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from benchmarks.measure import median_step, report, rss_mb
-from xc.config import Config, UserError
-from xc.heads import HEADS
-from xc.knn_graph import Indexed, KnnGraph
-from xc.metrics import peak_rss_mb
-from xc.optim import RowSGD
-from xc.shard import Shard
-from xc.world import open_world, run
+from xc.comm.launch import run
+from xc.comm.shard import Shard
+from xc.comm.world import open_world
+from xc.config import Config
+from xc.errors import UserError
+from xc.knn.graph import Indexed, KnnGraph
+from xc.model.head_table import HEADS
+from xc.optim.optimizers import RowSGD
+from xc.run.metrics import peak_rss_mb
 
 
 def main():

@@ -10,9 +10,9 @@ on the disk that is measured; it is removed at the end.
 
 folder         torch's DataLoader, a process per worker, that opens files by Pillow, as torchvision's ImageFolder does
 webdataset     four tar shards, a buffer of 1,000 for shuffling, decoded by Pillow as its handbook does
-ours           xc.data.Loader, a thread per worker
+ours           xc.data.loader.Loader, a thread per worker
 pixels         the same up to what goes to a GPU, which makes numbers of pixels itself: batches of bytes
-decode         no files: xc.pack.decode of bytes in memory by one thread, the most that one worker can reach
+decode         no files: xc.data.images.decode of bytes in memory by one thread, the most that one worker can reach
 
 For each set, arm, cache and number of workers: images per second, and CPU seconds per 1,000 images of all processes;
 medians of --repeats passes, in which the arms take turns. Cold: the files' bytes (not their names) are first put out
@@ -46,10 +46,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.image_sets import copy_images, forget, write_patterns
 from benchmarks.measure import cpu_seconds
-from xc import data
+from xc.comm.world import World
 from xc.config import Config
-from xc.pack import decode
-from xc.world import World
+from xc.data import loader as data
+from xc.data.images import decode
 
 BATCH = 64
 NUM_SHARDS = 4

@@ -35,10 +35,10 @@ from PIL import Image
 from benchmarks.measure import rss_mb
 from data_tools.class_table import ClassTable
 from data_tools.pack_writer import PackWriter
-from xc import data
+from xc.comm.world import World
 from xc.config import Config
-from xc.order import SAMPLERS
-from xc.world import World
+from xc.data import loader as data
+from xc.data.sampler import SAMPLERS
 
 SIZE, BATCH, NUM_BATCHES = 8, 64, 200
 

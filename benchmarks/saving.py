@@ -28,16 +28,19 @@ import torch
 
 from benchmarks.head_step import random_graph
 from benchmarks.measure import report
-from xc import backbone as backbones
-from xc import checkpoint, saver
+from xc.checkpoint import newest
+from xc.checkpoint import state as checkpoint
+from xc.checkpoint import writer as saver
+from xc.comm.launch import run
+from xc.comm.world import open_world
 from xc.config import Config
-from xc.exchange import AllReduce
-from xc.heads import HEADS
-from xc.losses import Losses
-from xc.noise_scale import NoiseScale
-from xc.optim import RowSGD, backbone_optimizer
-from xc.schedule import Position
-from xc.world import open_world, run
+from xc.gradients.allreduce import AllReduce
+from xc.model import backbone as backbones
+from xc.model.head_table import HEADS
+from xc.optim.noise_scale import NoiseScale
+from xc.optim.optimizers import RowSGD, backbone_optimizer
+from xc.optim.schedule import Position
+from xc.run.loss_meter import Losses
 
 
 def main():
@@ -128,7 +131,7 @@ def measure(args, world):
         return statistics.median(times)
 
     load = cold(lambda: checkpoint.load(folder, state, {"seed": 0}))
-    resume = cold(lambda: checkpoint.load(checkpoint.to_resume("auto", args.folder, world), state, {"seed": 0}))
+    resume = cold(lambda: checkpoint.load(newest.to_resume("auto", args.folder, world), state, {"seed": 0}))
     blob = Path(args.folder) / "dd"
     dd_write = dd_read = 1.0
     if world.rank == 0:

@@ -39,14 +39,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from benchmarks.hosts import Hosts, link_bytes
-from xc import backbone as backbones
-from xc import exchange, pipeline
-from xc.heads import HEADS
-from xc.metrics import Timer
-from xc.schedule import Now
-from xc.topk import message_bytes
-from xc.traffic import sent_all_gather, sent_all_reduce, sent_reduce_scatter
-from xc.world import World, open_world, run
+from xc.comm.launch import run
+from xc.comm.traffic import sent_all_gather, sent_all_reduce, sent_reduce_scatter
+from xc.comm.world import World, open_world
+from xc.gradients import allreduce as exchange
+from xc.gradients import dgc
+from xc.gradients.topk import message_bytes
+from xc.model import backbone as backbones
+from xc.model.head_table import HEADS
+from xc.optim.schedule import Now
+from xc.run.metrics import Timer
+from xc.train import step as pipeline
 
 SETTINGS = {"dense": ("dense", 32), "dense16": ("dense", 16), "dgc": ("dgc", 32), "dgc16": ("dgc", 16),
             "hier": ("hier", 32)}
@@ -112,7 +115,7 @@ def network(args, world):
 
 def layers_of(net):
     """Numbers of the groups of layers that DGC selects in, and of the vectors."""
-    layers = [len(bucket.flat) for bucket in exchange.Dgc(net, World())._sparse]
+    layers = [len(bucket.flat) for bucket in dgc.Dgc(net, World())._sparse]
     return layers, [sum(p.numel() for p in net.parameters()) - sum(layers)]
 
 
@@ -157,7 +160,7 @@ def measure(args, settings):
     for setting, (kind, bits) in settings.items():
         net = network(args, world)
         head = HEADS["full"](CLASSES, args.dim, world)
-        of_net = exchange.AllReduce(net, world, bits=bits) if kind == "dense" else exchange.Dgc(
+        of_net = exchange.AllReduce(net, world, bits=bits) if kind == "dense" else dgc.Dgc(
             net, world, bits=bits, two_level=kind == "hier")
         images = torch.randn(count, 1, args.image_size, args.image_size)
         seen = []

@@ -23,7 +23,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from xc import config, data, heads
+from xc import config
+from xc.data import loader as data
+from xc.model import head_table as heads
 
 ROOT = Path(__file__).parent.parent
 HEADS = ["full", *(f"{head}:{budget}" for budget in (0.1, 0.01) for head in ("knn", "sampled", "selective", "mach"))]

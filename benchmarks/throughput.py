@@ -44,13 +44,18 @@ import torch
 
 from benchmarks.head_step import random_graph
 from benchmarks.hosts import Hosts, link_bytes
-from xc import backbone as backbones
-from xc import config, exchange, heads, pipeline
-from xc.exchange import AllReduce, Dgc
-from xc.metrics import Timer
-from xc.optim import RowSGD, backbone_optimizer
-from xc.schedule import Now
-from xc.world import open_world, run
+from xc import config
+from xc.comm.launch import run
+from xc.comm.world import open_world
+from xc.gradients import allreduce as exchange
+from xc.gradients.allreduce import AllReduce
+from xc.gradients.dgc import Dgc
+from xc.model import backbone as backbones
+from xc.model import head_table as heads
+from xc.optim.optimizers import RowSGD, backbone_optimizer
+from xc.optim.schedule import Now
+from xc.run.metrics import Timer
+from xc.train import step as pipeline
 
 STAGES = ["full", "knn", "overlap", "dgc"]
 
@@ -106,7 +111,7 @@ SPENT = {"selection": 0.0, "dgc": 0.0}  # seconds of this step
 
 def measure(args):
     exchange.top_places = timed(exchange.top_places, SPENT, "selection")
-    exchange._SparseBucket.select = timed(exchange._SparseBucket.select, SPENT, "dgc")
+    exchange.SparseBucket.select = timed(exchange.SparseBucket.select, SPENT, "dgc")
     world = open_world("cpu")
     global_batch = args.batch_per_rank * world.size
     common = ["--data", "none", "--out", "none", "--global-batch", global_batch, "--feature-dim", args.dim,

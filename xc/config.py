@@ -8,19 +8,10 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 
-from xc.margin import MARGINS
-from xc.message import is_one_line, one_line
-from xc.order import SAMPLERS
-from xc.schedule import SCHEDULES, interval
-
-
-class UserError(ValueError):
-    """A mistake of the user, found by every rank alike: one line from rank 0, and the exit code."""
-
-    code = 2
-
-    def __init__(self, text):
-        super().__init__(one_line(text))
+from xc.data.sampler import SAMPLERS
+from xc.errors import UserError, is_one_line
+from xc.model.margin import MARGINS
+from xc.optim.schedule import SCHEDULES, interval
 
 
 def _flag(default, help, choices=None):

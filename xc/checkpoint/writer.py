@@ -1,0 +1,199 @@
+"""Writes checkpoints behind the steps and deletes those that are not to be kept; checkpoint.py says what is in them."""
+
+import os
+import secrets
+import shutil
+import sys
+import threading
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from xc.checkpoint import layout, tensor_file
+from xc.checkpoint import state as checkpoint
+from xc.errors import UserError
+from xc.files import sync
+from xc.run import watchdog
+
+
+class SaveError(UserError):
+    """All ranks raise it alike; no mistake of the user: the same command may go on where there is room again."""
+
+    code = 1
+
+
+_LOOK_SECONDS = 0.2  # between looks at how far the writing is
+
+
+class Saver:
+    """Writes checkpoints behind the steps: `save` copies the state, a thread writes it. One save at most is in flight.
+
+    Memory: a copy of what this rank writes, its class rows, their momentum and graph, its residuals, on rank 0 the
+    backbone too; in host memory, from the first save on.
+
+    A save that fails on any rank is given up on all of them, with a line that says so; the checkpoints before it stay.
+    After `most_failures` of them, one after the other, all ranks get a UserError.
+    """
+
+    def __init__(self, run, world, identity, keep, most_failures=3):
+        """identity: what a run must have in common with this one to go on from here: seed, digest of classes, …
+
+        keep: the last so many checkpoints stay, and the one of the highest top-1.
+        """
+        self._folder, self._world, self._identity, self._keep = Path(run) / "checkpoints", world, identity, keep
+        self._most_failures, self._failures, self._thread, self._error = most_failures, 0, None, None
+        self._copies = {}  # {file name: {name: tensor}} of the last save
+        self._moved = 0, False  # how far the thread is, and whether it waits for other ranks
+
+    def save(self, state, position, top1=None):
+        """Begin to write the state at a schedule.Position, where an evaluation gave `top1`. Collective."""
+        self.finish()
+        last = self._copies
+        self._copies = {name: {key: _copied(tensor, last.get(name, {}).get(key)) for key, tensor in tables.items()}
+                        for name, tables in checkpoint.files_of(state, self._world).items()}
+        meta = checkpoint.meta_of(state, position) | self._identity | {"top1": top1}
+        self._moved = 0, False
+        self._thread = threading.Thread(target=self._write, args=(self._copies, meta), name="checkpoint")
+        self._thread.start()
+
+    def add_top1(self, folder, top1):
+        """Put what an evaluation gave into a checkpoint that was written without."""
+        if self._world.rank == 0:
+            try:
+                layout.add_top1(folder, top1)
+            except OSError as error:
+                print(f"warning: {folder} does not get its top-1 ({error})", file=sys.stderr, flush=True)
+
+    def finish(self, last=False):
+        """Wait until what was begun is on the disk, or given up; the last one of a run must not be. Collective."""
+        if self._thread is None:
+            return
+        seen = None
+        while self._thread.is_alive():
+            if self._moved != seen:
+                seen = self._moved
+                watchdog.note("writing a checkpoint", waits=seen[1])
+            self._thread.join(_LOOK_SECONDS)
+        self._thread, error, self._error = None, self._error, None
+        if isinstance(error, UserError):
+            self._failures += 1
+            if self._failures >= self._most_failures or last:
+                raise SaveError(f"{self._failures} checkpoint(s) in a row could not be written ({error}): mend that, "
+                                "and go on from the last one by --resume auto")
+            if self._world.rank == 0:
+                print(f"warning: a checkpoint could not be written ({error}); training goes on, what was saved before "
+                      "stays", file=sys.stderr, flush=True)
+        elif error:
+            raise error
+        else:
+            self._failures = 0
+
+    def _write(self, files, meta):
+        """In the thread; the same on every rank but for the files."""
+        with suppress(AttributeError, OSError):  # Linux: of this thread alone, so that the steps come first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        group, rank = self._world.background, self._world.rank
+        folder = self._folder / f"step-{meta['step']:08d}"
+        partial = folder.with_name(f".{folder.name}.partial")
+        try:
+            with _agreed(group):
+                if rank == 0:
+                    for left in self._folder.glob(".step-*.partial"):  # by a run that was killed
+                        shutil.rmtree(left, ignore_errors=True)
+                    partial.mkdir(parents=True)
+            written = {}
+            with _agreed(group):
+                for name, tables in files.items():
+                    _check_finite(name, tables)
+                    tables = {key: tensor_file.pieces_of(tensor) for key, tensor in tables.items()}
+                    written[name] = tensor_file.write(partial / name, tables, progress=self._moves_on)
+                self._moved = self._moved[0] + 1, True
+            files = {name: facts for of_rank in group.all_gather_object(written) for name, facts in of_rank.items()}
+            with _agreed(group):
+                if rank == 0:
+                    rows = layout.rows_among(files)
+                    layout.write_meta(partial, meta | {"rows": rows, "files": files})
+                    for path in partial / "meta.json", partial:
+                        self._moves_on()
+                        sync(path)
+                    self._moves_on()
+                    _take_place(partial, folder)
+            if rank == 0:  # on its own: what cannot be deleted takes nothing from what was saved
+                self._prune(folder)
+        except Exception as error:
+            self._error = error
+            if rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _moves_on(self, num_bytes=0):
+        self._moved = self._moved[0] + 1, False
+
+    def _prune(self, newest):
+        """Delete what is not to be kept, and what is of later steps: of a course given up by resuming from before."""
+        folders = layout.folders(self._folder)
+        earlier = folders[: folders.index(newest) + 1]
+        kept = {*earlier[-self._keep :], layout.best_of(earlier)}
+        errors = []
+        for folder in folders:
+            if folder not in kept:
+                with _noting(errors):
+                    folder.rename(_hidden(folder))  # a folder that bears its name is whole, also where this is killed
+        for hidden in self._folder.glob(".step-*.removed*"):
+            with _noting(errors):
+                hidden.unlink() if hidden.is_symlink() else shutil.rmtree(hidden)
+        if errors:
+            print(f"warning: an old checkpoint could not be deleted ({errors[0]}); the new one is whole, training goes "
+                  "on", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _agreed(group):
+    """`Group.agreed` of the writing threads. Whatever goes wrong in one of them, the others must hear of it, or they
+    would wait for ever."""
+    with group.agreed():
+        try:
+            yield
+        except Exception as error:
+            raise OSError(" ".join(str(error).split()) or repr(error)) from error
+
+
+@contextmanager
+def _noting(errors):
+    try:
+        yield
+    except OSError as error:
+        errors.append(error)
+
+
+def _take_place(partial, folder):
+    """A whole checkpoint gets its name, in place of one that an earlier launch made on a course since given up."""
+    hidden = _hidden(folder)
+    if folder.exists():
+        folder.rename(hidden)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if hidden.exists():
+            hidden.rename(folder)
+        raise
+    sync(folder.parent)
+
+
+def _hidden(folder):
+    """A name for what is to be removed, of its own: what was to be removed before may still be there."""
+    return folder.with_name(f".{folder.name}.removed-{secrets.token_hex(4)}")
+
+
+def _copied(tensor, last):
+    """A copy in host memory, in that of the last copy where it fits: new memory takes longer to come than the copy."""
+    if last is None or (last.shape, last.dtype) != (tensor.shape, tensor.dtype):
+        last = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return last.copy_(tensor.detach())
+
+
+def _check_finite(name, tensors):
+    """An update may have spoiled what the last finite loss was computed from: that must not replace what is good."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"{key} of {name} is not finite")

@@ -1,0 +1,151 @@
+"""Decoding of encoded images: what a reader accepts, and pixels as arrays.
+
+Images are untrusted: the number of pixels is bounded before anything is decoded. Nothing here imports torch before
+`decode` has to resize, since packing uses this file and torch takes seconds to import.
+"""
+
+import io
+import itertools
+import math
+import re
+import struct
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PPM: also PGM, of uncompressed grey
+MAX_PIXELS = 200_000_000  # of an image that a reader decodes: 600 MB as RGB
+# Of a JPEG. Progressive files have about 10, and libtiff takes 100 as well; of a plain image a scan can be some bytes
+# that cost as much as decoding all of it. The pattern is the begin of a scan's header: libjpeg fails at any other, and
+# compressed data cannot hold it.
+MAX_SCANS = 100
+SCAN = re.compile(rb"\xff\xda\0[\x08\x0a\x0c\x0e][\1-\4]")
+TILE_WIDTH, TILE_HEIGHT = 322, 323  # tags of a TIFF
+INTEGERS = {1: 1, 3: 2, 4: 4}  # bytes of the types of its numbers
+
+
+def open_header(data, max_pixels=MAX_PIXELS):
+    """The Pillow image in data (bytes), of which nothing is decoded yet; ValueError as for open_image."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    except Exception as error:  # plugins let all kinds of exception out of a bad header
+        raise ValueError("not an image of a known format, or its header is damaged") from error
+    if image.format == "PPM" and (data[:2] not in (b"P5", b"P6") or image.tile[0][0] != "raw"):
+        # Pillow reads the others in Python, a number at a time: minutes for a hostile one.
+        raise ValueError("a PPM that is not one of bytes with the maximum 255, or of 16 bits")
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"{image.width}×{image.height} pixels, more than {max_pixels}")
+    if image.format in ("JPEG", "MPO") and _has_many_scans(data):
+        raise ValueError(f"a JPEG of more than {MAX_SCANS} scans, each of which may cost as much as the whole image")
+    if image.format == "TIFF" and (pixels := _tiled_pixels(data, image)) > max_pixels:
+        raise ValueError(f"{image.width}×{image.height} pixels in tiles of {pixels}, more than {max_pixels}")
+    return image
+
+
+def _has_many_scans(jpeg):
+    return any(itertools.islice(SCAN.finditer(jpeg), MAX_SCANS, None))
+
+
+def _tiled_pixels(tiff, image):
+    """How many pixels the tiles of a TIFF have; libtiff decodes them whole, however far they reach beyond the image.
+
+    ValueError where that cannot be told. Of a tag that comes twice Pillow takes the last, libtiff the first; here the
+    larger counts.
+    """
+    order, is_big = "<" if tiff[:2] == b"II" else ">", b"+" in tiff[2:4]
+    count, entry = (struct.Struct(order + one) for one in (("Q", "HHQ8s") if is_big else ("H", "HHI4s")))
+    sides = {TILE_WIDTH: 1, TILE_HEIGHT: 1}
+    try:
+        start = image.tag_v2.offset + count.size
+        [num_entries] = count.unpack_from(tiff, start - count.size)
+        for tag, kind, _, value in entry.iter_unpack(tiff[start : start + num_entries * entry.size]):
+            if tag in sides:
+                number = int.from_bytes(value[: INTEGERS[kind]], "little" if order == "<" else "big")
+                sides[tag] = max(sides[tag], number)
+    except (struct.error, KeyError) as error:
+        raise ValueError("a TIFF with a damaged table of tags") from error
+    return math.prod(-(-side // tile) * tile for side, tile in zip(image.size, sides.values(), strict=True))
+
+
+def open_image(data, max_pixels=MAX_PIXELS, only_check=False):
+    """The decoded Pillow image in data (bytes).
+
+    only_check  the pixels are not wanted: of a JPEG all is read, but an eighth of the width and height computed
+
+    ValueError where it is not a whole PNG, JPEG, WebP, BMP, GIF, TIFF or PPM, or its header announces more than
+    max_pixels pixels (found out before anything is decoded). Of an animation, the first frame.
+    """
+    image = open_header(data, max_pixels)
+    try:
+        if only_check and image.format == "JPEG":
+            image.draft("L", (image.width // 8 or 1, image.height // 8 or 1))
+        image.load()
+    except Exception as error:
+        raise ValueError(f"does not decode: {error}") from error
+    if image.mode in ("LAB", "La"):
+        raise ValueError(f"its colours are of mode {image.mode}, which does not convert to RGB")
+    return image
+
+
+def decode(data, size, channels, max_pixels=MAX_PIXELS):
+    """(channels, size, size) uint8: the image in data, stretched to a square with antialiasing where it is not one.
+
+    channels  1 (grey) or 3 (RGB); transparency is dropped, 16-bit grey keeps its upper 8 bits
+
+    Pixels are those of Pillow; stretched by bicubic sampling they differ from Pillow's by 1, seldom 3, of 255.
+    ValueError as for open_image.
+    """
+    assert channels in (1, 3), channels
+    pixels = _decode_jpeg(data, channels, max_pixels)
+    if pixels is None:
+        image = open_image(data, max_pixels)
+        if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        pixels = _pixels(image, channels)
+    if pixels.shape[:2] != (size, size):
+        return _stretch(pixels, size)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _decode_jpeg(data, channels, max_pixels):
+    """(height, width, channels) uint8 of a JPEG without faults, None for all else."""
+    pixels = decode_plain_jpeg(data, max_pixels)
+    if pixels is None or pixels.shape[2] == channels:
+        return pixels
+    return _pixels(Image.fromarray(pixels.squeeze(2) if channels == 3 else pixels), channels)
+
+
+def decode_plain_jpeg(data, max_pixels, only_check=False):
+    """(height, width, 1 or 3) uint8 of a grey or colour JPEG without faults, None for all else.
+
+    only_check  the pixels are not wanted: all is read, but an eighth of the width and height computed, in grey
+
+    libjpeg-turbo without what Pillow has around it, which takes longer than the decoding of a small image.
+    """
+    if data[:2] != b"\xff\xd8":
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if height * width > max_pixels or colours not in ("Gray", "YCbCr") or _has_many_scans(data):
+            return None
+        if only_check:
+            return simplejpeg.decode_jpeg(data, "GRAY", min_height=-(-height // 8), min_width=-(-width // 8))
+        return simplejpeg.decode_jpeg(data, "GRAY" if colours == "Gray" else "RGB")
+    except ValueError:  # also where libjpeg only warns: Pillow then decides, and has the words for it
+        return None
+
+
+def _pixels(image, channels):
+    """(height, width, channels) uint8 of a Pillow image."""
+    return np.array(image.convert("L" if channels == 1 else "RGB")).reshape(image.height, image.width, channels)
+
+
+def _stretch(pixels, size):
+    """(channels, size, size) of (height, width, channels), uint8; a quarter of Pillow's time."""
+    import torch  # takes seconds, and packing needs no stretching
+
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    if len(pixels) > size > pixels.shape[1]:  # rows are stretched first, which would make a tall image a huge one
+        image = torch.nn.functional.interpolate(image, (size, pixels.shape[1]), mode="bicubic", antialias=True)
+    return torch.nn.functional.interpolate(image, (size, size), mode="bicubic", antialias=True)[0].numpy()

@@ -1,0 +1,30 @@
+"""Classifier heads by name: which classes take part in a step."""
+
+import sys
+
+from xc.config import Config
+from xc.errors import UserError
+from xc.model.head import Head
+from xc.model.knn import KnnHead
+from xc.model.mach import MachHead
+from xc.model.sampled import SampledHead
+from xc.model.selective import SelectiveHead
+
+HEADS = {"full": Head, "knn": KnnHead, "sampled": SampledHead, "selective": SelectiveHead, "mach": MachHead}
+
+
+def named(name):
+    """The class of the head of that name; UserError where there is none."""
+    if name not in HEADS:
+        raise UserError(f"--head {name} is not known: {', '.join(HEADS)}")
+    return HEADS[name]
+
+
+def build(cfg, num_classes, world):
+    """The head that a Config asks for; UserError where there is none of that name, or its settings do not fit."""
+    head = named(cfg.head)
+    idle = {flag for other in HEADS.values() for flag in other.flags} - set(head.flags)
+    if world.rank == 0:
+        for flag in sorted(flag for flag in idle if getattr(cfg, flag) != getattr(Config, flag)):
+            print(f"warning: --{flag.replace('_', '-')} has no effect with --head {cfg.head}", file=sys.stderr)
+    return head.of(cfg, num_classes, world)

@@ -1,0 +1,155 @@
+"""What a run says of itself: phase times, JSON lines, TensorBoard, and a bar on a terminal or plain lines in a log."""
+
+import json
+import math
+import resource
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from xc.files import replace_text
+from xc.run import watchdog
+
+
+class Timer:
+    """Wall time of the training step by phase; what lies outside every phase (evaluation, checkpoints) is not counted.
+
+    On a GPU a phase ends when its work is queued, not when it is done.
+    """
+
+    def __init__(self):
+        self.seconds, self.examples = 0.0, 0  # of all intervals taken
+        self.on_end = None  # called with phase, begin, end (seconds of time.perf_counter)
+        self._phases = {}
+
+    @contextmanager
+    def __call__(self, phase):
+        watchdog.note(phase)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            end = time.perf_counter()
+            self._phases[phase] = self._phases.get(phase, 0.0) + end - start
+            if self.on_end:
+                self.on_end(phase, start, end)
+
+    @property
+    def total(self):
+        """Seconds of all phases so far, taken or not."""
+        return self.seconds + sum(self._phases.values())
+
+    @property
+    def images_per_second(self):
+        """Over all intervals taken, over all ranks; 0 before the first."""
+        return self.examples / self.seconds if self.seconds else 0.0
+
+    def take(self, num_steps, num_examples):
+        """Metrics of the interval since the last call, in which so many steps took so many examples."""
+        seconds, phases, self._phases = sum(self._phases.values()), self._phases, {}
+        self.seconds += seconds
+        self.examples += num_examples
+        return {"images_per_second": num_examples / seconds,
+                **{f"{phase}_ms": 1e3 * s / num_steps for phase, s in phases.items()}}
+
+
+class Metrics:
+    """Rank 0 writes; the other ranks' calls do nothing.
+
+    folder      the run folder: gets metrics.jsonl (one object a line) and tensorboard/
+    position    where this launch begins: lines of later steps, by a launch that then failed, are dropped
+    num_steps   of the whole run, None where that is not known before
+    examples    of the whole run, for the bar
+    """
+
+    def __init__(self, folder, rank, position, num_steps, examples):
+        self._active = rank == 0
+        if not self._active:
+            return
+        # Imported here: it takes seconds, and only rank 0 needs it.
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        self._path = Path(folder) / "metrics.jsonl"
+        self._lines = _open_after(self._path, position.step)
+        self._board = SummaryWriter(Path(folder) / "tensorboard", purge_step=position.step + 1)
+        self._terminal, self._warned = sys.stderr.isatty(), False
+        self._bar = tqdm(initial=position.examples, total=examples, unit="img", unit_scale=True,
+                         disable=not self._terminal)
+        self._of_all = f"/{num_steps}" if num_steps else ""
+
+    def log(self, position, **values):
+        """position: how far the run is."""
+        if not self._active:
+            return
+        step, values = position.step, {name: value for name, value in values.items() if value is not None}
+        with self._going_on(f"step {step}"):
+            self._lines.write(json.dumps({"step": step} | {k: _rounded(v) for k, v in values.items()}) + "\n")
+        with self._going_on(f"step {step}"):
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name in _SHOWN)
+        if self._terminal:
+            self._bar.update(position.examples - self._bar.n)
+            if "top1" in values:
+                self._bar.write(f"step {step}  {text}", file=sys.stderr)
+            else:
+                self._bar.set_postfix_str(text)
+        else:
+            with self._going_on(f"step {step}"):
+                print(f"step {step}{self._of_all}  {text}", flush=True)
+
+    @contextmanager
+    def _going_on(self, when):
+        """A full disk does not end the run; what it did not take of the lines is written when it has room."""
+        try:
+            yield
+        except OSError as e:
+            if not self._warned:
+                self._warned = True
+                print(f"warning: metrics of {when} and later ones may be missing ({e}); training goes on",
+                      file=sys.stderr, flush=True)
+
+    def back_to(self, position):
+        """The run goes on from there once more."""
+        if self._active:
+            self._lines.close()
+            self._lines = _open_after(self._path, position.step)
+            self._bar.update(position.examples - self._bar.n)
+
+    def close(self):
+        if self._active:
+            self._bar.close()
+            for file in self._board, self._lines:
+                with self._going_on("the end"):
+                    file.close()
+
+
+def _open_after(path, step):
+    """The file of metrics, opened to append, without lines of steps after `step`."""
+    if path.exists():
+        kept = [line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
+        replace_text(path, "".join(line + "\n" for line in kept))
+    return open(path, "a", buffering=1)
+
+
+def _step_of(line):
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf  # the last line of a killed run may be cut
+    return step if isinstance(step, int) else math.inf
+
+
+def _rounded(value):
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+_SHOWN = {"loss", "lr", "global_batch", "images_per_second", "top1", "top5"}
+
+
+def peak_rss_mb():
+    """Highest resident memory of this process so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

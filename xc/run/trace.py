@@ -1,0 +1,59 @@
+"""A picture of some steps: what every rank computed and what was on the network meanwhile, as a Chrome trace."""
+
+import json
+import time
+from pathlib import Path
+
+from xc.files import replace_text
+
+LANES = {"step": 0, "compute": 1000, "network": 2000}  # first thread of each; several things at once take the next
+_SKIPPED = 10  # first steps of a run, which are slower than the others
+
+
+class Timeline:
+    """Records spans of the Timer's phases and of the world's traffic in `num_steps` steps, and writes them to
+    timeline.json in the run folder, for ui.perfetto.dev, chrome://tracing and `python -m data_tools.show`.
+
+    A span of traffic lasts from its begin on this rank to the moment at which this rank sees that it is over.
+    """
+
+    def __init__(self, num_steps, first_step, steps, run, world, timer):
+        """steps: of the run, at least; what is recorded then is written by the last `at`."""
+        self._first = max(first_step, min(first_step + _SKIPPED, steps - num_steps))
+        self._last = min(steps, self._first + num_steps) if num_steps else self._first
+        self._path, self._world, self._timer = Path(run) / "timeline.json", world, timer
+        self._spans = []
+
+    def at(self, step):
+        """Called before every step, and after the last one. Collective where it begins and where it ends."""
+        if self._first == self._last:
+            return
+        if step == self._first:
+            self._world.everyone.all_gather_object(None)  # all begin together: clocks of hosts differ
+            self._begun = self._step_begun = time.perf_counter()
+            self._timer.on_end = lambda name, *span: self._spans.append(("compute", name, *span))
+            self._world.traffic.on_end = lambda name, *span: self._spans.append(("network", name, *span))
+        elif self._first < step <= self._last:
+            now = time.perf_counter()
+            self._spans.append(("step", f"step {step - 1}", self._step_begun, now))
+            self._step_begun = now
+        if step == self._last:
+            self._timer.on_end = self._world.traffic.on_end = None
+            spans = [(lane, name, begin - self._begun, end - self._begun) for lane, name, begin, end in self._spans]
+            of_ranks = self._world.everyone.all_gather_object(spans)
+            if self._world.rank == 0:
+                events = [event for rank, spans in enumerate(of_ranks) for event in _events(rank, spans)]
+                replace_text(self._path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+
+
+def _events(rank, spans):
+    """Chrome's trace events of a rank; a lane that does several things at once gets as many threads."""
+    yield {"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}}
+    threads = {}  # (lane, number) -> end of its last span
+    for lane, name, begin, end in sorted(spans, key=lambda span: span[2]):
+        number = next(n for n in range(len(spans)) if threads.get((lane, n), 0.0) <= begin)
+        threads[lane, number] = end
+        yield {"ph": "X", "pid": rank, "tid": LANES[lane] + number, "cat": lane, "name": name, "ts": 1e6 * begin,
+               "dur": 1e6 * (end - begin)}
+    for lane, number in threads:
+        yield {"ph": "M", "pid": rank, "tid": LANES[lane] + number, "name": "thread_name", "args": {"name": lane}}
