@@ -155,7 +155,8 @@ def _gpu():
 
 def _digest():
     """Of the code that runs: a commit would not tell what was changed since."""
-    files = [Path(__file__).parent.parent / "train.py", *sorted(Path(__file__).parent.rglob("*.py"))]
+    library = Path(__file__).parent.parent
+    files = [library.parent / "train.py", *sorted(library.rglob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:10]
 
 
