@@ -25,10 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools import ranged
-from data_tools.class_list import intervals_of
-from data_tools.command import Parser, between
-from data_tools.progress import Progress
+from data_tools.checkpoints import ranges as ranged
+from data_tools.common.class_ids import intervals_of
+from data_tools.common.command import Parser, between
+from data_tools.common.progress import Progress
 from xc import checkpoint, tensor_file
 from xc.disk import sync
 from xc.shard import Shard

@@ -31,10 +31,10 @@ import time
 
 import numpy as np
 
-from data_tools.class_list import intervals_of
-from data_tools.command import Parser, between, check_paths, new_folder, printing, stop_on_signals
-from data_tools.progress import Progress
-from data_tools.sources import MACOS_FOLDER, SPLIT_OF
+from data_tools.common.class_ids import intervals_of
+from data_tools.common.command import Parser, between, check_paths, new_folder, printing, stop_on_signals
+from data_tools.common.progress import Progress
+from data_tools.sources.base import MACOS_FOLDER, SPLIT_OF
 from xc.pack import INDEX_FILE, SPLITS, PackError, open_splits
 
 SUFFIXES = ((rb"\x89PNG\r\n\x1a\n", "png"), (rb"\xff\xd8\xff", "jpg"), (rb"RIFF....WEBP", "webp"), (rb"BM", "bmp"),

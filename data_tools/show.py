@@ -19,9 +19,10 @@ from contextlib import suppress
 
 import numpy as np
 
-from data_tools import pack_pictures, timeline
-from data_tools.command import Parser, between, printing
-from data_tools.progress import Progress
+from data_tools.common.command import Parser, between, printing
+from data_tools.common.progress import Progress
+from data_tools.reports import plots as pack_pictures
+from data_tools.reports import trace as timeline
 from xc.pack import INDEX_FILE, PackError, open_image, open_splits
 
 BAR = 40  # most characters of a bar

@@ -21,10 +21,10 @@ import zlib
 
 import numpy as np
 
-from data_tools.class_table import ClassTable, names_of
-from data_tools.command import Parser, between, check_paths, new_folder, printing, stop_on_signals
-from data_tools.pack_writer import PackWriter
-from data_tools.progress import Progress
+from data_tools.common.command import Parser, between, check_paths, new_folder, printing, stop_on_signals
+from data_tools.common.progress import Progress
+from data_tools.packing.class_table import ClassTable, names_of
+from data_tools.packing.writer import PackWriter
 from xc.pack import INDEX_FILE, SPLITS, Pack, PackError
 
 _TABLE_BYTES = 2**28  # of memory for the names of classes while they are sorted

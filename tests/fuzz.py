@@ -45,8 +45,10 @@ import data_tools.export
 import data_tools.pack
 import data_tools.show
 import data_tools.split
-from data_tools import encoding, glyphs, recordio
-from data_tools.image_check import CHECKS, check_image
+from data_tools import glyphs
+from data_tools.packing import encode as encoding
+from data_tools.packing.validate import CHECKS, check_image
+from data_tools.sources import recordio
 from xc import backbone, checkpoint, config, data, exchange, heads, metrics, pack, run_folder, saver, schedule, synth
 from xc.losses import Losses
 from xc.noise_scale import NoiseScale

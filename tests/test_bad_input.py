@@ -21,9 +21,9 @@ import pytest
 from PIL import Image
 
 import xc.pack
-from data_tools.checking import KEPT, check_images
-from data_tools.listing import zeros_file
-from data_tools.sources import KINDS
+from data_tools.packing.catalogue import zeros_file
+from data_tools.packing.workers import KEPT, check_images
+from data_tools.sources.detect import KINDS
 from tests.test_faults import small_disk
 from tests.test_pack import ROOT, by_class, contents, fails, file_hashes, picture, png, run, write_tree
 from tests.test_sources import image_record, odd, samples, skipped_rows, write_parquet, write_rec, write_tar
@@ -328,8 +328,8 @@ def test_rows_of_parquet_take_little_memory_however_large_they_are(tmp_path, kin
                                 dictionary_pagesize_limit=2**30 if kind in ("coded", "dictionary") else 1, **encoding)
     del images
     assert path.stat().st_size < 500_000
-    code = ("import sys; from data_tools.sources import parquet_source; "
-            "print(sum(len(image) for *_, image in parquet_source(sys.argv[1], None)) >> 20); " + PEAK)
+    code = ("import sys; from data_tools.sources.parquet import records; "
+            "print(sum(len(image) for *_, image in records(sys.argv[1], None)) >> 20); " + PEAK)
     done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, timeout=60, stdout=subprocess.PIPE, text=True,
                           check=True)
     assert int(done.stdout.splitlines()[0]) == 400

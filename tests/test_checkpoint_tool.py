@@ -88,7 +88,7 @@ def test_resharded_is_what_that_many_ranks_write(ranks, files, head, made, tmp_p
 
 @pytest.mark.parametrize("num_classes, block", [(61, 16), (61, 2**20)])
 def test_edges_are_dealt_out_in_pieces(num_classes, block, made, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_tools.ranged._EDGES", block)
+    monkeypatch.setattr("data_tools.checkpoints.ranges._EDGES", block)
     monkeypatch.setattr("xc.tensor_file.PIECE", 2 * block)
     folder = made(3, head="knn", num_classes=num_classes)
     done("reshard", folder, tmp_path / "out", "--files", 5)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.encoding import FORMATS, Encoding
+from data_tools.packing.encode import FORMATS, Encoding
 from tests.test_pack import contents, fails, file_hashes, run
 from tests.test_pack import picture as noise
 from xc.pack import Pack, decode, open_image

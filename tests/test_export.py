@@ -21,9 +21,9 @@ import pytest
 import data_tools.export
 import data_tools.pack
 import xc.pack
-from data_tools.class_table import ClassTable
 from data_tools.export import MAX_FOLDERS, MAX_NAME, folder_of
-from data_tools.pack_writer import PackWriter
+from data_tools.packing.class_table import ClassTable
+from data_tools.packing.writer import PackWriter
 from tests.test_pack import file_hashes, picture, slow, write_tree
 from xc.pack import Pack, open_splits
 

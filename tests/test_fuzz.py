@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 import data_tools.pack
 import data_tools.show
 from benchmarks import soak
-from data_tools import glyphs, timeline
+from data_tools import glyphs
+from data_tools.reports import trace as timeline
 from tests import fuzz
 from tests.launch import run
 from xc import checkpoint, config, metrics, pack, synth

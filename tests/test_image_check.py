@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import data_tools.show
-from data_tools.image_check import CHECKS, _is_plain_png, check_image
+from data_tools.packing.validate import CHECKS, _is_plain_png, check_image
 from tests.fuzz import with_checksums
 from tests.test_encoding import KINDS, smooth
 from tests.test_pack import contents, fails, file_hashes, picture, png, run

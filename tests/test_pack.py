@@ -23,14 +23,15 @@ import psutil
 import pytest
 from PIL import Image
 
-import data_tools.checking
-import data_tools.listing
+import data_tools.common.progress
 import data_tools.pack
-import data_tools.progress
+import data_tools.packing.catalogue
+import data_tools.packing.workers
+import data_tools.packing.write_part
 import data_tools.show
 import xc.pack
-from data_tools.class_table import ClassTable
-from data_tools.pack_writer import PackWriter
+from data_tools.packing.class_table import ClassTable
+from data_tools.packing.writer import PackWriter
 from xc.pack import Pack, PackError, decode, open_splits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,9 +139,9 @@ def test_every_format_is_kept_as_it_was(tmp_path):
 def test_small_chunks_lose_nothing(tmp_path, monkeypatch):
     files = write_tree(tmp_path / "src")
     run(tmp_path / "src", tmp_path / "a")
-    for module in (data_tools.checking, data_tools.pack):
+    for module in (data_tools.packing.workers, data_tools.packing.write_part):
         monkeypatch.setattr(module, "CHUNK_BYTES", 200)  # the worker stops after every second image
-    monkeypatch.setattr(data_tools.pack, "CHUNK_RECORDS", 5)
+    monkeypatch.setattr(data_tools.packing.write_part, "CHUNK_RECORDS", 5)
     run(tmp_path / "src", tmp_path / "b")
     assert contents(Pack(tmp_path / "b")) == by_class(files)
     assert file_hashes(tmp_path / "a") == file_hashes(tmp_path / "b")
@@ -160,9 +161,9 @@ def test_window_bounds_what_is_under_way():
         under_way -= 1
         return [(path.encode(), 0) for path, _ in images[:1]]  # each time half of the chunk is left over
 
-    records = [data_tools.listing.Record("", f"{i}", 0, 0, None) for i in range(40)]
+    records = [data_tools.packing.catalogue.Record("", f"{i}", 0, 0, None) for i in range(40)]
     chunks = (records[i : i + 2] for i in range(0, 40, 2))
-    found = [(record, data) for record, data, _ in data_tools.checking.read_in_order(Pool(), 3, [""], chunks)]
+    found = [(record, data) for record, data, _ in data_tools.packing.workers.read_in_order(Pool(), 3, [""], chunks)]
     assert found == [(record, record.path.encode()) for record in records] and most == 3
 
 
@@ -741,7 +742,7 @@ def test_progress_in_plain_lines(tmp_path, capsys, monkeypatch):
     write_tree(tmp_path / "src")
     run(tmp_path / "src", tmp_path / "a")
     assert capsys.readouterr().err == ""  # over before the first line is due
-    monkeypatch.setattr(data_tools.progress.Progress, "line_seconds", 0)
+    monkeypatch.setattr(data_tools.common.progress.Progress, "line_seconds", 0)
     run(tmp_path / "src", tmp_path / "b")
     lines = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"listing: 1 images, [\d,.]+/s", lines[0])
@@ -863,7 +864,7 @@ def test_no_space_is_one_line(tmp_path):
 
 def test_a_dead_worker_is_one_line(tmp_path, capsys, monkeypatch):
     write_tree(tmp_path / "src")
-    monkeypatch.setattr(data_tools.checking, "_start_worker", os.abort)
+    monkeypatch.setattr(data_tools.packing.workers, "_start_worker", os.abort)
     assert "a worker died" in fails(capsys, tmp_path / "src", tmp_path / "pack", "--workers", 1)
 
 

@@ -15,12 +15,13 @@ from functools import partial
 import numpy as np
 import pytest
 
-import data_tools.claim
-import data_tools.listing
+import data_tools.common.progress
 import data_tools.pack
-import data_tools.progress
-from data_tools.external_sort import Sorter, merged
-from data_tools.pack_writer import ShardWriter
+import data_tools.packing.catalogue
+import data_tools.packing.job
+import data_tools.packing.lease
+from data_tools.packing.external_sort import Sorter, merged
+from data_tools.packing.writer import ShardWriter
 from tests.processes import wait_until
 from tests.test_faults import small_disk
 from tests.test_pack import ROOT, fails, file_hashes, picture, run
@@ -55,9 +56,10 @@ FLAGS = ["--shard-mb", 5e-4, "--max-skipped", 3, "--memory-mb", 0.002, "--worker
 
 def start(*args, seconds=0.0, patience=90):
     """A real process of a pack, whose fsync takes so many seconds."""
-    code = (f"import os, runpy, signal, time, data_tools.claim; os.fsync = lambda fd: time.sleep({seconds}); "
-            f"data_tools.claim.LIFE_SECONDS = 0.1; data_tools.claim.PATIENCE_SECONDS = {patience}; "
-            f"import data_tools.listing; data_tools.listing.LARGE_BYTES = {data_tools.listing.LARGE_BYTES}; "
+    code = (f"import os, runpy, signal, time, data_tools.packing.lease; os.fsync = lambda fd: time.sleep({seconds}); "
+            f"data_tools.packing.lease.LIFE_SECONDS = 0.1; data_tools.packing.lease.PATIENCE_SECONDS = {patience}; "
+            "import data_tools.packing.catalogue; "
+            f"data_tools.packing.catalogue.LARGE_BYTES = {data_tools.packing.catalogue.LARGE_BYTES}; "
             "runpy.run_module('data_tools.pack', run_name='__main__', alter_sys=True)")
     return subprocess.Popen([sys.executable, "-c", code, *map(str, (*args, *FLAGS))], cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -85,7 +87,7 @@ def source(request, tmp_path_factory):
     write_source(request.param, folder / "src")
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "large":
-            patch.setattr(data_tools.listing, "LARGE_BYTES", LARGE_BYTES)
+            patch.setattr(data_tools.packing.catalogue, "LARGE_BYTES", LARGE_BYTES)
         run(folder / "src", folder / "pack", *FLAGS)
         assert [len(images) for images in records(folder / "pack").values()] == [69, 24]
         yield folder / "src", folder / "pack"
@@ -167,9 +169,9 @@ def test_a_pack_does_not_show_which_images_were_large(tmp_path, monkeypatch, par
         packs.append(file_hashes(out))
 
     for most in 2**16, LARGE_BYTES, 0:
-        monkeypatch.setattr(data_tools.listing, "LARGE_BYTES", most)
+        monkeypatch.setattr(data_tools.packing.catalogue, "LARGE_BYTES", most)
         pack(tmp_path / f"{most}")
-    monkeypatch.setattr(data_tools.listing, "LARGE_BYTES", LARGE_BYTES)
+    monkeypatch.setattr(data_tools.packing.catalogue, "LARGE_BYTES", LARGE_BYTES)
     for stop in 3, 0, 5:
         calls = itertools.count()
 
@@ -181,7 +183,7 @@ def test_a_pack_does_not_show_which_images_were_large(tmp_path, monkeypatch, par
         monkeypatch.setattr(ShardWriter, "write", stopped)
         with pytest.raises(SystemExit):
             pack(tmp_path / "stopped")
-    large = (kept(tmp_path / "stopped") / "listing" / data_tools.listing.LARGE_FILE).stat().st_size
+    large = (kept(tmp_path / "stopped") / "listing" / data_tools.packing.catalogue.LARGE_FILE).stat().st_size
     assert LARGE_BYTES * 30 < large < sum(path.stat().st_size for path in src.iterdir()) / 3
     monkeypatch.setattr(ShardWriter, "write", write)
     pack(tmp_path / "stopped")
@@ -190,9 +192,9 @@ def test_a_pack_does_not_show_which_images_were_large(tmp_path, monkeypatch, par
 
 def test_a_list_that_lost_bytes_of_images_is_one_line(tmp_path, monkeypatch, capsys):
     src = write_source("webdataset", tmp_path / "src")
-    monkeypatch.setattr(data_tools.listing, "LARGE_BYTES", LARGE_BYTES)
+    monkeypatch.setattr(data_tools.packing.catalogue, "LARGE_BYTES", LARGE_BYTES)
     run(src, tmp_path / "pack", *FLAGS, "--part", "0/2")
-    os.truncate(kept(tmp_path / "pack") / "listing" / data_tools.listing.LARGE_FILE, 1000)
+    os.truncate(kept(tmp_path / "pack") / "listing" / data_tools.packing.catalogue.LARGE_FILE, 1000)
     capsys.readouterr()
     with pytest.raises(SystemExit):
         run(src, tmp_path / "pack", *FLAGS, "--part", "1/2")
@@ -281,7 +283,7 @@ def test_a_part_takes_over_from_one_that_shows_no_life(source, tmp_path, capsys,
     wait_until(lambda: list(kept(tmp_path / "pack").glob("listing.claim")))
     process.kill()
     ended(process)
-    monkeypatch.setattr(data_tools.claim, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(data_tools.packing.lease, "PATIENCE_SECONDS", 0.3)
     run(src, tmp_path / "pack", *FLAGS, "--part", "1/2")
     assert "part-0 shows no life for 0.3 s" in capsys.readouterr().err
     run(src, tmp_path / "pack", *FLAGS, "--part", "0/2")
@@ -289,8 +291,8 @@ def test_a_part_takes_over_from_one_that_shows_no_life(source, tmp_path, capsys,
 
 
 def test_a_part_waits_for_one_that_is_alive(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_tools.claim, "LIFE_SECONDS", 0.05)
-    monkeypatch.setattr(data_tools.claim, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(data_tools.packing.lease, "LIFE_SECONDS", 0.05)
+    monkeypatch.setattr(data_tools.packing.lease, "PATIENCE_SECONDS", 0.5)
     claim, made, workers = tmp_path / "claim", tmp_path / "made", []
 
     def work(name):
@@ -298,8 +300,8 @@ def test_a_part_waits_for_one_that_is_alive(tmp_path, monkeypatch):
         time.sleep(1.5)  # longer than patience
         made.touch()
 
-    threads = [threading.Thread(target=data_tools.claim.by_one, args=(claim, name, made.exists, partial(work, name)))
-               for name in "abc"]
+    threads = [threading.Thread(target=data_tools.packing.lease.run_once,
+                                args=(claim, name, made.exists, partial(work, name))) for name in "abc"]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -391,8 +393,8 @@ def test_a_folder_that_appears_is_not_taken_for_the_pack(source, tmp_path, capsy
         run(src, out, *FLAGS, "--part", "0/2")
     capsys.readouterr()
     with monkeypatch.context() as context:
-        write = data_tools.pack.write_part
-        context.setattr(data_tools.pack, "write_part", lambda *args: (write(*args), out.mkdir()))
+        write = data_tools.packing.job.write_part
+        context.setattr(data_tools.packing.job, "write_part", lambda *args: (write(*args), out.mkdir()))
         with pytest.raises(SystemExit) as exit:
             run(src, out, *FLAGS, *part)
     error = capsys.readouterr().err
@@ -416,7 +418,7 @@ def test_parts_that_come_late_find_the_pack(source, tmp_path, capsys):
 
 def test_images_are_listed_once(source, tmp_path, capsys, monkeypatch):
     src, _ = source
-    monkeypatch.setattr(data_tools.progress.Progress, "line_seconds", 0)
+    monkeypatch.setattr(data_tools.common.progress.Progress, "line_seconds", 0)
     listed = []
     for i in range(2):
         run(src, tmp_path / "pack", *FLAGS, "--part", f"{i}/2")

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import data_tools.common.progress
 import data_tools.pack
-import data_tools.progress
 import data_tools.show
-from data_tools import pack_pictures
+from data_tools.reports import plots as pack_pictures
 from data_tools.show import doubling, long_tail, sample, sheet
 from tests.test_export import write_pack
 from tests.test_pack import picture, write_tree
@@ -225,7 +225,7 @@ def test_damage_that_verify_finds_has_a_code_of_its_own(packs, tmp_path, capsys,
                                          ("export", ["out", "--to", "folder"])])
 def test_progress_is_told_apart_from_the_result(packs, tmp_path, monkeypatch, capsys, tool, flags):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data_tools.progress.Progress, "line_seconds", 0)
+    monkeypatch.setattr(data_tools.common.progress.Progress, "line_seconds", 0)
     importlib.import_module(f"data_tools.{tool}").main([str(arg) for arg in (packs / "train", *flags, "--json")])
     said = capsys.readouterr()
     json.loads(said.out)

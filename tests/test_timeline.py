@@ -5,7 +5,7 @@ import json
 import pytest
 
 import data_tools.show
-from data_tools import timeline as tool
+from data_tools.reports import trace as tool
 from tests.worlds import run_ranks
 from xc.metrics import Timer
 from xc.timeline import Timeline

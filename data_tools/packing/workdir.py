@@ -11,7 +11,7 @@ import shutil
 import stat
 from contextlib import contextmanager
 
-from data_tools.sources import SPLIT_OF
+from data_tools.sources.base import SPLIT_OF
 from xc import pack as layout
 from xc.disk import sync_tree
 from xc.pack import PackError
@@ -21,7 +21,7 @@ def path_for(out):
     return os.path.join(os.path.dirname(out), f".{os.path.basename(out)}{layout.PARTIAL}pack")
 
 
-def left(out):
+def what_is_kept(out):
     """What the end of a message says of it."""
     folder = path_for(os.path.abspath(out))
     if os.path.isdir(folder):
@@ -93,7 +93,7 @@ def open_folder(out, description, restart):
 
 
 @contextmanager
-def kept(folder, out, parts, is_listed, has_shards):
+def cleaned_up(folder, out, parts, is_listed, has_shards):
     """Removes the folder on an error after which there is nothing in it to go on with, or else says that it stays.
 
     is_listed, has_shards  called then: whether the images are listed, and shards of this part written
@@ -110,7 +110,7 @@ def kept(folder, out, parts, is_listed, has_shards):
         elif mistake and parts == 1 and not has_shards():
             discard(folder)
         elif mistake:
-            raise PackError(f"{error}; {left(out)}") from error
+            raise PackError(f"{error}; {what_is_kept(out)}") from error
         raise
 
 

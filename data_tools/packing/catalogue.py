@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_tools.class_table import ClassTable, name_hash
-from data_tools.external_sort import Sorter, merged
-from data_tools.skipped import Tally
+from data_tools.packing.class_table import ClassTable, name_hash
+from data_tools.packing.external_sort import Sorter, merged
+from data_tools.packing.skipped import Tally
 from xc import pack as layout
 from xc.pack import PackError
 
@@ -27,7 +27,7 @@ MAX_NAME_BYTES = 4096  # of a class
 LARGE_BYTES, LARGE_SHARE = 2**16, 2**10  # large images have more bytes than the one, and than this part of the memory
 
 
-class Fate(IntEnum):
+class Decision(IntEnum):
     """What becomes of a record: it is packed, or left out for one of the other reasons."""
 
     KEPT = 0
@@ -57,21 +57,21 @@ class Entry(NamedTuple):
     name: int  # name_hash of its class
 
 
-class Home(IntEnum):
+class Storage(IntEnum):
     """Where the bytes of an image are."""
 
     PATH = 0  # in a file of its own
     RECORD = 1  # behind its path here
-    LARGE = 2  # in the file of the large ones, at the STRETCH behind its path here
+    LARGE = 2  # in the file of the large ones, at the SPAN behind its path here
 
 
-# Split, place in the order, number, hash of the class, root, length of the path, weight, Home of its bytes.
+# Split, place in the order, number, hash of the class, root, length of the path, weight, Storage of its bytes.
 HEAD = struct.Struct(">B8sQQHIfB")
-STRETCH = struct.Struct(">QI")  # where it begins, how many bytes it has
+SPAN = struct.Struct(">QI")  # where it begins, how many bytes it has
 LARGE_FILE = "large-images"  # in the order in which they were listed
 
 
-class Listing:
+class CatalogueWriter:
     """All records of the sources, sorted by a hash of their number and the seed, and the class names they carry.
 
     The order depends neither on the memory that sorting takes nor on the number of parts, which are stretches of it
@@ -135,7 +135,7 @@ class Listing:
             found = bisect_left(self._wanted, number)
             if found == len(self._wanted) or self._wanted[found] != number:
                 return None
-        place, owner = self.place(self._total), split
+        place, owner = self.sort_key(self._total), split
         if self._held_out is not None:
             if split:
                 raise PackError(f"{path}: is of split {split} already; leave out --split")
@@ -155,18 +155,18 @@ class Listing:
         path = os.fsencode(path)
         if may_repeat and data is None:
             self._paths.add(b"\0".join((path, b"%d" % root, name)))
-        home, rest = (Home.PATH, b"") if data is None else (Home.RECORD, data)
+        storage, rest = (Storage.PATH, b"") if data is None else (Storage.RECORD, data)
         if len(rest) > self._most_sorted:
-            home, rest = Home.LARGE, STRETCH.pack(self._large.tell(), len(data))
+            storage, rest = Storage.LARGE, SPAN.pack(self._large.tell(), len(data))
             self._large.write(data)
-        head = HEAD.pack(SPLITS.index(split), place, self._total, number, root, len(path), weight, home)
+        head = HEAD.pack(SPLITS.index(split), place, self._total, number, root, len(path), weight, storage)
         part = int.from_bytes(place, "big") * len(self._records) >> 64
         self._records[part].add(b"".join((head, path, rest)))
         self._num_records[part] += 1
         self._total += 1
         return Entry(self._total - 1, split, number)
 
-    def place(self, number):
+    def sort_key(self, number):
         """8 bytes, by which the records are sorted."""
         return blake2b(number.to_bytes(8, "little"), key=self._seed, digest_size=8).digest()
 
@@ -210,15 +210,15 @@ class Listing:
             for first in range(0, self._total, ROWS):
                 yield first, np.frombuffer(file.read(ROWS * self.ROW.itemsize), self.ROW)
 
-    def class_counts(self, table, fates, folder):
+    def class_counts(self, table, decisions, folder):
         """{split: (C,) int64} kept images of each class, in files of the folder, and {split: those of no class}.
 
-        fates  (number of records,) uint8, Fate of each
+        decisions  (number of records,) uint8, Decision of each
         """
         counts = {split: zeros_file(os.path.join(folder, f"listed-{split}"), len(table)) for split in self.splits}
         unknown = Counter()
         for first, rows in self.rows():
-            rows = rows[fates[first : first + len(rows)] == Fate.KEPT]
+            rows = rows[decisions[first : first + len(rows)] == Decision.KEPT]
             for split in self.splits:
                 labels = table.labels(rows["name"][rows["split"] == SPLITS.index(split)])
                 unknown[split] += np.count_nonzero(labels < 0)
@@ -234,10 +234,10 @@ class Listing:
                                 "images are of such classes); add it there or leave it out here")
 
     def finish(self, table, has_weights, left_out, skipped):
-        """Leaves in the folder what FinishedListing opens, and reports; nothing is to be called after this.
+        """Leaves in the folder what Catalogue opens, and reports; nothing is to be called after this.
 
         table     ClassTable in a folder of this one, beside whose files class_counts has put its own
-        left_out  {reason: images} of what has another Fate than KEPT, or no class
+        left_out  {reason: images} of what has another Decision than KEPT, or no class
         skipped   Tally of the images that could not be listed
         """
         facts = {"splits": self.splits, "num_records": self._num_records, "has_weights": has_weights,
@@ -253,7 +253,7 @@ class Listing:
             json.dump(facts, file)
 
 
-class FinishedListing:
+class Catalogue:
     """The list in a folder, as several processes may read it.
 
     splits       that have records
@@ -272,9 +272,9 @@ class FinishedListing:
         self.skipped, self.table = Tally(**facts["skipped"]), ClassTable.open(os.path.join(folder, facts["table"]))
         self.counts = {split: np.memmap(os.path.join(self.table.folder, f"listed-{split}"), np.int64, "r")
                        for split in self.splits}
-        self._fates = np.broadcast_to(np.uint8(Fate.KEPT), sum(self._num_records))  # takes no memory
-        if os.path.exists(path := os.path.join(folder, "fates")):
-            self._fates = np.memmap(path, np.uint8, "r")
+        self._decisions = np.broadcast_to(np.uint8(Decision.KEPT), sum(self._num_records))  # takes no memory
+        if os.path.exists(path := os.path.join(folder, "decisions")):
+            self._decisions = np.memmap(path, np.uint8, "r")
 
     @property
     def total(self):
@@ -307,14 +307,14 @@ class FinishedListing:
         """Yields the list of Records that are packed, or nothing."""
         heads = [HEAD.unpack_from(item) for item in items]
         labels = self.table.labels(np.array([name for _, _, _, name, *_ in heads], np.uint64))
-        is_kept = (labels >= 0) & (self._fates[[number for _, _, number, *_ in heads]] == Fate.KEPT)
+        is_kept = (labels >= 0) & (self._decisions[[number for _, _, number, *_ in heads]] == Decision.KEPT)
         records = []
         for place in np.flatnonzero(is_kept):
-            split, _, _, _, root, length, weight, home = heads[place]
+            split, _, _, _, root, length, weight, storage = heads[place]
             item, end = items[place], HEAD.size + length
-            path, data = os.fsdecode(item[HEAD.size : end]), None if home == Home.PATH else item[end:]
-            if home == Home.LARGE:
-                data = _stretch(large, *STRETCH.unpack(data))
+            path, data = os.fsdecode(item[HEAD.size : end]), None if storage == Storage.PATH else item[end:]
+            if storage == Storage.LARGE:
+                data = _span(large, *SPAN.unpack(data))
             records.append(Record(SPLITS[split], path, root, int(labels[place]), data, weight, item[:end]))
         if records:
             yield records
@@ -322,11 +322,11 @@ class FinishedListing:
 
 def _num_bytes(item):
     """What a record takes when it is read, with its image if that is in the list."""
-    is_large = item[HEAD.size - 1] == Home.LARGE
-    return STRETCH.unpack(item[-STRETCH.size :])[1] if is_large else len(item)
+    is_large = item[HEAD.size - 1] == Storage.LARGE
+    return SPAN.unpack(item[-SPAN.size :])[1] if is_large else len(item)
 
 
-def _stretch(file, offset, num_bytes):
+def _span(file, offset, num_bytes):
     """Bytes of a file; PackError where it does not have all of them."""
     data = os.pread(file.fileno(), num_bytes, offset)
     if len(data) != num_bytes:

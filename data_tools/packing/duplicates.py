@@ -15,15 +15,15 @@ import os
 import struct
 from collections import Counter, deque
 
-from data_tools.checking import CHUNK_RECORDS, content_hash, content_hashes, result_of
-from data_tools.external_sort import Sorter
-from data_tools.listing import SPLITS, Fate
-from data_tools.skipped import row
+from data_tools.packing.catalogue import SPLITS, Decision
+from data_tools.packing.external_sort import Sorter
+from data_tools.packing.skipped import row
+from data_tools.packing.workers import CHUNK_RECORDS, content_hash, content_hashes, result_of
 
 RULES = ("keep", "report", "drop", "drop-conflicting")
 HASH_BYTES = 16
 TEST_FIRST = SPLITS[::-1]  # of several images one of the last split is kept
-FATES = {"first": Fate.KEPT, "repeat": Fate.REPEAT, "leak": Fate.LEAK}
+DECISIONS = {"first": Decision.KEPT, "repeat": Decision.REPEAT, "leak": Decision.LEAK}
 
 
 class Duplicates:
@@ -60,8 +60,8 @@ class Duplicates:
         while self._pending:
             self._take()
 
-    def resolve(self, rule, fates, report):
-        """Writes the report to a text file and sets fates[number] of what the rule, one of RULES, leaves out. Once.
+    def resolve(self, rule, decisions, report):
+        """Writes the report to a text file and sets decisions[number] of what the rule, one of RULES, leaves out. Once.
 
         returns  Counter of images (repeats, leaks, conflicts) and of groups (contents); Counter of those left out by
                  reason
@@ -80,25 +80,26 @@ class Duplicates:
                 size += 1
             if size > 1:
                 found["contents"] += 1
-                for number, fate, cells in self._judged(same, labels, is_tested, rule, found):
-                    fates[number] = fate
-                    left_out[fate.name.lower()] += fate != Fate.KEPT
-                    report.write(row(image.hex(), labels, *cells, "kept" if fate == Fate.KEPT else "dropped"))
+                for number, decision, cells in self._judged(same, labels, is_tested, rule, found):
+                    decisions[number] = decision
+                    left_out[decision.name.lower()] += decision != Decision.KEPT
+                    report.write(row(image.hex(), labels, *cells, "kept" if decision == Decision.KEPT else "dropped"))
         return found, +left_out
 
     def _judged(self, group, labels, is_tested, rule, found):
-        """Yields (number, Fate, cells of the report) of the images of a group, which `found` counts."""
+        """Yields (number, Decision, cells of the report) of the images of a group, which `found` counts."""
         last = None
         for item in group:
             _, name, place, number, length = self.KEY.unpack_from(item)
             is_leak, is_repeat, last = is_tested and TEST_FIRST[place] == "train", name == last, name
             found.update(repeats=is_repeat, leaks=is_leak, conflicts=labels > 1)
             image = "leak" if is_leak else "repeat" if is_repeat else "first"
-            fate = Fate.CONFLICT if rule == "drop-conflicting" and labels > 1 else FATES[image]
+            decision = Decision.CONFLICT if rule == "drop-conflicting" and labels > 1 else DECISIONS[image]
             if rule == "report":
-                fate = Fate.KEPT
+                decision = Decision.KEPT
             end = self.KEY.size + length
-            yield number, fate, (TEST_FIRST[place], item[self.KEY.size : end].decode(), os.fsdecode(item[end:]), image)
+            label, path = item[self.KEY.size : end].decode(), os.fsdecode(item[end:])
+            yield number, decision, (TEST_FIRST[place], label, path, image)
 
     def _submit(self):
         if self._chunk:

@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 
-from data_tools.external_sort import Sorter
+from data_tools.packing.external_sort import Sorter
 from xc.pack import PackError
 
 ENTRY = struct.Struct(">QQ")  # hash of a name, label; sorts by the hash

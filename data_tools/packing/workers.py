@@ -13,8 +13,8 @@ from collections import deque
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from data_tools.encoding import Encoding
-from data_tools.image_check import check_image
+from data_tools.packing.encode import Encoding
+from data_tools.packing.validate import check_image
 from xc import pack as layout
 from xc.pack import PackError, open_image
 

@@ -7,13 +7,13 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 
-from data_tools.progress import note
+from data_tools.common.progress import note
 
 LIFE_SECONDS = 2  # between two signs of life
 PATIENCE_SECONDS = 90  # without one; network file systems may show a change a minute late
 
 
-def by_one(claim, owner, done, work):
+def run_once(claim, owner, done, work):
     """Calls work() in one of the processes that call this, unless done() is true, which it then is in all of them.
 
     claim  path of a file that the one that works makes, and changes while it lives

@@ -8,9 +8,11 @@ An image  is a record of flag (uint32), label (float32), id and id2 (uint64), th
           the one label, then the image file.
 """
 
+import math
 import os
 import struct
 
+from data_tools.sources.base import Format, check_file, shards
 from xc import pack as layout
 from xc.pack import PackError
 
@@ -18,9 +20,39 @@ MAGIC = struct.pack("<I", 0xCED7230A)
 PART = struct.Struct("<4sI")
 IMAGE = struct.Struct("<IfQQ")
 WHOLE, FIRST, MIDDLE, LAST = range(4)
+EXACT = 2**24  # below it float32, the type of the labels, tells all integers apart
 
 
-def records(path, index=None):
+def records(path, skipped):
+    """Images of MXNet RecordIO files. Of a label of several numbers the first is the class."""
+    for split, file in shards(path, ".rec"):
+        index = os.path.splitext(file)[0] + ".idx"
+        if not os.path.exists(index):
+            index = None
+        else:
+            check_file(index)
+        for number, (start, data) in enumerate(read_records(file, index)):
+            where = f"{file}: record {number}"
+            if data is None:
+                skipped.add(split, where, f"more than {layout.MAX_RECORD_BYTES} bytes")
+                continue
+            try:
+                label, image = unpack(data)
+            except ValueError as error:
+                skipped.add(split, f"{where} at byte {start}", str(error))
+                continue
+            if not len(image):  # the ranges that face-recognition sets keep in their first record and behind the images
+                skipped.ignored["records without an image"] += 1
+            elif not (math.isfinite(label) and label >= 0 and label == int(label)):
+                skipped.add(split, where, f"label {label} is not a number of a class")
+            elif label >= EXACT:
+                raise PackError(f"{where}: label {int(label)}, but RecordIO has float32, which merges classes "
+                                f"from {EXACT} on; pack this data set from another source")
+            else:
+                yield split, where, str(int(label)), image
+
+
+def read_records(path, index=None):
     """Yields (place of its first byte, bytes) of every record, None for the bytes of one beyond MAX_RECORD_BYTES.
 
     index  the .idx file: a number, a tab and a record's place on each line, in the order of the file. It is not needed
@@ -95,3 +127,6 @@ def _check_place(index, path, line, start):
         says = f"line {number} is of {'no byte' if place is None else f'byte {place}'}" if line else "has no more lines"
         has = "has no more records" if start is None else f"has a record at byte {start}"
         raise PackError(f"{index}: {says}, but {path} {has}; give the right index, or move it away: it is not needed")
+
+
+FORMAT = Format(records, ".rec", lambda path, head: head[:4] == MAGIC)

@@ -4,8 +4,8 @@ import json
 import os
 from contextlib import suppress
 
-from data_tools.pack_writer import Shard
-from data_tools.skipped import Tally
+from data_tools.packing.skipped import Tally
+from data_tools.packing.writer import Shard
 from xc.disk import sync
 
 

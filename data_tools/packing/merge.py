@@ -6,9 +6,9 @@ import shutil
 
 import numpy as np
 
-from data_tools.listing import zeros_file
-from data_tools.pack_writer import labels_of, renumber, write_index
-from data_tools.skipped import HEADER
+from data_tools.packing.catalogue import zeros_file
+from data_tools.packing.skipped import HEADER
+from data_tools.packing.writer import labels_of, renumber, write_index
 from xc import pack as layout
 from xc.disk import sync, sync_tree
 from xc.pack import PackError
