@@ -45,7 +45,7 @@ import data_tools.export
 import data_tools.pack
 import data_tools.show
 import data_tools.split
-from data_tools import glyphs
+from data_tools.fonts import faces as font_faces
 from data_tools.packing import encode as encoding
 from data_tools.packing.validate import CHECKS, check_image
 from data_tools.sources import recordio
@@ -845,7 +845,7 @@ def change_timeline(random, folder):
 
 
 def read_timeline(folder, out):
-    command(data_tools.show.main, folder / "timeline.json", "--json", "--plot", out / "steps.png")
+    command(data_tools.show.main, folder / "timeline.json", "--json")
 
 
 def make_fonts(folder):
@@ -857,7 +857,7 @@ def make_fonts(folder):
         some.populate(text=text)
         some.subset(font)
         font.save(folder / f"{name}.ttf")
-    assert len(glyphs.find_faces([folder])[0]) == 2
+    assert len(font_faces.find_faces([folder])[0]) == 2
 
 
 def change_fonts(random, folder):
@@ -870,11 +870,11 @@ def change_fonts(random, folder):
 
 
 def read_fonts(folder, out):
-    faces, _ = glyphs.find_faces([folder])
+    faces, _ = font_faces.find_faces([folder])
     for face in faces:
-        font = glyphs.open_face(face.path, face.index, 64)
+        font = font_faces.open_face(face.path, face.index, 64)
         for code in face.code_points[:20]:
-            glyphs.draw(font, chr(code), 32)
+            font_faces.draw(font, chr(code), 32)
 
 
 TARGETS = {
@@ -893,7 +893,7 @@ TARGETS = {
     "arguments": Target(make_arguments, change_arguments, read_arguments, (ValueError,)),
     "synth": Target(make_synth, change_synth, read_synth, (config.UserError,)),
     "timeline": Target(make_timeline, change_timeline, read_timeline, (ValueError,)),
-    "fonts": Target(make_fonts, change_fonts, read_fonts, (), glyphs.FONT_BYTES >> 19),
+    "fonts": Target(make_fonts, change_fonts, read_fonts, (), font_faces.FONT_BYTES >> 19),
 }
 
 

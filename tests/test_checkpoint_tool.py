@@ -120,7 +120,7 @@ def test_a_slice_of_what_is_not_there_is_refused(text, message, made, tmp_path, 
 
 def test_rows_that_are_not_classes_are_not_sliced(made, tmp_path, capsys):
     line = refused(capsys, "slice", made(head="mach"), tmp_path / "out.safetensors", "--classes", "1")
-    assert "buckets of 2 hashes, none is that of one class" in line
+    assert "buckets of 2 hashes, none is the row of one class" in line
 
 
 def damage(path, how):
@@ -140,7 +140,7 @@ def test_every_damaged_file_is_named(how, made, tmp_path, capsys):
     folder = made(step=2)
     with pytest.raises(SystemExit) as end:
         done("verify", folder.parent.parent)
-    assert end.value.code == 0 and capsys.readouterr().out.count(": whole, 5 files") == 2
+    assert end.value.code == 0 and capsys.readouterr().out.count(": valid, 5 files") == 2
     names = ["backbone.safetensors", "rows-000000000004-000000000007.safetensors"]
     for name in names:
         damage(folder / name, how)
@@ -148,7 +148,7 @@ def test_every_damaged_file_is_named(how, made, tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             done("verify", what)
         out, err = capsys.readouterr()
-        assert end.value.code == 2 and out.count(": whole") == whole
+        assert end.value.code == 2 and out.count(": valid") == whole
         assert len(err.splitlines()) == 2
         assert all(name in line and "is damaged" in line for name, line in zip(names, err.splitlines(), strict=True))
     for command in ("merge", "out.safetensors"), ("reshard", "out", "--files", 2):

@@ -18,7 +18,7 @@ import data_tools.common.progress
 import data_tools.pack
 import data_tools.show
 from data_tools.reports import plots as pack_pictures
-from data_tools.show import doubling, long_tail, sample, sheet
+from data_tools.reports.facts import doubling, long_tail, sample, sheet
 from tests.test_export import write_pack
 from tests.test_pack import picture, write_tree
 from xc.pack import Pack
@@ -152,7 +152,7 @@ def test_pictures_are_written(packs, tmp_path):
     (("packs", "--plot", "a.jpg"), "ends in .png"),
     (("packs", "--plot", "there.png"), "there.png exists"),
     (("packs", "--sheet", "there.png"), "there.png exists"),
-    (("packs", "--sheet", "no/a.png"), "no such folder as no"),
+    (("packs", "--sheet", "no/a.png"), "there is no folder no"),
     (("packs", "--sample", "0"), "not between"),
     (("broken",), "record 0: not an image"),
 ])

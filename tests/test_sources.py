@@ -270,7 +270,7 @@ def test_shards_are_of_the_split_they_are_named_after(tmp_path, capsys, names):
     for split, pack in open_splits(tmp_path / "again").items():
         assert contents(pack) == contents(packs[split])
     write_tar(tmp_path / "tars" / "more.tar", samples(made[0]))
-    assert "more.tar: of no split" in fails(capsys, tmp_path / "tars", tmp_path / "new")
+    assert "more.tar: its name gives no split" in fails(capsys, tmp_path / "tars", tmp_path / "new")
 
 
 @pytest.mark.parametrize("name", ["val", "validation", "valid"])

@@ -1,15 +1,12 @@
-"""What the commands here have in common: flags, checks of paths, and an output that appears when it is whole."""
+"""What all commands share: the parser of flags, signals, checks of paths, and printing."""
 
 import argparse
 import os
-import secrets
-import shutil
 import signal
 import sys
 import weakref
 from contextlib import contextmanager, suppress
 
-from xc import pack as layout
 from xc.message import one_line
 from xc.pack import PackError
 
@@ -84,16 +81,3 @@ def check_paths(src, out, root):
         raise PackError(f"{out} exists; remove it or give another name")
     if not (os.path.isdir(parent) and os.access(parent, os.W_OK)):
         raise PackError(f"{parent}: no such folder, or not writable; make it first, {os.path.basename(out)} goes there")
-
-
-@contextmanager
-def new_folder(out):
-    """A folder beside out that is renamed to it at the end, or removed where that is not reached."""
-    partial = os.path.join(os.path.dirname(out), f".{os.path.basename(out)}{layout.PARTIAL}{secrets.token_hex(4)}")
-    os.mkdir(partial)
-    try:
-        yield partial
-        os.rename(partial, out)
-    except BaseException:  # Ctrl-C too
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 
+from data_tools.common.atomic import atomic_path
 from data_tools.packing.catalogue import zeros_file
 from data_tools.packing.skipped import HEADER
 from data_tools.packing.writer import labels_of, renumber, write_index
@@ -14,7 +15,7 @@ from xc.disk import sync, sync_tree
 from xc.pack import PackError
 
 
-def merge(folder, out, listed, journals, tally, **attributes):
+def merge(folder, out, catalogue, journals, tally, **attributes):
     """Moves the shards of all parts into one new folder out, with an index for each split.
 
     folder      the partial folder
@@ -27,12 +28,12 @@ def merge(folder, out, listed, journals, tally, **attributes):
     May be interrupted and called again, and may go on beside another call: every step can be done twice.
     """
     pack, merged = os.path.join(folder, "pack"), {}
-    for split in listed.splits:
+    for split in catalogue.splits:
         if not any(split in journal.shards for journal in journals):
             raise PackError(f"no image{split and ' of ' + split} can be used: {tally}")
-    for split in listed.splits:
+    for split in catalogue.splits:
         os.makedirs(os.path.join(pack, split), exist_ok=True)
-        counts = zeros_file(os.path.join(folder, f"written-{split}-{secrets.token_hex(4)}"), len(listed.table))
+        counts = zeros_file(os.path.join(folder, f"written-{split}-{secrets.token_hex(4)}"), len(catalogue.table))
         merged[split] = shards, _ = [], counts
         for journal in journals:
             for number, shard in enumerate(journal.shards.get(split, ())):
@@ -41,13 +42,15 @@ def merge(folder, out, listed, journals, tally, **attributes):
                 np.add.at(counts, labels_of(path), 1)
                 shards.append(shard)
     for split, (shards, counts) in merged.items():  # last: a folder without an index is not a pack
-        _appear(os.path.join(pack, split, layout.INDEX_FILE), folder, lambda path: write_index(
-            path, shards, counts, listed.table, listed.has_weights, skipped=tally.of_split[split], **attributes))  # noqa: B023
-    lists = [os.path.join(folder, "listing"), *(journal.folder for journal in journals)]
-    _appear(os.path.join(pack, "skipped.tsv"), folder,
-            lambda path: _join(path, [os.path.join(place, "skipped.tsv") for place in lists]))
-    if os.path.exists(duplicates := os.path.join(folder, "listing", "duplicates.tsv")):
-        _appear(os.path.join(pack, "duplicates.tsv"), folder, lambda path: shutil.copyfile(duplicates, path))
+        with atomic_path(os.path.join(pack, split, layout.INDEX_FILE), replace=True, folder=folder) as path:
+            write_index(path, shards, counts, catalogue.table, catalogue.has_weights, skipped=tally.of_split[split],
+                        **attributes)
+    listing = os.path.join(folder, "listing")
+    with atomic_path(os.path.join(pack, "skipped.tsv"), replace=True, folder=folder) as path:
+        _join(path, [os.path.join(place, "skipped.tsv") for place in (listing, *(one.folder for one in journals))])
+    if os.path.exists(duplicates := os.path.join(listing, "duplicates.tsv")):
+        with atomic_path(os.path.join(pack, "duplicates.tsv"), replace=True, folder=folder) as path:
+            shutil.copyfile(duplicates, path)
     sync_tree(pack)
     os.rename(pack, out)
     sync(os.path.dirname(out))
@@ -61,13 +64,6 @@ def _move(source, path, number):
     except FileNotFoundError:
         if not os.path.exists(path):  # else it was moved before
             raise PackError(f"{source} is missing, as after a pack was made of it; --restart begins anew") from None
-
-
-def _appear(path, folder, write):
-    """Has write(path) write a file elsewhere in the folder, and moves it to its place when it is whole."""
-    new = os.path.join(folder, f"{os.path.basename(path)}-{secrets.token_hex(4)}")
-    write(new)
-    os.replace(new, path)
 
 
 def _join(path, lists):

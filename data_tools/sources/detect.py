@@ -34,9 +34,9 @@ def open_source(path, kind, root):
     kind = kind or kind_of(path)
     found = KINDS[kind]
     if os.path.isdir(path) and not found.takes_folders:
-        raise PackError(f"{path}: a folder, but a {kind} is a file; name that file")
+        raise PackError(f"{path}: a folder, but --from {kind} needs a file; name that file")
     if not os.path.isdir(path) and not found.takes_files:
-        raise PackError(f"{path}: a file, but a {kind} is a folder; name its folder or leave out --from")
+        raise PackError(f"{path}: a file, but --from {kind} needs a folder; name its folder or leave out --from")
     if root is not None and not found.names_files:
         raise PackError(f"--root {root} is for the paths in a manifest, but {path} is of kind {kind}; leave it out")
     beside = path if os.path.isdir(path) else os.path.dirname(path)
