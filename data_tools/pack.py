@@ -65,47 +65,61 @@ def part_of(text):
     return int(match[1]), int(match[2])
 
 
-def main(argv=None):
+def make_parser():
     parser = Parser(prog="data_tools.pack", description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("src", metavar="SRC", nargs="+", help="one or several of what is listed in the README; several become one pack")
-    add("out", metavar="OUT", help="the folder to make")
+    parser.add_argument("src", metavar="SRC", nargs="+", help="a data set: a tree of images, a manifest, tar shards, "
+                        "RecordIO or a pack; several become one pack")
+    parser.add_argument("out", metavar="OUT", help="the folder to make")
+
+    add = parser.add_argument_group("source").add_argument
+    add("--from", dest="kind", choices=KINDS, help="the format of SRC, if its content does not tell")
+    add("--root", metavar="DIR", help="folder in which the paths of a manifest start (the folder of the manifest)")
     add("--classes", metavar="PACK", help="use the class table of this pack; an unknown class is an error. Or a text "
-        "file with a class name on each line: take images of these classes only")
-    add("--from", dest="kind", choices=KINDS, help="what SRC is, where its content does not tell")
-    add("--root", metavar="DIR", help="where the paths in a manifest start (the folder of that file)")
+        "file with a class name on each line: take only images of these classes")
     add("--split", type=split_share, metavar="NAME=SHARE", help="draw this share of the images for the split val or "
-        "test, as in test=0.01, where the source has no splits")
+        "test, as in test=0.01, if the source has no splits")
     add("--split-by", choices=("image", "class"), default="image", help="class: draw whole classes, which keep their "
         "labels, but train has no image of them: for features, as those of retrieval (%(default)s)")
-    add("--min-images", type=between(1, 2**62), metavar="K", help="give no label to classes with fewer images in train "
-        "(of --split-by class: anywhere), and leave out their images; 1: to those that lose all by --duplicates")
-    add("--max-images-per-class", type=between(1, 2**62), metavar="M", help="of each class take M images for train, "
-        "drawn at random, where it has more")
+
+    add = parser.add_argument_group("selection of images").add_argument
     add("--duplicates", choices=RULES, default="keep", help="images of the same bytes: report lists them in "
         "OUT/duplicates.tsv; drop also keeps only one of those with the same label, and none in train of those that "
         "are in val or test; drop-conflicting also keeps none of those with several labels (%(default)s)")
+    add("--min-images", type=between(1, 2**62), metavar="K", help="give no label to classes with fewer images in train "
+        "(with --split-by class: anywhere), and leave out their images; 1: to those that lose all by --duplicates")
+    add("--max-images-per-class", type=between(1, 2**62), metavar="M", help="take at most M images of each class for "
+        "train, drawn at random")
+
+    add = parser.add_argument_group("images").add_argument
+    add("--resize", type=between(1, 2**14), metavar="PIXELS", help="shrink larger images until the shorter side has "
+        "this length; PNG, JPEG and WebP keep their format, others become PNG")
+    add("--format", choices=FORMATS, help="convert images that have another format (bytes are kept); raw: "
+        "uncompressed, for fast reading")
+    add("--quality", type=between(1, 100), help="encode all images again, JPEG and WebP with this quality; without it, "
+        "images that must be encoded get 90")
+    add("--check", choices=CHECKS, default="full", help="how images whose bytes are kept are checked: full, each is "
+        "decoded; header, its type, size and end (data_tools/packing/validate.py); none (%(default)s)")
+    add("--max-pixels", type=between(1, layout.MAX_PIXELS), default=50_000_000,
+        help=f"skip images with more (%(default)s); at most {layout.MAX_PIXELS}, the limit of readers")
+    add("--max-skipped", type=share_or_count, default="1%", metavar="LIMIT",
+        help="fail if more images cannot be used, a number or a share (%(default)s)")
+
+    add = parser.add_argument_group("output and processes").add_argument
     add("--seed", type=between(0, 2**63 - 1), default=0, help="of the shuffle (%(default)s)")
     add("--shard-mb", type=between(1e-6, 2**20, float), default=256, help="most image data in one file (%(default)s)")
     add("--memory-mb", type=between(1e-3, 2**20, float), default=1024,
-        help="what shuffling and sorting may hold in memory; more goes through files beside OUT (%(default)s)")
-    add("--workers", type=between(0, 4096), default=os.cpu_count(), help="processes, 0: only this one (%(default)s)")
-    add("--max-pixels", type=between(1, layout.MAX_PIXELS), default=50_000_000,
-        help=f"skip images with more (%(default)s); at most {layout.MAX_PIXELS}, which readers take")
-    add("--max-skipped", type=share_or_count, default="1%", metavar="LIMIT",
-        help="fail where more images cannot be used, a number or a share (%(default)s)")
-    add("--resize", type=between(1, 2**14), metavar="PIXELS", help="make larger images so small that the shorter side "
-        "has this length; of PNG, JPEG and WebP the format stays, others become PNG")
-    add("--format", choices=FORMATS, help="encode images that have another format anew (the bytes are kept); raw: "
-        "uncompressed, for fast reading")
-    add("--quality", type=between(1, 100), help="encode all images anew, JPEG and WebP with this quality; without it, "
-        "images that must be encoded anew get 90")
-    add("--check", choices=CHECKS, default="full", help="what is looked at of images whose bytes are kept: full, that "
-        "each decodes; header, its type, size and end, as data_tools/packing/validate.py says; none (%(default)s)")
-    add("--part", type=part_of, default=(0, 1), metavar="I/N", help="do part I of N, from 0/N up, each in a process of "
-        "its own with the same flags; the last makes the pack of all")
-    add("--restart", action="store_true", help="begin anew, and remove what an interrupted pack has left")
-    add("--json", action="store_true", help="print the JSON object alone, without the lines before it")
+        help="memory for shuffling and sorting; more goes through files beside OUT (%(default)s)")
+    add("--workers", type=between(0, 4096), default=os.cpu_count(),
+        help="worker processes; 0: only this process (%(default)s)")
+    add("--part", type=part_of, default=(0, 1), metavar="I/N", help="make part I of N, counted from 0/N; start a process "
+        "with the same flags for each; the last one merges the parts")
+    add("--restart", action="store_true", help="remove what an interrupted pack has left, and begin again")
+    add("--json", action="store_true", help="print only the JSON object")
+    return parser
+
+
+def main(argv=None):
+    parser = make_parser()
     args = parser.parse_args(argv)
     flags = vars(args).copy()
     src, out, as_json = flags.pop("src"), flags.pop("out"), flags.pop("json")
@@ -113,7 +127,7 @@ def main(argv=None):
         facts = pack(src, out, Options(**flags))
     except PackError as error:
         parser.error(str(error))
-    except (OSError, RuntimeError) as error:  # h5py has either for a disk that refuses
+    except (OSError, RuntimeError) as error:  # h5py raises either for a full or broken disk
         parser.error(f"{out}: {error}; {what_is_kept(out)}")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted; {what_is_kept(out)}\n")

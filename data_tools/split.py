@@ -27,8 +27,8 @@ def main(argv=None):
     add("--test", type=between(0, 1, float), default=0, help="share that goes to test, as 0.01 (none)")
     add("--val", type=between(0, 1, float), default=0, help="share that goes to val (none)")
     add("--by", choices=("image", "class"), default="image",
-        help="image: of every class its share; class: whole classes, which train then lacks (%(default)s)")
-    add("--seed", type=between(0, 2**63 - 1), default=0, help="of the choice (%(default)s)")
+        help="image: every class gives its share; class: whole classes, which train then lacks (%(default)s)")
+    add("--seed", type=between(0, 2**63 - 1), default=0, help="of the random choice (%(default)s)")
     add("--shard-mb", type=between(1e-6, 2**20, float), default=256, help="most image data in one file (%(default)s)")
     add("--json", action="store_true", help="print one JSON object instead of text")
     args = vars(parser.parse_args(argv))
@@ -37,7 +37,7 @@ def main(argv=None):
         facts = split(**args)
     except PackError as error:
         parser.error(str(error))
-    except (OSError, RuntimeError) as error:  # h5py has either for a disk that refuses
+    except (OSError, RuntimeError) as error:  # h5py raises either for a full or broken disk
         parser.error(f"{args['out']}: {error}; nothing was kept")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted; nothing was kept\n")

@@ -393,7 +393,7 @@ def test_a_disk_that_fills_up_in_any_phase_is_one_line(tmp_path):
             assert done.returncode == 2 and "No space left on device" in error, (kilobytes, done.stderr)
             assert all(line.startswith("resuming after ") for line in others)
             kept = os.listdir(disk)  # when all images are listed, and from then on
-            assert error.endswith("the same command goes on from there" if kept else "nothing was kept")
+            assert error.endswith("the same command resumes from there" if kept else "nothing was kept")
             assert kept == [".pack.partial-pack"] or not (kept or refused[True])
             assert sorted(os.listdir(tmp_path)) == before
             refused[bool(kept)] += 1

@@ -143,8 +143,9 @@ def test_nothing_is_lost_with_any_number_of_workers(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     (["--format", "png", "--quality", 9], "--quality is for jpeg and webp"),
-    (["--format", "raw", "--quality", 9], "--quality is for jpeg and webp"), (["--quality", 0], "not between 1 and 100"),
-    (["--format", "gif"], "invalid choice"), (["--resize", 0], "not between")])
+    (["--format", "raw", "--quality", 9], "--quality is for jpeg and webp"),
+    (["--quality", 0], "not between 1 and 100"), (["--format", "gif"], "invalid choice"),
+    (["--resize", 0], "not between")])
 def test_flags_that_make_no_sense(tmp_path, capsys, flags, words):
     (tmp_path / "src").mkdir()
     assert words in fails(capsys, tmp_path / "src", tmp_path / "pack", *flags)

@@ -295,7 +295,7 @@ def test_a_class_without_a_name_is_no_folder(tmp_path, capsys):
     (("none", "out"), "none: not a pack"),
     (("packs", "there"), "there exists"),
     (("packs", "missing/out"), "no such folder, or not writable"),
-    (("packs", "packs/out"), "lies inside of"),
+    (("packs", "packs/out"), "lies inside"),
     (("packs", "out", "--split", "val"), "has train, test"),
     (("packs/train", "out", "--split", "train"), "no splits"),
     (("packs", "out", "--classes", "5-9"), "names 9, but the pack has the classes 0 to 6"),

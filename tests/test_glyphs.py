@@ -46,7 +46,11 @@ def made(few_code_points, tmp_path_factory):
 
 
 def run(out, *options):
-    return glyphs.main([str(out), "--no-system-fonts", "--workers", "2", *map(str, options)])
+    try:
+        glyphs.main([str(out), "--no-system-fonts", "--workers", "2", *map(str, options)])
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
 def tree(folder):

@@ -845,7 +845,7 @@ def test_an_interrupted_pack_says_what_it_keeps(tmp_path, number, send):
     send(process.pid, number)  # a terminal's Ctrl-C reaches the workers too
     error = process.communicate(timeout=30)[1]
     assert process.returncode == 130 and error == (
-        f"data_tools.pack: interrupted; {tmp_path}/.pack.partial-pack keeps what was done: the same command goes on "
+        f"data_tools.pack: interrupted; {tmp_path}/.pack.partial-pack keeps what was done: the same command resumes "
         "from there\n")
     assert sorted(os.listdir(tmp_path)) == [".pack.partial-pack", "src"]
 

@@ -199,7 +199,7 @@ def test_a_list_that_lost_bytes_of_images_is_one_line(tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit):
         run(src, tmp_path / "pack", *FLAGS, "--part", "1/2")
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "inside of an image" in error and not (tmp_path / "pack").exists()
+    assert error.count("\n") == 1 and "inside an image" in error and not (tmp_path / "pack").exists()
 
 
 @pytest.mark.parametrize("kilobytes", [60, 220])
@@ -285,7 +285,7 @@ def test_a_part_takes_over_from_one_that_shows_no_life(source, tmp_path, capsys,
     ended(process)
     monkeypatch.setattr(data_tools.packing.lease, "PATIENCE_SECONDS", 0.3)
     run(src, tmp_path / "pack", *FLAGS, "--part", "1/2")
-    assert "part-0 shows no life for 0.3 s" in capsys.readouterr().err
+    assert "part-0 gave no sign of life for 0.3 s" in capsys.readouterr().err
     run(src, tmp_path / "pack", *FLAGS, "--part", "0/2")
     assert records(tmp_path / "pack") == records(whole)
 
@@ -398,7 +398,7 @@ def test_a_folder_that_appears_is_not_taken_for_the_pack(source, tmp_path, capsy
         with pytest.raises(SystemExit) as exit:
             run(src, out, *FLAGS, *part)
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and "pack has appeared meanwhile" in error and "the same command goes on" in error
+    assert exit.value.code == 2 and "pack has appeared meanwhile" in error and "the same command resumes" in error
     out.rmdir()
     run(src, out, *FLAGS, *part)
     assert records(out) == records(whole)

@@ -341,7 +341,7 @@ def test_a_share_is_held_out(tmp_path, capsys, kind):
     assert file_hashes(tmp_path / "a") == file_hashes(tmp_path / "b")
     assert contents(open_splits(tmp_path / "a")["test"]) != test
     assert " classes have images in test and none in train\n" in capsys.readouterr().err
-    assert "is of split t" in fails(capsys, tmp_path / "a", tmp_path / "new", "--split", "val=0.5")
+    assert "has split t" in fails(capsys, tmp_path / "a", tmp_path / "new", "--split", "val=0.5")
     for wrong in ("train=0.1", "test=1", "test=0", "test=nan", "test", "dev=0.1"):
         assert "is not like test=0.01" in fails(capsys, source, tmp_path / "new", "--split", wrong)
 
@@ -534,7 +534,7 @@ def test_a_tar_member_that_claims_more_than_the_file_is_one_line(tmp_path, capsy
     """tarfile looked for the end of it without end."""
     for name in "x.png", "x.txt":
         (tmp_path / "a.tar").write_bytes(odd(name, size=size).tobuf(tarfile.GNU_FORMAT) + bytes(2048))
-        assert f"ends inside of {name}" in fails(capsys, tmp_path / "a.tar", tmp_path / "pack")
+        assert f"ends inside {name}" in fails(capsys, tmp_path / "a.tar", tmp_path / "pack")
 
 
 def test_recordio_is_cut_at_the_magic_number_and_joined_again(tmp_path):
@@ -689,7 +689,7 @@ def test_a_folder_is_no_manifest_and_a_file_no_folder(tmp_path, capsys):
     write_tree(tmp_path / "src", {"a": 1})
     write_tar(tmp_path / "a.tar", [])
     error = fails(capsys, tmp_path / "src", tmp_path / "pack", "--from", "manifest")
-    assert f"{tmp_path / 'src'}: a folder, but a manifest is a file" in error
+    assert f"{tmp_path / 'src'}: a folder, but --from manifest needs a file" in error
     for kind in "folder", "pack":
         error = fails(capsys, tmp_path / "a.tar", tmp_path / "pack", "--from", kind)
         assert f"{tmp_path / 'a.tar'}: a file, but the kind {kind} is of folders" in error

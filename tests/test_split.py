@@ -131,7 +131,7 @@ def fails(capsys, *args):
     (("none", "out", "--test", 0.1), "none: no such folder"),
     (("packs", "out", "--test", 0.1), "packs has splits already; name one of its packs, as packs/train"),
     (("pack", "there", "--test", 0.1), "there exists"),
-    (("pack", "pack/out", "--test", 0.1), "lies inside of"),
+    (("pack", "pack/out", "--test", 0.1), "lies inside"),
     (("pack", "out"), "their sum must lie between 0 and 1"),
     (("pack", "out", "--test", 0.5, "--val", 0.5), "their sum must lie between 0 and 1"),
     (("pack", "out", "--test", "nan"), "not between"),

@@ -100,7 +100,7 @@ def check_out(out, folder, force, is_folder):
     if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
         raise ValueError(f"{out.parent}: no such folder, or not writable; make it first, {out.name} goes there")
     if folder.resolve() in (out.resolve(), *out.resolve().parents):
-        raise ValueError(f"{out} lies inside of the checkpoint {folder}; give a place outside")
+        raise ValueError(f"{out} lies inside the checkpoint {folder}; give a place outside")
     if os.path.lexists(out) and not force:
         raise ValueError(f"{out} exists; remove it, give another name, or --force")
     if os.path.lexists(out) and not ((out / "meta.json").is_file() if is_folder else out.is_file()):

@@ -4,7 +4,7 @@ import re
 
 
 def intervals_of(text):
-    """[(first, last), …], last included, of class ids such as 5-9,17,@file; a file has the same, on any lines."""
+    """[(first, last), …], last included, of class ids such as 5-9,17,@file; a file has ids and ranges on any lines."""
     found = []
     for word in text.split(","):
         if word.startswith("@"):

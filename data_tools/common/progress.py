@@ -1,4 +1,4 @@
-"""What a command says on stderr while it works."""
+"""Progress and notes of a command, on stderr."""
 
 import sys
 import time
@@ -9,10 +9,10 @@ from xc.message import one_line
 
 
 class Progress:
-    """A bar where stderr is a terminal, otherwise a line every few seconds; both with rate and time left.
+    """A bar if stderr is a terminal, otherwise a line every few seconds; both with rate and time left.
 
-    total  in `unit`, may be unknown
-    done   how much of it was done before
+    total  in `unit`; None: unknown
+    done   how much was done before
     """
 
     line_seconds = 5
@@ -51,4 +51,4 @@ def _duration(seconds):
 
 
 def note(text):
-    print(one_line(text), file=sys.stderr, flush=True)  # names of files may hold anything
+    print(one_line(text), file=sys.stderr, flush=True)  # names of files may have any characters

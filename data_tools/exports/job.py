@@ -17,7 +17,10 @@ from xc.pack import INDEX_FILE, PackError, open_splits
 
 
 def record_numbers(pack, classes):
-    """Yields record numbers (n,), those of classes (a bool of each; None: all), in their order, a few at a time."""
+    """Yields record numbers (n,) in order, a block at a time.
+
+    classes  (C,) bool: whose records; None: all
+    """
     for start, stop in pack.ranges():
         records = np.arange(start, stop)
         yield records if classes is None else records[classes[pack.labels(start, stop)]]
@@ -28,7 +31,7 @@ def export(src, out, *, to, split, classes, shard_mb):
 
     returns  dict of totals: records, classes, bytes, seconds, and records of each split
 
-    ValueError or OSError, with nothing left at out, for whatever the user can mend.
+    ValueError or OSError, with nothing left at out, for whatever the user can fix.
     """
     started = time.monotonic()
     out = os.path.abspath(out)
@@ -48,7 +51,7 @@ def export(src, out, *, to, split, classes, shard_mb):
         raise PackError(f"--classes {classes}: {src} has no images of these classes; name others")
     num_bytes = 0
     with atomic_folder(out) as partial:
-        if to == "folder":  # most packs without splits say at their first class that they will not seem to have some
+        if to == "folder":  # of most packs without splits, the first class has no such name already
             seems_split = not is_split and all(first.class_name(n).partition("/")[0] in SPLIT_OF for n in labels)
             writer = Folders(partial, is_split, seems_split, first.has_weights)
         else:
@@ -71,7 +74,7 @@ def export(src, out, *, to, split, classes, shard_mb):
 
 
 def mask_of(classes, num_classes):
-    """(C,) bool: which classes a list such as 5-9,17,@file names; ValueError where it names others."""
+    """(C,) bool: the classes that a list such as 5-9,17,@file names; ValueError where it names classes beyond C."""
     mask = np.zeros(num_classes, bool)
     for first, last in intervals_of(classes):
         if last >= num_classes:

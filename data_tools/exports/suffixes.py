@@ -8,7 +8,7 @@ SUFFIXES = ((rb"\x89PNG\r\n\x1a\n", "png"), (rb"\xff\xd8\xff", "jpg"), (rb"RIFF.
 
 
 def suffix_of(image):
-    """Of a file with these bytes; ValueError where they are none of the formats that packs hold."""
+    """Suffix for a file with these bytes; ValueError where they have no format that packs may have."""
     for pattern, suffix in SUFFIXES:
         if re.match(pattern, image, re.DOTALL):
             return suffix

@@ -45,13 +45,13 @@ class TarShards:
     def _end_shard(self):
         self.file.write(bytes(TAR_END))
         self.file.flush()
-        os.fsync(self.file.fileno())  # a network file system may refuse only now
+        os.fsync(self.file.fileno())  # a network file system may fail only now
         self.file.close()
         self.file, self.number = None, self.number + 1
 
 
 def _member(name, data):
-    """A file as a tar holds it, in pieces; written without tarfile.TarFile, which remembers all of them."""
+    """The pieces of a file in a tar; tarfile.TarFile is not used because it remembers all members."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     return info.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % tarfile.BLOCKSIZE)

@@ -1,4 +1,4 @@
-"""Classes of glyphs, and the typefaces held out for test, by the rules that data_tools/glyphs.py states."""
+"""Groups glyphs to classes and chooses the typefaces for test, by the rules in data_tools/glyphs.py."""
 
 from collections import Counter, defaultdict
 
@@ -12,7 +12,7 @@ def common_code_points(owned, min_faces):
 
 
 def merge(images, code_points):
-    """{founder: [its code points]} of classes, by the rule in the head of this file.
+    """{founder: [its code points]} of the classes.
 
     images       {face name: {code point: PNG bytes}}
     code_points  sorted
@@ -20,15 +20,15 @@ def merge(images, code_points):
     classes, founders = {}, defaultdict(list)  # founders by (face, image)
     for code in code_points:
         own = {name: of_face[code] for name, of_face in images.items() if code in of_face}
-        alike = sorted({founder for look in own.items() for founder in founders[look]})
+        alike = sorted({founder for drawn in own.items() for founder in founders[drawn]})
         same = (f for f in alike if all(images[name].get(f, image) == image for name, image in own.items()))
         founder = next(same, None)
         if founder is not None:
             classes[founder].append(code)
             continue
         classes[code] = [code]
-        for look in own.items():
-            founders[look].append(code)
+        for drawn in own.items():
+            founders[drawn].append(code)
     return classes
 
 
@@ -37,7 +37,7 @@ def class_name(code):
 
 
 def typefaces(faces, images):
-    """Sets of names of faces that are one design, by the rule in the head of this file."""
+    """[set of names of faces that are one design]."""
     groups = []
     for face in faces:
         joined = {face.name}
@@ -50,6 +50,7 @@ def typefaces(faces, images):
 
 
 def one_design(face, other, images):
+    """Whether two faces are of one typeface."""
     if face.family == other.family:
         return True
     common = images[face.name].keys() & images[other.name].keys()
@@ -67,13 +68,13 @@ def split_class(founder, images, held_out):
 
 
 def split_classes(classes, images, held_out, min_faces):
-    """{founder: split_class} of the classes that keep at least half of min_faces faces in train."""
+    """{founder: (train, test) of split_class} of the classes that keep at least half of min_faces faces in train."""
     splits = {founder: split_class(founder, images, held_out) for founder in classes}
     return {founder: split for founder, split in splits.items() if 2 * len(split[0]) >= min_faces}
 
 
 def hold_out(groups, classes, images, num_faces, min_faces):
-    """Names of at least num_faces faces, whole typefaces; groups is typefaces(…)."""
+    """Names of at least num_faces faces for test; groups are the typefaces."""
     def worth(group):
         splits = split_classes(classes, images, held_out | group, min_faces)
         lost, tested = len(classes) - len(splits), sum(bool(test) for _, test in splits.values())

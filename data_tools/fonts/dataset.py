@@ -1,9 +1,8 @@
-"""Makes the data set of glyphs and writes it. data_tools/glyphs.py says by which rules."""
+"""Makes the data set of glyphs, by the rules in data_tools/glyphs.py, and writes it."""
 
 import io
 import os
 import random
-import sys
 import time
 import unicodedata
 from pathlib import Path
@@ -12,6 +11,7 @@ import PIL
 from PIL import Image, ImageDraw, features
 
 from data_tools.common.atomic import atomic_folder
+from data_tools.common.progress import Progress, note
 from data_tools.fonts.classes import (
     check_test_faces,
     class_name,
@@ -21,7 +21,7 @@ from data_tools.fonts.classes import (
     split_classes,
     typefaces,
 )
-from data_tools.fonts.faces import SIZES, GlyphError, draw_faces, find_faces, font_folders, progress
+from data_tools.fonts.faces import SIZES, GlyphError, draw_faces, find_faces, font_folders
 
 SHEET_ROWS = 48
 SUMMARY = ("{classes} classes, {train_images} train images, {test_images} test images of {tested_classes} classes, "
@@ -29,7 +29,12 @@ SUMMARY = ("{classes} classes, {train_images} train images, {test_images} test i
 
 
 def make_glyphs(args):
-    """Makes args.out and returns the counts of its summary; args as parsed by main."""
+    """Makes args.out and returns the counts of its summary.
+
+    args  the flags of data_tools.glyphs
+
+    GlyphError or OSError, with nothing at args.out, for whatever the user can fix.
+    """
     started, out = time.monotonic(), Path(os.path.abspath(args.out))
     check_options(args, out)
     faces, skipped = find_faces(font_folders(args.fonts, args.system_fonts))
@@ -37,7 +42,7 @@ def make_glyphs(args):
     code_points = common_code_points((face.code_points for face in faces), args.min_faces)
     check_classes(len(code_points), args)
     if skipped:
-        print(f"skipped {skipped} font faces that do not show Unicode characters or cannot be read", file=sys.stderr)
+        note(f"skipped {skipped} font faces that do not show Unicode characters or cannot be read")
 
     images = draw_faces(faces, code_points, args.size, args.workers)
     classes = merge(images, common_code_points(images.values(), args.min_faces))
@@ -63,7 +68,7 @@ def make_glyphs(args):
 
 
 def check_options(args, out):
-    """Raises GlyphError for options that no font could make right."""
+    """GlyphError for flags that cannot work with any fonts."""
     if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise GlyphError(f"{args.out} exists; name a new folder or an empty one")
     if not out.parent.is_dir():
@@ -86,13 +91,15 @@ def check_classes(num_classes, args):
 
 
 def write_tree(folder, splits):
-    for founder, (train, test) in progress(splits.items(), len(splits), "writing"):
-        for split, images in (("train", train), ("test", test)):
-            if images:
-                place = folder / split / class_name(founder)
-                place.mkdir(parents=True)
-                for name, image in images.items():
-                    (place / f"{name}.png").write_bytes(image)
+    with Progress("writing", len(splits), "classes") as progress:
+        for founder, of_splits in splits.items():
+            for split, images in zip(("train", "test"), of_splits, strict=True):
+                if images:
+                    place = folder / split / class_name(founder)
+                    place.mkdir(parents=True)
+                    for name, image in images.items():
+                        (place / f"{name}.png").write_bytes(image)
+            progress.add(1)
 
 
 def class_table(classes, splits):
@@ -105,7 +112,7 @@ def class_table(classes, splits):
 
 
 def readme(counts, args, faces, held_out):
-    """Names no folder, so it is the same on every machine with the same fonts."""
+    """README.txt; it names no folder, so it is the same on every machine with the same fonts."""
     flags = f"--size {args.size} --min-faces {args.min_faces} --test-faces {args.test_faces} --seed {args.seed}"
     flags += f" --classes {args.classes}" * bool(args.classes) + " --fonts DIR" * bool(args.fonts)
     flags += "" if args.system_fonts else " --no-system-fonts"

@@ -1,4 +1,4 @@
-"""Faces of fonts: finding them, and drawing their glyphs. data_tools/glyphs.py says by which rules."""
+"""Finds the faces of fonts and draws their glyphs, by the rules in data_tools/glyphs.py."""
 
 import io
 import multiprocessing
@@ -6,7 +6,6 @@ import os
 import re
 import resource
 import signal
-import sys
 import unicodedata
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -15,13 +14,14 @@ from pathlib import Path
 
 from fontTools.ttLib import TTCollection, TTFont
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
+
+from data_tools.common.progress import Progress
 
 SUFFIXES = (".ttf", ".otf", ".ttc", ".otc")
 SIZES = range(8, 513)
-OVERSAMPLING = 4  # glyphs are drawn this much larger, which makes hinting and the place on the pixel grid not matter
-JOB_GLYPHS = 500  # what a worker is given at once
-FONT_BYTES = 2**29  # of memory that reading the names and code points of a font may take
+OVERSAMPLING = 4  # glyphs are drawn this much larger, so that hinting and the position on the pixel grid do not matter
+JOB_GLYPHS = 500  # glyphs that a worker gets at once
+FONT_BYTES = 2**29  # most memory for reading the names and code points of a font
 MOST_EMS = 50  # width or height of a glyph; the widest ligatures of Arabic have 20
 MISSING = "\U0010ffff"  # never a character, so a face draws its box for a missing glyph
 
@@ -32,7 +32,7 @@ MANY_TO_ONE = 13  # the cmap format of last-resort fonts: one box for each block
 
 
 class GlyphError(Exception):
-    """What was given, what is allowed, what to do; in one line."""
+    """A mistake of the user: what was given, what is allowed, what to do, in one line."""
 
 
 @dataclass(frozen=True, order=True)
@@ -43,12 +43,12 @@ class Face:
     family: str
     path: str
     index: int  # of the face in its file
-    code_points: tuple  # sorted; those that can be a class
+    code_points: tuple  # sorted; only those that can be a class
 
 
 def font_folders(named, system):
     """Folders to search for fonts: matplotlib's, the named ones, the system's."""
-    from matplotlib import get_data_path  # here, because workers need not wait for matplotlib
+    from matplotlib import get_data_path  # here, so that workers do not import matplotlib
 
     for folder in named:
         if not os.path.isdir(folder):
@@ -60,7 +60,7 @@ def font_folders(named, system):
 
 
 def find_faces(folders):
-    """(faces sorted by name, number of faces that cannot be used); of several of one name the first counts."""
+    """(faces sorted by name, number of faces that cannot be used); if several have the same name, the first counts."""
     faces, skipped = {}, 0
     for path in (path for folder in folders for path in sorted(Path(folder).rglob("*"))):
         if path.suffix.lower() not in SUFFIXES or not path.is_file():  # reading a pipe or a device may never end
@@ -69,7 +69,7 @@ def find_faces(folders):
             content = path.read_bytes()
             kind = TTCollection if content.startswith(b"ttcf") else TTFont
             font = kind(io.BytesIO(content), lazy=True)
-        except Exception:  # fontTools raises whatever a broken file leads it to
+        except Exception:  # a broken file can make fontTools raise anything
             skipped += 1
             continue
         for index, member in enumerate(getattr(font, "fonts", [font])):
@@ -84,8 +84,10 @@ def find_faces(folders):
 
 @contextmanager
 def at_most(num_bytes):
-    """MemoryError for what takes more than so much memory: the entries of a font's tables can all mean the same bytes,
-    and fontTools copies them for every entry."""
+    """MemoryError in this block where it takes more than this memory.
+
+    All entries of a font's tables can refer to the same bytes, and fontTools copies these for every entry.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (min(n for n in (used + num_bytes, soft, hard) if n >= 0), hard))
@@ -96,7 +98,7 @@ def at_most(num_bytes):
 
 
 def read_face(font, path, index):
-    """The Face of a font opened by fontTools; None if its code points show other things or it cannot be read."""
+    """The Face of a font opened by fontTools; None if it cannot be read or its code points do not show characters."""
     try:
         names, best = font["name"], font["cmap"].getBestCmap() or {}
         name = re.sub(r"[^A-Za-z0-9._-]", "_", names.getDebugName(6) or f"{Path(path).stem}-{index}")
@@ -115,7 +117,7 @@ def open_face(path, index, em):
 
 
 def draw(font, character, size):
-    """PNG bytes of one glyph, b"" if it has no ink or is larger than a writing system's glyph is.
+    """PNG bytes of one glyph, b"" if it has no ink or is larger than glyphs of writing systems are.
 
     font  opened at OVERSAMPLING · inner_side(size) pixels per em
     size  side of the image in pixels
@@ -151,7 +153,7 @@ def inner_side(size):
 
 
 def draw_glyphs(job):
-    """{code point: PNG bytes} of what a face really has; job is (path and index of the face, code points, size)."""
+    """{code point: PNG bytes} of the glyphs that a face has; job is (path, index of the face, code points, size)."""
     path, index, code_points, size = job
     font = open_face(path, index, OVERSAMPLING * inner_side(size))
     missing = draw(font, MISSING, size)
@@ -160,7 +162,7 @@ def draw_glyphs(job):
 
 
 def draw_faces(faces, code_points, size, workers):
-    """{face name: {code point: PNG bytes}}; code_points are those to draw where a face has them."""
+    """{face name: {code point: PNG bytes}} of those of the code points that a face has."""
     wanted, names, jobs = set(code_points), [], []
     for face in faces:
         own = [code for code in face.code_points if code in wanted]
@@ -168,23 +170,14 @@ def draw_faces(faces, code_points, size, workers):
             names.append(face.name)
             jobs.append((face.path, face.index, own[start : start + JOB_GLYPHS], size))
     images = {face.name: {} for face in faces}
-    # Ctrl-C reaches every process of a terminal; workers leave it to the main one.
+    # Ctrl-C reaches every process of a terminal; only the main process handles it.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), signal.signal,
                                (signal.SIGINT, signal.SIG_IGN))
     try:
-        for name, drawn in zip(names, progress(pool.map(draw_glyphs, jobs), len(jobs), "drawing"), strict=True):
-            images[name].update(drawn)
+        with Progress("drawing", sum(len(code_points) for _, _, code_points, _ in jobs), "glyphs") as progress:
+            for name, job, drawn in zip(names, jobs, pool.map(draw_glyphs, jobs), strict=True):
+                images[name].update(drawn)
+                progress.add(len(job[2]))
     finally:
         pool.shutdown(cancel_futures=True)
     return images
-
-
-def progress(items, total, what):
-    """Passes items through and shows how many: a bar on a terminal, else at most ten lines."""
-    if sys.stderr.isatty():
-        yield from tqdm(items, what, total)
-        return
-    for count, item in enumerate(items, 1):
-        if count == total or count % -(-total // 10) == 0:
-            print(f"{what}: {count} of {total}", file=sys.stderr, flush=True)
-        yield item

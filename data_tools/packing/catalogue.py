@@ -1,4 +1,4 @@
-"""The list of what is packed: records in an order drawn at random, and the classes they name, bounded in memory."""
+"""The catalogue of a pack: its records in random order and the classes they name, in files and little memory."""
 
 import itertools
 import json
@@ -22,18 +22,18 @@ from xc.pack import PackError
 
 SPLITS = ("", *layout.SPLITS)  # "" of sources without splits
 CLASS_SPLITS = {"", "train"}  # those whose names are the classes
-ROWS = 2**16  # looked at at once
+ROWS = 2**16  # read at once
 MAX_NAME_BYTES = 4096  # of a class
-LARGE_BYTES, LARGE_SHARE = 2**16, 2**10  # large images have more bytes than the one, and than this part of the memory
+LARGE_BYTES, LARGE_SHARE = 2**16, 2**10  # a large image has more than LARGE_BYTES and more than 1/LARGE_SHARE of memory
 
 
 class Decision(IntEnum):
-    """What becomes of a record: it is packed, or left out for one of the other reasons."""
+    """Whether a record is packed (KEPT) or why it is left out."""
 
     KEPT = 0
-    REPEAT = 1  # the same image is there again with the same label
-    LEAK = 2  # an image of train that is in val or test too
-    CONFLICT = 3  # the same image has other labels
+    REPEAT = 1  # another image has the same bytes and label
+    LEAK = 2  # an image of train that is also in val or test
+    CONFLICT = 3  # an image of the same bytes has another label
     MANY = 4  # beyond --max-images-per-class
 
 
@@ -41,59 +41,59 @@ class Record(NamedTuple):
     """One image to be packed."""
 
     split: str
-    path: str  # below the root of its source; of an image that came as bytes, what messages call it
-    root: int  # the place of its source's root
+    path: str  # below the root of its source; for an image that came as bytes, a name for messages
+    root: int  # number of its source's root
     label: int
-    data: bytes | None  # None: to be read from its path
-    weight: float = math.nan  # how often to draw it, in proportion; NaN: it has none
-    key: bytes = b""  # its place in the order of the list
+    data: bytes | None  # None: read it from its path
+    weight: float = math.nan  # relative frequency of drawing it; NaN: it has none
+    key: bytes = b""  # sorts the records
 
 
 class Entry(NamedTuple):
-    """What the listing says of a record that it took."""
+    """A record that the catalogue took."""
 
-    number: int  # it is the n-th, from 0 up
+    number: int  # from 0 up, in the order of the sources
     split: str
     name: int  # name_hash of its class
 
 
 class Storage(IntEnum):
-    """Where the bytes of an image are."""
+    """Where the bytes of an image are stored."""
 
     PATH = 0  # in a file of its own
-    RECORD = 1  # behind its path here
-    LARGE = 2  # in the file of the large ones, at the SPAN behind its path here
+    RECORD = 1  # after its path, in the record
+    LARGE = 2  # in the file of large images, at the SPAN after its path
 
 
-# Split, place in the order, number, hash of the class, root, length of the path, weight, Storage of its bytes.
+# Split, sort key, number, hash of the class, root, length of the path, weight, Storage of its bytes.
 HEAD = struct.Struct(">B8sQQHIfB")
-SPAN = struct.Struct(">QI")  # where it begins, how many bytes it has
-LARGE_FILE = "large-images"  # in the order in which they were listed
+SPAN = struct.Struct(">QI")  # offset, number of bytes
+LARGE_FILE = "large-images"  # in the order of the sources
 
 
 class CatalogueWriter:
-    """All records of the sources, sorted by a hash of their number and the seed, and the class names they carry.
+    """Takes all records of the sources and sorts them by a hash of their number and the seed; also their class names.
 
-    The order depends neither on the memory that sorting takes nor on the number of parts, which are stretches of it
-    in every split. The records go to files in `folder`, the rest does where memory does not hold it. A merge holds a
-    record of each run, hundreds perhaps: large images are not sorted, but written to one file as they come, and read
-    from there when they are packed. Small ones are sorted with their records and read one behind the other.
+    The order depends neither on the memory for sorting nor on the number of parts. A part is a contiguous range of the
+    order in every split. The records go to files in `folder`; the rest goes there if memory does not hold it. A merge
+    holds one record of each run, which may be hundreds, so large images are not sorted: they go to one file as they
+    come and are read from there when they are packed. Small images are sorted with their records and read in sequence.
     """
 
-    ROW = np.dtype([("split", "u1"), ("name", "<u8")])  # of each record, in the order of their numbers
+    ROW = np.dtype([("split", "u1"), ("name", "<u8")])  # of each record, by its number
     _ROW = struct.Struct("<BQ")
 
     def __init__(self, folder, memory_bytes, seed, wanted=None, held_out=None, by="image", parts=1):
         """
         wanted    sorted array of name_hash of the classes to take; None: all
-        held_out  (split, share that goes there at random); the others are train. None: as the source says
-        by        image or class: what that is a share of
+        held_out  (split, share that goes there at random); the rest is train. None: the source gives the splits
+        by        "image" or "class": what the share counts
         """
         self._folder, self._seed = folder, seed.to_bytes(8, "little")
         self._records = [Sorter(os.path.join(folder, f"records-{part}"), memory_bytes // 2 // parts)
                          for part in range(parts)]
         self._num_records = [0] * parts
-        self._memory_bytes, self._total = memory_bytes // 4, 0  # of what is sorted beside
+        self._memory_bytes, self._total = memory_bytes // 4, 0  # for sorting names
         self._paths, self._wanted = Sorter(os.path.join(folder, "paths"), memory_bytes // 8), wanted
         self._held_out, self._by = held_out, by
         self._names, self._numbers = {}, True  # by split; whether all names are numbers
@@ -101,7 +101,7 @@ class CatalogueWriter:
         self._rows = open(os.path.join(folder, "rows"), "wb", buffering=2**20)
         self._large = open(os.path.join(folder, LARGE_FILE), "wb")
         self._most_sorted = max(LARGE_BYTES, memory_bytes // LARGE_SHARE)
-        self.has_gaps = False  # between the numbers; known when class_names has ended
+        self.has_gaps = False  # between names that are numbers; known when class_names has ended
 
     def __len__(self):
         return self._total
@@ -119,9 +119,9 @@ class CatalogueWriter:
         return self._weighted[True] > 0
 
     def add(self, root, split, path, name, data, weight=math.nan, *, may_repeat=False):
-        """Takes a record and returns its Entry, None where its class is not wanted.
+        """Takes a record and returns its Entry; None where its class is not wanted.
 
-        may_repeat  check_paths looks at this path
+        may_repeat  whether check_paths checks this path
         """
         try:
             name = name.encode()
@@ -135,13 +135,13 @@ class CatalogueWriter:
             found = bisect_left(self._wanted, number)
             if found == len(self._wanted) or self._wanted[found] != number:
                 return None
-        place, owner = self.sort_key(self._total), split
+        key, owner = self.sort_key(self._total), split
         if self._held_out is not None:
             if split:
-                raise PackError(f"{path}: is of split {split} already; leave out --split")
-            # Names are those of train whatever the draw, so that no class is unknown to it.
+                raise PackError(f"{path}: has split {split} already; leave out --split")
+            # Whatever the draw, the name counts for train, so that train knows every class.
             owner, (held_out, share) = "train", self._held_out
-            drawn = place if self._by == "image" else blake2b(name, key=self._seed, digest_size=8).digest()
+            drawn = key if self._by == "image" else blake2b(name, key=self._seed, digest_size=8).digest()
             split = held_out if int.from_bytes(drawn, "big") < share * 2**64 else "train"
         if owner not in self._names:
             share = self._memory_bytes if owner in CLASS_SPLITS else self._memory_bytes // 4
@@ -159,8 +159,8 @@ class CatalogueWriter:
         if len(rest) > self._most_sorted:
             storage, rest = Storage.LARGE, SPAN.pack(self._large.tell(), len(data))
             self._large.write(data)
-        head = HEAD.pack(SPLITS.index(split), place, self._total, number, root, len(path), weight, storage)
-        part = int.from_bytes(place, "big") * len(self._records) >> 64
+        head = HEAD.pack(SPLITS.index(split), key, self._total, number, root, len(path), weight, storage)
+        part = int.from_bytes(key, "big") * len(self._records) >> 64
         self._records[part].add(b"".join((head, path, rest)))
         self._num_records[part] += 1
         self._total += 1
@@ -171,7 +171,7 @@ class CatalogueWriter:
         return blake2b(number.to_bytes(8, "little"), key=self._seed, digest_size=8).digest()
 
     def check_paths(self):
-        """How often paths that may repeat do so. PackError where one has several labels. Once."""
+        """Number of paths that came before. PackError where a path has several labels. Call it once."""
         last, repeats, conflicts, first = [None, None, None], 0, 0, ""
         for item in self._paths:
             path_root_name = item.split(b"\0", 2)
@@ -188,12 +188,12 @@ class CatalogueWriter:
         return repeats
 
     def class_names(self):
-        """The names (bytes) of train, or of all where there are no splits, in the order of their labels. Once."""
+        """Yields the names (bytes) of train, or of all without splits, in the order of their labels. Call it once."""
         names = self._names["train" if "train" in self._names else ""]
         return self._by_value(names) if self._numbers else iter(names)
 
     def _by_value(self, names):
-        """Numbers in the order of their values, of any length."""
+        """Yields names that are numbers, of any length, by their values."""
         by_value = Sorter(os.path.join(self._folder, "by-value"), self._memory_bytes)
         for name in names:
             digits = name.lstrip(b"0")
@@ -204,14 +204,14 @@ class CatalogueWriter:
             yield item[end:]
 
     def rows(self):
-        """Yields (number of the first, array of ROW) of all records in the order of their numbers. Ends the adding."""
+        """Yields (number of the first, array of ROW) of all records by their numbers. No record can be added then."""
         self._rows.close()
         with open(self._rows.name, "rb") as file:
             for first in range(0, self._total, ROWS):
                 yield first, np.frombuffer(file.read(ROWS * self.ROW.itemsize), self.ROW)
 
     def class_counts(self, table, decisions, folder):
-        """{split: (C,) int64} kept images of each class, in files of the folder, and {split: those of no class}.
+        """{split: (C,) int64} kept images of each class, in files of the folder, and {split: images without a class}.
 
         decisions  (number of records,) uint8, Decision of each
         """
@@ -226,7 +226,7 @@ class CatalogueWriter:
         return counts, unknown
 
     def refuse_unknown(self, unknown, table, owner):
-        """PackError that names a class where images, {split: number}, are of none in the table, which is owner's."""
+        """PackError that names a class where images, {split: number}, have none of the table, which is the owner's."""
         for split, count in unknown.items():
             if count:
                 name = next(name for name in self._names[split] if table.labels(np.uint64([name_hash(name)]))[0] < 0)
@@ -234,10 +234,10 @@ class CatalogueWriter:
                                 "images are of such classes); add it there or leave it out here")
 
     def finish(self, table, has_weights, left_out, skipped):
-        """Leaves in the folder what Catalogue opens, and reports; nothing is to be called after this.
+        """Leaves in the folder what Catalogue opens. No method may be called after it.
 
-        table     ClassTable in a folder of this one, beside whose files class_counts has put its own
-        left_out  {reason: images} of what has another Decision than KEPT, or no class
+        table     ClassTable in a folder below this one, where class_counts has put its files, too
+        left_out  {reason: images} whose Decision is not KEPT or that have no class
         skipped   Tally of the images that could not be listed
         """
         facts = {"splits": self.splits, "num_records": self._num_records, "has_weights": has_weights,
@@ -254,7 +254,7 @@ class CatalogueWriter:
 
 
 class Catalogue:
-    """The list in a folder, as several processes may read it.
+    """A finished catalogue in a folder, which several processes may read.
 
     splits       that have records
     table        ClassTable
@@ -278,17 +278,18 @@ class Catalogue:
 
     @property
     def total(self):
-        """Images that are to be packed or could not be listed."""
+        """Number of images that are to be packed or could not be listed."""
         return sum(int(counts.sum()) for counts in self.counts.values()) + self.skipped.count
 
     def expected(self, part):
-        """Images of a part that are to be packed: of one of several parts about, where some of the list are not."""
+        """Number of images of a part that are to be packed; an estimate where there are parts and some are left out."""
         return round(self._num_records[part] * (self.total - self.skipped.count) / sum(self._num_records))
 
     def chunks(self, part, memory_bytes, most_records, most_bytes, start=b""):
-        """Yields the records of a part that are kept and of a class, in lists of one split and up to so many records.
+        """Yields lists of Record of a part: those that are kept and have a class, all of one split.
 
-        A list ends before the record that would exceed most_bytes. start is the key of the first.
+        most_records, most_bytes  of one list; it ends before the record that would exceed them
+        start                     key of the first record
         """
         records = merged([os.path.join(self._folder, path) for path in self._runs[part]], memory_bytes, start)
         with open(os.path.join(self._folder, LARGE_FILE), "rb", buffering=0) as large:
@@ -304,7 +305,7 @@ class Catalogue:
                 yield from self._decoded(chunk, large)
 
     def _decoded(self, items, large):
-        """Yields the list of Records that are packed, or nothing."""
+        """Yields the list of those Records of some items that are packed, if there are any."""
         heads = [HEAD.unpack_from(item) for item in items]
         labels = self.table.labels(np.array([name for _, _, _, name, *_ in heads], np.uint64))
         is_kept = (labels >= 0) & (self._decisions[[number for _, _, number, *_ in heads]] == Decision.KEPT)
@@ -321,7 +322,7 @@ class Catalogue:
 
 
 def _num_bytes(item):
-    """What a record takes when it is read, with its image if that is in the list."""
+    """Memory that a record takes when it is read, with its image if the catalogue has that."""
     is_large = item[HEAD.size - 1] == Storage.LARGE
     return SPAN.unpack(item[-SPAN.size :])[1] if is_large else len(item)
 
@@ -330,12 +331,12 @@ def _span(file, offset, num_bytes):
     """Bytes of a file; PackError where it does not have all of them."""
     data = os.pread(file.fileno(), num_bytes, offset)
     if len(data) != num_bytes:
-        raise PackError(f"{file.name}: ends at byte {offset + len(data)}, inside of an image; give --restart")
+        raise PackError(f"{file.name}: ends at byte {offset + len(data)}, inside an image; begin anew with --restart")
     return data
 
 
 def zeros_file(path, length, dtype=np.int64):
-    """(length,) zeros that live in a file: memory is not enough for a number of every class."""
+    """(length,) zeros in a memory-mapped file, because memory may not hold a number for every class."""
     with open(path, "wb") as file:  # find out here whether there is room: a page without it would kill the process
         os.posix_fallocate(file.fileno(), 0, length * np.dtype(dtype).itemsize)
     return np.memmap(path, dtype, "r+", shape=length)

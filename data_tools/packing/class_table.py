@@ -1,4 +1,4 @@
-"""Class names and their labels, kept in files: a hundred million names fit into no dictionary."""
+"""Class names and their labels in files, because a hundred million names do not fit into a dictionary."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ from data_tools.packing.external_sort import Sorter
 from xc.pack import PackError
 
 ENTRY = struct.Struct(">QQ")  # hash of a name, label; sorts by the hash
-BLOCK = 2**16  # numbers written, and names of a pack read, at once
+BLOCK = 2**16  # numbers written at once, and names of a pack read at once
 
 
 def name_hash(name):
@@ -26,18 +26,19 @@ def names_of(pack):
 
 
 class ClassTable:
-    """The names of classes in the order of their labels: files, looked into through the page cache.
+    """The names of classes in the order of their labels, in memory-mapped files.
 
     len(table)  number of classes
-    names       uint8, ends int64 (C + 1,): the names one behind the other, and where each begins and ends
+    names       uint8: the names one after the other
+    ends        int64 (C + 1,): name i is names[ends[i]:ends[i + 1]]
     """
 
     def __init__(self, folder, names, memory_bytes):
         """Makes a table.
 
-        folder        where its files go, new
+        folder        for its files; must be new
         names         iterable of names (bytes), all different, in the order of their labels; at least one
-        memory_bytes  that the making may take
+        memory_bytes  that this may take
         """
         os.mkdir(folder)
         by_hash = Sorter(os.path.join(folder, "runs"), memory_bytes)
@@ -61,7 +62,7 @@ class ClassTable:
 
     @classmethod
     def open(cls, folder):
-        """The table that was made in this folder."""
+        """The table that a ClassTable left in this folder."""
         table = cls.__new__(cls)
         table._map(folder)
         return table
@@ -108,7 +109,7 @@ class _Numbers:
             self._write()
 
     def _write(self):
-        self._file.write(np.array(self._block, np.uint64).tobytes())  # tofile says nothing of a full disk
+        self._file.write(np.array(self._block, np.uint64).tobytes())  # tofile does not report a full disk
         self._block = []
 
 

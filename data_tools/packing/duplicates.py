@@ -1,13 +1,13 @@
-"""Images that are there more than once: found by the hash of their bytes, sorted on disk, reported, left out.
+"""Duplicates: images with the same bytes. They are found by a hash, sorted on disk, reported and left out.
 
-An image of a group, that is of those with the same bytes, is a
+Images with the same bytes are a group. An image of a group is a
 
-    repeat    of a label that another image of the group has, in a later split (test, val, train) or listed before it
-    leak      of train, while others of the group are in val or test
-    conflict  where the group has several labels
+    repeat    if another image of the group has its label and comes first in the order test, val, train or in the list
+    leak      if it is in train and another image of the group is in val or test
+    conflict  if the group has several labels
 
-The report names every image of every group: the hash, the number of labels of the group, split, label, path, whether it
-is the first of its label, a repeat or a leak, and whether it was kept or dropped.
+The report has a line for every image of every group: the hash, the number of labels of the group, split, label, path,
+whether the image is the first of its label, a repeat or a leak, and whether it was kept or dropped.
 """
 
 import itertools
@@ -22,19 +22,19 @@ from data_tools.packing.workers import CHUNK_RECORDS, content_hash, content_hash
 
 RULES = ("keep", "report", "drop", "drop-conflicting")
 HASH_BYTES = 16
-TEST_FIRST = SPLITS[::-1]  # of several images one of the last split is kept
+TEST_FIRST = SPLITS[::-1]  # the image that is kept comes from the first of these splits
 DECISIONS = {"first": Decision.KEPT, "repeat": Decision.REPEAT, "leak": Decision.LEAK}
 
 
 class Duplicates:
-    """Takes the images that are listed, and says which of them are there again.
+    """Takes the images that are listed, and decides which are left out as duplicates.
 
     folder        where sorting puts what memory_bytes do not hold
-    pool, window  the workers that read files, and how many lists of them are under way at most
+    pool, window  the workers that read files, and how many lists of files they have at most
     """
 
-    # Hash of the image, of the class name, place of the split in TEST_FIRST, number, length of the class name. The name
-    # and the path follow.
+    # Hash of the image, hash of the class name, index of the split in TEST_FIRST, number, length of the class name. The
+    # name and the path follow.
     KEY = struct.Struct(f">{HASH_BYTES}sQBQH")
 
     def __init__(self, folder, memory_bytes, pool, window):
@@ -43,7 +43,7 @@ class Duplicates:
         self._pool, self._window, self._chunk, self._pending = pool, window, [], deque()
 
     def add(self, listed, root, path, label, data):
-        """Takes an image: its Entry in the listing, path below a root, class name, bytes if it has no file."""
+        """Takes an image: its Entry in the catalogue, path below a root, class name, bytes if it has no file."""
         label = label.encode()
         key = listed.name, TEST_FIRST.index(listed.split), listed.number, len(label)
         names = label + os.fsencode(path)
@@ -55,13 +55,13 @@ class Duplicates:
             self._submit()
 
     def end(self):
-        """Waits for the workers. Then all images are taken."""
+        """Waits for the workers. No image can be added then."""
         self._submit()
         while self._pending:
             self._take()
 
     def resolve(self, rule, decisions, report):
-        """Writes the report to a text file and sets decisions[number] of what the rule, one of RULES, leaves out. Once.
+        """Writes the report to a text file and sets decisions[number] by the rule, one of RULES. Call it once.
 
         returns  Counter of images (repeats, leaks, conflicts) and of groups (contents); Counter of those left out by
                  reason
@@ -69,7 +69,7 @@ class Duplicates:
         report.write(row("hash", "labels", "split", "label", "path", "image", "done"))
         found, left_out = Counter(), Counter()
         for image, group in itertools.groupby(self._sorter, lambda item: item[:HASH_BYTES]):
-            # A group may be as large as the whole list, and how it ends decides about its first image.
+            # A group may be as large as the whole list, and its last image may decide about its first.
             same, size = Sorter(os.path.join(self._folder, image.hex()), self._memory_bytes // 2), 0
             labels, last, is_tested = 0, None, False
             for item in group:
@@ -80,14 +80,14 @@ class Duplicates:
                 size += 1
             if size > 1:
                 found["contents"] += 1
-                for number, decision, cells in self._judged(same, labels, is_tested, rule, found):
+                for number, decision, cells in self._decide(same, labels, is_tested, rule, found):
                     decisions[number] = decision
                     left_out[decision.name.lower()] += decision != Decision.KEPT
                     report.write(row(image.hex(), labels, *cells, "kept" if decision == Decision.KEPT else "dropped"))
         return found, +left_out
 
-    def _judged(self, group, labels, is_tested, rule, found):
-        """Yields (number, Decision, cells of the report) of the images of a group, which `found` counts."""
+    def _decide(self, group, labels, is_tested, rule, found):
+        """Yields (number, Decision, cells of the report) of the images of a group, and counts them in `found`."""
         last = None
         for item in group:
             _, name, place, number, length = self.KEY.unpack_from(item)
@@ -112,5 +112,5 @@ class Duplicates:
     def _take(self):
         chunk, future = self._pending.popleft()
         for (_, key, names), image in zip(chunk, result_of(future, chunk[0][0]), strict=True):
-            if image is not None:  # what cannot be read is told when it is to be packed
+            if image is not None:  # an image that cannot be read is reported when it is packed
                 self._sorter.add(self.KEY.pack(image, *key) + names)

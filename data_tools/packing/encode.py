@@ -1,4 +1,4 @@
-"""Images encoded anew: smaller, or in another format."""
+"""Encodes images again: smaller, in another format, or with another quality."""
 
 import io
 from dataclasses import dataclass
@@ -12,10 +12,11 @@ RAW = "ppm"  # the header and the pixels, nothing else: Netpbm's binary formats,
 
 @dataclass(frozen=True)
 class Encoding:
-    """side  pixels that the shorter side has at most; format  one of FORMATS, None: that of the image, png where it is
-    none of them; quality  1 … 100, of jpeg and webp. None of all: images stay as they are.
+    """How images are encoded; images keep their bytes if all is None.
 
-    raw  uncompressed pixels, written anew whatever they were
+    side     most pixels of the shorter side
+    format   one of FORMATS; raw: uncompressed pixels, always encoded again; None: the image's own, else png
+    quality  1 … 100, for jpeg and webp
     """
 
     side: int | None = None
@@ -23,14 +24,14 @@ class Encoding:
     quality: int | None = None
 
     def apply(self, image, data):
-        """The bytes of a decoded Pillow image, which are `data` where nothing is to be done.
+        """The bytes of a decoded Pillow image; `data` itself where nothing changes.
 
-        What the reader of packs would drop goes: metadata, further frames, the lower bits of 16, and of jpeg and raw
-        transparency. ValueError where the format does not take the image.
+        Anything that the reader of packs ignores is dropped: metadata, further frames, the lower 8 of 16 bits, and in
+        jpeg and raw transparency. ValueError where the format cannot hold the image.
         """
         shorter = min(image.size)
         smaller = self.side is not None and shorter > self.side
-        kept = {"MPO": "jpeg"}.get(image.format, image.format.lower())  # MPO: a JPEG with further pictures behind it
+        kept = {"MPO": "jpeg"}.get(image.format, image.format.lower())  # MPO: a JPEG with further pictures after it
         format = self.format or (kept if kept in FORMATS else "png")
         if not smaller and self.quality is None and self.format in (None, kept):
             return data
@@ -43,21 +44,21 @@ class Encoding:
             if format in ("png", "raw"):
                 image.save(file, RAW if format == "raw" else format)
             else:
-                image.save(file, format, quality=self.quality or 90, exact=True)  # exact: also what is transparent
+                image.save(file, format, quality=self.quality or 90, exact=True)  # exact: hidden colours, too
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot be written as {format}: {error}") from error
         return file.getvalue()
 
 
 def _resized(image, sides):
-    # Pillow would weigh colours by what shows of them and make black what is hidden, but the reader drops transparency.
+    # Pillow would weight colours by their opacity and make hidden ones black, but the reader drops transparency.
     if image.mode in ("LA", "RGBA"):
         return Image.merge(image.mode, [_resized(band, sides) for band in image.split()])
     return image.resize(sides, Image.Resampling.BICUBIC)
 
 
 def _plain(image, with_alpha):
-    """The image in 8 bits of grey or RGB, or these with transparency."""
+    """The image in 8-bit grey or RGB, with transparency if with_alpha."""
     if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255
         return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     if with_alpha and (image.mode in ("LA", "RGBA", "PA") or "transparency" in image.info):

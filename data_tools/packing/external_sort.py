@@ -4,22 +4,22 @@ import heapq
 import os
 import struct
 
-MAX_RUNS = 64  # merged at once; more would need many open files
-ITEM_BYTES = 72  # that Python needs for a byte string beside its bytes, and for its place in a list or set
+MAX_RUNS = 64  # merged at once; every run is an open file
+ITEM_BYTES = 72  # that Python needs for a byte string besides its bytes, with its entry in a list or set
 LENGTH = struct.Struct("<I")
 
 
 class Sorter:
-    """Takes byte strings of up to 2**32 − 1 bytes, and yields them once in the order of their bytes.
+    """Takes byte strings of up to 2**32 − 1 bytes, and yields them sorted, once.
 
-    folder        where runs go, made when the first is needed; nothing is written where all fits into memory
-    memory_bytes  that the strings may take; the buffers of a merge take as much at most, but 64 KiB a run
+    folder        for the runs; it is made for the first run, and not at all if memory holds all strings
+    memory_bytes  that the strings may take; the buffers of a merge take at most as much, but 64 KiB for each run
     unique        equal strings are yielded once
     """
 
     def __init__(self, folder, memory_bytes, unique=False):
         self._folder, self._memory_bytes, self._unique = folder, memory_bytes, unique
-        self._levels, self._num_runs = [[]], 0  # files of runs by how often their items were merged
+        self._levels, self._num_runs = [[]], 0  # files of runs, by how often their items were merged
         self._clear()
 
     def add(self, item):
@@ -34,7 +34,7 @@ class Sorter:
             self._spill()
 
     def __iter__(self):
-        """Ends the adding. What was yielded is no longer held."""
+        """Nothing can be added then. Memory does not hold what was yielded."""
         if not self._num_runs:
             items = sorted(self._items, reverse=True)
             self._clear()
@@ -48,7 +48,7 @@ class Sorter:
         yield from self._merged(self._levels[-1])
 
     def runs(self):
-        """Ends the adding. All is in files then, which stay: their paths, for `merged`, fewer than MAX_RUNS a level."""
+        """Paths of the runs, for `merged`; all strings are in these files. Nothing can be added then."""
         if self._items:
             self._spill()
         return [path for runs in self._levels for path in runs]
@@ -68,7 +68,7 @@ class Sorter:
             self._join(level)
 
     def _join(self, level):
-        """Makes one run of the next level of all runs of a level."""
+        """Merges all runs of a level into one run of the next."""
         self._levels[level + 1].append(self._write(self._merged(self._levels[level])))
         self._levels[level] = []
 
@@ -93,8 +93,10 @@ class Sorter:
 
 
 def merged(runs, memory_bytes, start=b""):
-    """Yields the strings of sorted runs in the order of their bytes, beginning with the first that is not less than
-    start. The buffers take memory_bytes at most, but 64 KiB a run."""
+    """Yields the strings of sorted runs in order, from the first that is not less than start.
+
+    The buffers take at most memory_bytes, but 64 KiB for each run.
+    """
     buffer_bytes = max(2**16, min(2**22, memory_bytes // max(1, len(runs))))
     return heapq.merge(*(_read(path, buffer_bytes, start) for path in runs))
 

@@ -1,4 +1,4 @@
-"""What a part of a pack has written: a file of JSON lines, from which an interrupted process goes on."""
+"""The journal of a part of a pack: JSON lines of what is written, from which an interrupted process resumes."""
 
 import json
 import os
@@ -10,19 +10,19 @@ from xc.disk import sync
 
 
 class Journal:
-    """The journal in a folder, which may not be there yet, as far as it was written.
+    """The journal in a folder, which need not exist yet.
 
-    shards   {split: [Shard]}, which are whole and on the disk
-    start    key of the record to go on from; b"": of the first
+    shards   {split: [Shard]} that are complete and on the disk
+    start    key of the record to resume from; b"": from the first
     skipped  state of `Skipped` at that record; None: nothing was written
-    taken    records that were read before it
-    done     whether there is no further record
+    taken    number of records before it
+    done     whether all records are written
     """
 
     def __init__(self, folder):
         self.folder, self.shards, self.start, self.skipped, self.taken, self.done = folder, {}, b"", None, 0, False
         self._path = os.path.join(folder, "journal")
-        self._length = 0  # of its whole lines; the last may have been cut
+        self._length = 0  # of its complete lines; the last may be truncated
         with suppress(FileNotFoundError), open(self._path, "rb") as file:
             for line in file:
                 if line.endswith(b"\n"):
@@ -31,7 +31,7 @@ class Journal:
 
     @property
     def tally(self):
-        """Tally of the images that were left out."""
+        """Tally of the images that could not be packed."""
         return Tally(**self.skipped["tally"]) if self.skipped else Tally()
 
     def _take(self, split, shard, start, skipped, taken):
@@ -41,12 +41,12 @@ class Journal:
         self.done = start is None
 
     def add(self, split, shard, start, skipped, taken):
-        """Notes a Shard of a split that is on the disk, or None, and where to go on: a key; None, at the end."""
+        """Records a Shard of a split that is on the disk, or None, and the key to resume from; None at the end."""
         entry = {"split": split, "shard": shard, "start": None if start is None else start.hex(), "skipped": skipped,
                  "taken": taken}
         line = json.dumps(entry).encode() + b"\n"
         if shard is not None:
-            sync(os.path.join(self.folder, split))  # the folder knows its file
+            sync(os.path.join(self.folder, split))  # the entry of the shard in its folder
         with open(self._path, "ab") as file:
             file.truncate(self._length)
             file.write(line)

@@ -1,4 +1,4 @@
-"""Work that one of several processes does, on any node of a shared file system, while the others wait for it."""
+"""A lease: one of several processes, on any nodes of a shared file system, does some work; the others wait for it."""
 
 import itertools
 import os
@@ -9,28 +9,29 @@ from contextlib import contextmanager, suppress
 
 from data_tools.common.progress import note
 
-LIFE_SECONDS = 2  # between two signs of life
-PATIENCE_SECONDS = 90  # without one; network file systems may show a change a minute late
+LIFE_SECONDS = 2  # between two heartbeats
+PATIENCE_SECONDS = 90  # without a heartbeat; network file systems may show a change a minute late
 
 
 def run_once(claim, owner, done, work):
-    """Calls work() in one of the processes that call this, unless done() is true, which it then is in all of them.
+    """Calls work() in one of the processes that call this. When it returns, done() is true in all of them.
 
-    claim  path of a file that the one that works makes, and changes while it lives
-    owner  name of this process, which no other has at the same time; what it had before it was killed is its own
+    claim  path of the file by which a process holds the lease; it changes the file while it lives
+    owner  unique name of this process; it takes over the lease of a killed process of the same name at once
+    done   whether there is nothing left to do
+    work   what to do; it must be harmless that two processes do it at the same time, for example by renaming at the end
 
-    Where the file no longer changes, another process takes the work over. A slow one may go on beside it, so work()
-    must not be harmed by that: the claim saves work, what comes of it appears by renaming.
-    FileNotFoundError where the claim's folder is gone, and done() is not true.
+    If the file no longer changes, another process takes the lease, although the first may only be slow.
+    FileNotFoundError where the claim's folder is gone and done() is false.
     """
     while not done():
         if _take(claim, owner):
-            with _life(claim, owner):
+            with _heartbeat(claim, owner):
                 try:
                     if not done():
                         work()
                 except Exception:
-                    if not done():  # else another, to which this process seemed dead, was faster
+                    if not done():  # otherwise another process took the lease, and was faster
                         raise
             return
         _wait(claim, done)
@@ -46,23 +47,23 @@ def _take(claim, owner):
 
 
 def _read(claim):
-    """Its text, "" where it is gone or just being written."""
+    """Text of the claim; "" where it is gone or just being written."""
     try:
-        with open(claim) as file:  # opening also has a network file system look anew
+        with open(claim) as file:  # opening makes a network file system refresh it
             return file.read()
     except FileNotFoundError:
         return ""
 
 
 @contextmanager
-def _life(claim, owner):
+def _heartbeat(claim, owner):
     ended = threading.Event()
 
     def show():
         for count in itertools.count(1):
             if ended.wait(LIFE_SECONDS):
                 return
-            with suppress(OSError), open(claim, "r+") as file:  # not made anew where another took it over
+            with suppress(OSError), open(claim, "r+") as file:  # not created again if another process took it
                 file.write(f"{owner} {count}")
                 file.truncate()
 
@@ -78,16 +79,16 @@ def _life(claim, owner):
 
 
 def _wait(claim, done):
-    """Until done() is true, or the claim can be taken."""
+    """Waits until done() is true or the claim can be taken."""
     last, since, told = None, time.monotonic(), False
     while not done() and os.path.exists(claim):
         text = _read(claim)
         if text != last:
             last, since = text, time.monotonic()
         elif time.monotonic() - since > PATIENCE_SECONDS:
-            note(f"{text.partition(' ')[0]} shows no life for {PATIENCE_SECONDS} s: taken over")
+            note(f"{text.partition(' ')[0]} gave no sign of life for {PATIENCE_SECONDS} s: taking over")
             stale = f"{claim}.{secrets.token_hex(4)}"
-            with suppress(FileNotFoundError):  # then another was faster
+            with suppress(FileNotFoundError):  # another process was faster
                 os.rename(claim, stale)
                 os.unlink(stale)
             return

@@ -1,4 +1,4 @@
-"""Makes one pack of the parts that several processes wrote."""
+"""Merges the parts that several processes wrote into one pack."""
 
 import os
 import secrets
@@ -18,14 +18,15 @@ from xc.pack import PackError
 def merge(folder, out, catalogue, journals, tally, **attributes):
     """Moves the shards of all parts into one new folder out, with an index for each split.
 
-    folder      the partial folder
-    journals    [Journal] of every part, which are all done
-    tally       Tally of all images that were left out
+    folder      the work folder
+    catalogue   Catalogue of the pack
+    journals    [Journal] of every part; all are done
+    tally       Tally of all images that could not be packed
     attributes  source, seed for the index
 
     returns     {split: ([Shard], (C,) int64 images of each class)}
 
-    May be interrupted and called again, and may go on beside another call: every step can be done twice.
+    It may be interrupted and called again, and two processes may call it at a time: every step can be done twice.
     """
     pack, merged = os.path.join(folder, "pack"), {}
     for split in catalogue.splits:
@@ -62,8 +63,8 @@ def _move(source, path, number):
         renumber(source, number)
         os.rename(source, path)
     except FileNotFoundError:
-        if not os.path.exists(path):  # else it was moved before
-            raise PackError(f"{source} is missing, as after a pack was made of it; --restart begins anew") from None
+        if not os.path.exists(path):  # otherwise it was moved before
+            raise PackError(f"{source} is missing, as after it went into a pack; begin anew with --restart") from None
 
 
 def _join(path, lists):

@@ -1,4 +1,4 @@
-"""Which of the listed images are packed, and the classes that get labels."""
+"""Selects the images that are packed and the classes that get labels."""
 
 import codecs
 import itertools
@@ -15,7 +15,7 @@ from data_tools.packing.class_table import BLOCK, ClassTable, name_hash
 from data_tools.packing.external_sort import Sorter
 from xc.pack import PackError
 
-PLACE = struct.Struct(">Q8sQ")  # label, place in the order, number
+PLACE = struct.Struct(">Q8sQ")  # label, sort key, number
 
 
 class Choice(NamedTuple):
@@ -26,16 +26,19 @@ class Choice(NamedTuple):
 
 
 def choose(catalogue, names, owner, decisions, folder, memory_bytes, min_images, max_images, whole_classes):
-    """The Choice; decisions is changed to it.
+    """Selects images and classes; writes the selection into decisions.
 
-    names          class names (bytes) in the order of their labels, and owner, whose they are
+    returns        Choice
+
+    names          class names (bytes) in the order of their labels
+    owner          whose names they are, for messages
     decisions          (number of records,) uint8, Decision of each
-    folder         where files go
-    min_images     a class with fewer in train, or where there are no splits, gets no label; None: all get one
-    max_images     of each class of train; the first in the order of packing stay
-    whole_classes  the splits are of whole classes: min_images goes for all splits
+    folder         for the files of the tables
+    min_images     a class with fewer in train (without splits: at all) gets no label; None: all get one
+    max_images     of each class in train; the first in the order of packing stay; None: all
+    whole_classes  whether splits have whole classes, so that min_images counts the images of all splits
 
-    PackError where an image is of no class, or nothing is left.
+    PackError where an image has no class of the table, or nothing is left.
     """
     table = ClassTable(os.path.join(folder, "classes"), names, memory_bytes // 4)
     counts, unknown = catalogue.class_counts(table, decisions, table.folder)
@@ -46,7 +49,7 @@ def choose(catalogue, names, owner, decisions, folder, memory_bytes, min_images,
         counted = [counts[split] for split in counts if whole_classes or split in CLASS_SPLITS]
         largest = max(int(sums.max()) for _, sums in _sums(counted))
         if largest < min_images:
-            raise PackError(f"--min-images {min_images}: no class has so many images; the largest has {largest}")
+            raise PackError(f"--min-images {min_images}: no class has that many images; the largest has {largest}")
         every = table
         frequent = (every.bytes_of(label) for first, sums in _sums(counted)
                     for label in first + np.flatnonzero(sums >= min_images))
@@ -69,7 +72,7 @@ def choose(catalogue, names, owner, decisions, folder, memory_bytes, min_images,
 
 
 def _sums(counts):
-    """Yields (first label, sums over a list of (C,) arrays) for some labels after the other."""
+    """Yields (first label, sums over a list of (C,) arrays) for one block of labels after the other."""
     for first in range(0, len(counts[0]), BLOCK):
         yield first, sum(of_split[first : first + BLOCK] for of_split in counts)
 

@@ -1,4 +1,4 @@
-"""The report of images that are left out of a pack."""
+"""Images that cannot be packed: their number, the report of them, and the limit."""
 
 import math
 import os
@@ -6,12 +6,12 @@ from collections import Counter
 
 from xc.pack import PackError
 
-NAMED = 5  # how many of a long list a message names
+NAMED = 5  # most items of a list that a message names
 _ESCAPES = {ord("\\"): r"\\", ord("\t"): r"\t", ord("\n"): r"\n", ord("\r"): r"\r"}
 
 
 def row(*cells):
-    """A line of a TSV file, with \\t, \\n, \\r and \\\\ in place of what would end a cell."""
+    """A line of a TSV file, in which \\t, \\n, \\r and \\\\ stand for tabs, ends of lines and backslashes in cells."""
     return "\t".join(str(cell).translate(_ESCAPES) for cell in cells) + "\n"
 
 
@@ -19,7 +19,7 @@ HEADER = row("path", "reason")
 
 
 class Tally:
-    """How many images were left out, of_split Counter {split: number}, and the first of them, with why."""
+    """Counts of images that cannot be packed: of_split {split: number}, and the paths and reasons of the first."""
 
     def __init__(self, of_split=(), first=()):
         self.of_split, self.first = Counter(of_split), list(first)
@@ -43,9 +43,10 @@ class Tally:
         return {"of_split": self.of_split, "first": self.first}
 
     def check(self, allowed, total=None):
-        """PackError where they are too many.
+        """PackError where there are too many.
 
-        allowed  "100", or "1%" of the total, which is not known (None) before all are listed
+        allowed  "100", or "1%" of the total
+        total    number of all images; None: not known yet
         """
         if allowed.endswith("%"):
             most = math.inf if total is None else int(float(allowed[:-1]) / 100 * total)
@@ -53,18 +54,19 @@ class Tally:
             most = int(allowed)
         if self.count > most:
             raise PackError(f"{self.count}{'' if total is None else f' of {total}'} images cannot be used, but "
-                            f"--max-skipped {allowed} allows {most}: {self}; mend or remove them, or allow more")
+                            f"--max-skipped {allowed} allows {most}: {self}; repair or remove them, or allow more")
 
 
 class Skipped:
-    """Writes the images that are left out to a file, and ends the packing where they are too many.
+    """Writes the images that cannot be packed to a file; PackError where there are too many.
 
-    path           of the file, without a header
-    allowed,total  as for Tally.check
-    before         Tally of those that other files have
-    resumed        what `state` gave to an earlier process: the file is cut back to it
+    path            of the file, which has no header
+    allowed, total  as for Tally.check
+    before          Tally of the images in other files
+    resumed         `state` of an earlier process: the file is truncated to it
 
-    tally    of this file; ignored  Counter of what is no image: {what: number}
+    tally    Tally of this file
+    ignored  Counter {what: number} of files that are not images
     """
 
     def __init__(self, path, allowed, total=None, before=None, resumed=None):
@@ -86,14 +88,14 @@ class Skipped:
         self.check()
 
     def all(self):
-        """Tally of these and of those before."""
+        """Tally of this file and of those before."""
         return self._before + self.tally
 
     def check(self):
         self.all().check(self._allowed, self._total)
 
     def state(self):
-        """For JSON; what it counts is on the disk."""
+        """dict for JSON, from which a process can resume; what it counts is on the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return {"length": os.fstat(self._file.fileno()).st_size, "tally": self.tally.as_json()}

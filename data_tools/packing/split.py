@@ -20,16 +20,16 @@ _TABLE_BYTES = 2**28  # of memory for the names of classes while they are sorted
 
 
 def rounded(counts, share, random):
-    """(C,) int64: a share of each of the counts (C,), each rounded down or up, the sum to within one of its share."""
-    order = random.permutation(len(counts))  # else neighbours in the class table would take turns
+    """(C,) int64: a share of each count (C,), rounded down or up at random; the sum is within 1 of the share of all."""
+    order = random.permutation(len(counts))  # otherwise neighbours in the class table would alternate
     result = np.empty(len(counts), np.int64)
     result[order] = np.diff(np.floor(np.cumsum(counts[order]) * share + random.random()), prepend=0)
     return result
 
 
 def by_image(counts, shares, random):
-    """{split: (C,) int64 images that go there} of the shares {split: 0 … 1}, for classes with so many images."""
-    most, result = np.maximum(counts - 1, 0), {}  # what train can spare
+    """{split: (C,) int64 images that go there} for shares {split: 0 … 1}; counts (C,) are the images of each class."""
+    most, result = np.maximum(counts - 1, 0), {}  # one image stays in train
     for split, share in shares.items():
         result[split] = np.minimum(rounded(np.where(counts > 1, counts, 0), share, random), most)
         most = most - result[split]
@@ -37,7 +37,7 @@ def by_image(counts, shares, random):
 
 
 def by_class(counts, shares, random):
-    """As by_image, for shares of the classes that have images."""
+    """As by_image, but whole classes: the shares count classes that have images."""
     classes, result = random.permutation(np.flatnonzero(counts)), {}
     sizes = [round(share * len(classes)) for share in shares.values()]
     for split, chosen in zip(shares, np.split(classes, np.cumsum(sizes)), strict=False):
@@ -47,9 +47,10 @@ def by_class(counts, shares, random):
 
 
 def drawn(left, label, place):
-    """The split of an image, taken off {split: (C,) images that it still gets}, the rest is for train.
+    """The split of an image of a class.
 
-    place  a random number from 0 to the images of the class that are still to come: each of them has the same chance
+    left   {split: (C,) images that the split still needs}; it is counted down, and other images go to train
+    place  uniform random number from 0 to the number of images of the class that are left: all have the same chance
     """
     for split, of_split in left.items():
         if place < of_split[label]:

@@ -1,4 +1,4 @@
-"""What is looked at of an image before its bytes are packed: --check of data_tools.pack."""
+"""Checks of an image before its bytes are packed: --check of data_tools.pack."""
 
 import struct
 import zlib
@@ -14,13 +14,13 @@ CHECKS = ("full", "header", "none")
 def check_image(data, max_pixels, check):
     """ValueError where the image in data (bytes) cannot be packed.
 
-    full    It decodes: its reader will, too.
-    header  Its type is known, its size allowed, and it ends as its format says: JPEG, WebP and GIF at their end mark or
-            length, PNG with all checksums right. That finds cut files and other files, but not damage inside of a JPEG,
-            WebP or GIF, nor data that does not make as many pixels as announced. Whatever has no such end is decoded.
+    full    It decodes, so a reader can decode it, too.
+    header  Its type is known, its size is allowed, and it ends as its format says: JPEG, WebP and GIF at their end mark
+            or length, PNG with all checksums right. This finds truncated files and other kinds of files. It does not
+            find damage inside a JPEG, WebP or GIF, nor too few pixels. Formats without such an end are decoded.
     none    It is not empty.
 
-    What a reader meets then that does not decode has a right checksum, and an error that names the record.
+    Where a reader then meets an image that does not decode, its checksum is right, and the error names the record.
     """
     if check == "none":
         if not data:
@@ -33,9 +33,9 @@ def check_image(data, max_pixels, check):
 
 
 def _is_plain_png(data, max_pixels):
-    """Whether these bytes are a PNG that decodes, of 8 bits and nothing but pixels; False where more is to be known.
+    """Whether these bytes are an 8-bit PNG with nothing but pixels that decodes; False where this cannot tell.
 
-    A quarter of Pillow's time for small images.
+    It takes a quarter of Pillow's time for small images.
     """
     if data[:8] != PNG:
         return False
@@ -68,12 +68,12 @@ def _is_plain_png(data, max_pixels):
 
 
 def _ends_well(image, data):
-    """Whether a Pillow image of these bytes ends as it should; False where that is not known."""
+    """Whether a Pillow image of these bytes ends as its format says; False where that is not known."""
     match image.format:
         case "PNG":
             try:
                 image.verify()
-            except Exception:  # decoding says it better
+            except Exception:  # the error of decoding is clearer
                 return False
             return True
         case "JPEG":

@@ -1,4 +1,4 @@
-"""Images read and checked by worker processes, given back in their order."""
+"""Worker processes that read, check and encode images; the results come in the order of the images."""
 
 import hashlib
 import itertools
@@ -18,20 +18,20 @@ from data_tools.packing.validate import check_image
 from xc import pack as layout
 from xc.pack import PackError, open_image
 
-CHUNK_RECORDS, CHUNK_BYTES = 64, 2**23  # what a worker is given, and where it stops and hands the rest back
-KEPT = Encoding()  # as images are
+CHUNK_RECORDS, CHUNK_BYTES = 64, 2**23  # images a worker gets at once, and bytes after which it returns the rest
+KEPT = Encoding()  # images keep their bytes
 
 
 def check_images(images, max_pixels, encoding, check):
-    """[(bytes or None, crc32 or reason why not)] of images; ends early after CHUNK_BYTES were read.
+    """[(bytes or None, crc32 or error)] of images; the list ends early after CHUNK_BYTES were read.
 
-    images    [(path, None) or (any text, bytes)]; bytes that were given and stay as they are are not given back
-    encoding  how they are encoded anew
-    check     how those that are not are looked at: one of CHECKS
+    images    [(path, None) or (any text, bytes)]; bytes that were given and do not change are not returned
+    encoding  Encoding of the result
+    check     how images that keep their bytes are checked: one of CHECKS
     """
     results, num_bytes = [], 0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow mentions odd metadata of images that decode well
+        warnings.simplefilter("ignore")  # Pillow warns about odd metadata of images that decode
         for path, given in images:
             try:
                 data = _read(path) if given is None else given
@@ -52,7 +52,7 @@ def check_images(images, max_pixels, encoding, check):
 
 
 def content_hashes(paths):
-    """[16 bytes, or None] of files: those with the same hash have the same content, those without cannot be read."""
+    """[16 bytes, or None] of files: the hash of the content, None for a file that cannot be read."""
     return [_content_hash(path) for path in paths]
 
 
@@ -81,7 +81,7 @@ def _read(path):
     finally:
         os.close(descriptor)
     if left != 1:
-        raise ValueError(f"not the {status.st_size} bytes that it was said to have: it is being changed")
+        raise ValueError(f"not the {status.st_size} bytes that it had before: it is being changed")
     return b"".join(parts)
 
 
@@ -91,9 +91,9 @@ def _check_size(num_bytes):
 
 
 def read_in_order(pool, window, roots, chunks, *options):
-    """Yields (record, its bytes or None, crc32 or reason why not) of lists of records, in their order.
+    """Yields (record, its bytes or None, crc32 or error) of lists of records, in their order.
 
-    At most `window` lists are under way or waiting to be written. options are those of check_images.
+    At most `window` lists are with the workers or wait to be written. options are those of check_images.
     """
 
     def start(chunk):
@@ -115,7 +115,7 @@ def read_in_order(pool, window, roots, chunks, *options):
 
 
 def result_of(future, path):
-    """What a worker returns; PackError where it died on images from this path on."""
+    """The result of a worker; PackError where the worker died on images from this path on."""
     try:
         return future.result()
     except BrokenProcessPool as error:
@@ -123,7 +123,7 @@ def result_of(future, path):
 
 
 class InProcess(Executor):
-    """The pool of --workers 0."""
+    """The pool of --workers 0: this process does the work."""
 
     def submit(self, function, *arguments):
         future = Future()
@@ -132,16 +132,16 @@ class InProcess(Executor):
 
 
 def worker_pool(workers):
-    """An executor of so many processes; 0: none but this one."""
+    """An executor with this number of processes; 0: it runs in this one."""
     if workers == 0:
         return InProcess()
-    methods = multiprocessing.get_all_start_methods()  # not fork: HDF5 and threads do not survive it
+    methods = multiprocessing.get_all_start_methods()  # not fork: HDF5 and threads break in the child
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     return ProcessPoolExecutor(workers, context, _start_worker)
 
 
 def _start_worker():
-    """A worker leaves Ctrl-C to its parent, and does not outlive it."""
+    """A worker ignores Ctrl-C, which its parent handles, and ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

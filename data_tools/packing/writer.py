@@ -1,4 +1,4 @@
-"""The writer of packs; xc/pack.py has their layout and the reader."""
+"""Writes packs; xc/pack.py documents their layout and reads them."""
 
 import math
 import os
@@ -13,7 +13,7 @@ from xc.disk import sync
 
 
 class Shard(NamedTuple):
-    """What the index, and who goes on behind it, must know of a shard."""
+    """What the index and a resumed process must know about a shard."""
 
     records: int
     num_bytes: int  # of its images
@@ -21,7 +21,7 @@ class Shard(NamedTuple):
 
 
 class ShardWriter:
-    """Gathers records and writes them as one shard after the other.
+    """Collects records and writes them as one shard after the other.
 
     number       of the next shard
     has_weights  whether weights are written
@@ -34,7 +34,7 @@ class ShardWriter:
         self._clear()
 
     def fits(self, data):
-        """Whether the next shard has room for this record; it always has for its first."""
+        """Whether the next shard has room for this record; it always has room for the first."""
         return not self._labels or len(self._bytes) + len(data) <= self._shard_bytes
 
     def add(self, data, crc, label, weight=math.nan):
@@ -45,7 +45,7 @@ class ShardWriter:
         self._weights.append(weight)
 
     def write(self):
-        """Writes what was gathered, and returns the Shard."""
+        """Writes the collected records and returns the Shard."""
         tables = {"bytes": np.frombuffer(self._bytes, np.uint8), "offsets": self._ends, "labels": self._labels,
                   "crc32": self._crcs, "weights": self._weights}
         size = _write(os.path.join(self._folder, layout.SHARD_FILE.format(self.number)), self._tables, tables,
@@ -64,12 +64,12 @@ class PackWriter:
     """Writes the shards of one pack, then its index. A shard ends before the record that would exceed shard_bytes."""
 
     def __init__(self, folder, shard_bytes, class_counts, has_weights=False):
-        """class_counts  (C,) int64 zeros, which the writer counts up"""
+        """class_counts  (C,) int64 zeros, in which the writer counts the records of each class"""
         self.class_counts, self.shards, self._folder, self._has_weights = class_counts, [], folder, has_weights
         self._writer = ShardWriter(folder, shard_bytes, has_weights)
 
     def add(self, data, crc, label, weight=math.nan):
-        """weight  is written where the pack has weights"""
+        """Takes a record; its weight is ignored if the pack has no weights."""
         if not self._writer.fits(data):
             self.end_shard()
         self._writer.add(data, crc, label, weight)
@@ -102,7 +102,7 @@ def write_index(path, shards, class_counts, table, has_weights, **attributes):
 
 
 def renumber(path, number):
-    """Makes a shard, which stays as it is but for this, one of another number."""
+    """Changes the number of a shard, and nothing else."""
     with h5py.File(path, "r", locking=False) as file:
         if file.attrs["shard"] == number:
             return
@@ -120,12 +120,12 @@ def labels_of(path):
 def _write(path, kinds, tables, **attributes):
     """Writes an HDF5 file of flat tables, kinds {name: dtype}, tables {name: array}; returns its size in bytes."""
     arrays = {name: np.asarray(tables[name], dtype) for name, dtype in kinds.items()}
-    with open(path, "wb") as file:  # find out here whether there is room: HDF5 fails late and in pages of text
+    with open(path, "wb") as file:  # fails here if the disk is full: HDF5 fails later, with pages of text
         os.posix_fallocate(file.fileno(), 0, sum(array.nbytes for array in arrays.values()) + 2**16)
     with h5py.File(path, "w") as file:
         for name, value in {"format": layout.FORMAT, "version": layout.VERSION, **attributes}.items():
             file.attrs[name] = np.int64(value) if isinstance(value, int) else np.bytes_(os.fsencode(value))
         for name, array in arrays.items():
             file.create_dataset(name, data=array, track_times=False)
-    sync(path)  # a network file system may refuse only now
+    sync(path)  # a network file system may fail only now
     return os.path.getsize(path)

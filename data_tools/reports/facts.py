@@ -11,7 +11,7 @@ from xc.pack import PackError, open_image
 
 
 def describe(pack, num_sampled):
-    """Facts of one pack as a dict for JSON, sizes and formats by a sample of so many records."""
+    """Facts of one pack as a dict for JSON; sizes and formats are those of num_sampled random records."""
     counts = pack.class_counts
     records = sample(pack, num_sampled)
     with Progress("sampling", len(records)) as progress:
@@ -39,7 +39,7 @@ def describe(pack, num_sampled):
 
 
 def sample(pack, count):
-    """(n,) int64: up to so many record numbers, in order, always the same of a pack."""
+    """(n,) int64: up to `count` random record numbers in order, always the same for a pack."""
     return np.sort(np.random.default_rng(0).choice(len(pack), min(count, len(pack)), replace=False))
 
 
@@ -49,11 +49,11 @@ def look(data):
 
 
 class UndecodableError(PackError):
-    """The bytes of a record are those that were packed, but no image; --check none looks at none."""
+    """The bytes of a record are as they were packed, but they do not decode; --check none does not check that."""
 
 
 def open_record(pack, record, opener):
-    """opener(image bytes) of one record; UndecodableError with its number where the image is broken."""
+    """opener(image bytes) of one record; UndecodableError with its number where the image does not decode."""
     [data], _ = pack.read([record])
     try:
         return opener(data)
@@ -66,8 +66,8 @@ def spread(values):
 
 
 def doubling(values):
-    """How many of the values (n,), integers from 0 up, are 0, 1, 2 to 3, 4 to 7, …; and what these add up to."""
-    bins = np.frexp(values)[1]  # of v: how many bits it has
+    """Histogram of the values (n,), integers from 0 up, in bins 0, 1, 2 to 3, 4 to 7, …, with the sum of each bin."""
+    bins = np.frexp(values)[1]  # number of bits of each value
     counts, sums = np.bincount(bins), np.bincount(bins, weights=values)
     first = int(np.flatnonzero(counts)[0])
     return [{"from": 2 ** (bits - 1) if bits else 0, "to": 2**bits - 1, "count": int(counts[bits]),
@@ -75,7 +75,7 @@ def doubling(values):
 
 
 def long_tail(counts):
-    """Of the images of each class (C,): how many classes have how many, and what the frequent ones hold."""
+    """How many classes have how many images, and the share of the frequent ones, of the images of each class (C,)."""
     ordered = np.sort(counts[counts > 0])[::-1]
     held = np.cumsum(ordered)
     top = -(-len(ordered) // 100)
@@ -85,7 +85,7 @@ def long_tail(counts):
 
 
 def sheet(pack):
-    """A PNG, as bytes, of random records and their classes' names."""
+    """A PNG, as bytes, of random records with the names of their classes."""
     records = sample(pack, plots.SIDE**2)
     pictures, names = [], []
     for record in records:

@@ -1,4 +1,4 @@
-"""Pictures of a pack: how its images spread over its classes, and some of the images. Called by data_tools.show."""
+"""Pictures of a pack for data_tools.show: images by class, and a contact sheet."""
 
 import io
 import os
@@ -14,8 +14,11 @@ POINTS = 1000  # most points of a curve
 
 
 def contact_sheet(images, names):
-    """A PNG, as bytes: images (bytes each), at most SIDE², made square, with a name below each."""
-    import matplotlib  # takes a moment, and comes with a font
+    """A PNG, as bytes, of at most SIDE² images with a name below each.
+
+    images  [(IMAGE, IMAGE, 3) uint8]
+    """
+    import matplotlib  # here, because it is slow to import; it has a font
 
     font = ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), TEXT - 4,
                               layout_engine=ImageFont.Layout.BASIC)
@@ -26,7 +29,7 @@ def contact_sheet(images, names):
         row, column = divmod(place, SIDE)
         left, top = column * IMAGE, row * (IMAGE + TEXT)
         sheet.paste(Image.fromarray(image), (left, top))
-        text = one_line(name)[:IMAGE]  # before it is measured: it may be of any length
+        text = one_line(name)[:IMAGE]  # before it is measured: it may have any length
         while draw.textlength(text, font) > IMAGE - 4:
             text = text[:-1]
         draw.text((left + 2, top + IMAGE), text, font=font, fill="white")
@@ -39,8 +42,8 @@ def square(data):
 
 
 def rank_frequency(counts):
-    """A PNG, as bytes: images of the classes from the most to the least frequent, of {split: (C,) counts}."""
-    from matplotlib.figure import Figure  # takes a second; a figure of its own needs no display
+    """A PNG, as bytes: the number of images by class, the most frequent first, of {split: (C,) counts}."""
+    from matplotlib.figure import Figure  # here, because it is slow to import; Figure needs no display
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()

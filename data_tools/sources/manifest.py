@@ -17,7 +17,7 @@ MAX_WEIGHT = float(np.finfo(np.float32).max)
 
 
 def records(path, skipped):
-    """Rows of a CSV or TSV file, in its order."""
+    """Yields the rows of a CSV or TSV file, in its order."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             header = file.readline(MAX_LINE)
@@ -45,8 +45,7 @@ def records(path, skipped):
 
 
 class _Lines:
-    """Lines of a file, of which so many characters may come until more are allowed: a row without an end must not fill
-    the memory."""
+    """Lines of a file, at most MAX_ROW characters for one row: a row without an end must not fill the memory."""
 
     def __init__(self, path, file):
         self.path, self.file, self.left = path, file, MAX_ROW
@@ -60,7 +59,7 @@ class _Lines:
 
 
 def check_row(where, row):
-    """PackError where the texts of a manifest's row are not allowed; its split becomes one of ours."""
+    """PackError where the texts of a manifest's row are not allowed; its split becomes train, val or test."""
     if "path" in row and not stays_below(row["path"]):
         raise PackError(f"{where}: path {row['path']!r} must be relative and stay below the root")
     if "path" in row and (num_bytes := len(row["path"].encode())) > MAX_PATH_BYTES:
@@ -74,7 +73,7 @@ def check_row(where, row):
 
 
 def weight_of(where, row):
-    """(weight,) of a manifest's row, () where there is no such column."""
+    """(weight,) of a manifest's row; () where there is no such column."""
     if "weight" not in row:
         return ()
     text, number = row["weight"], math.nan

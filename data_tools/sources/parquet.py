@@ -11,11 +11,11 @@ ROWS = 1024  # read at once, of columns that keep each value once (dictionaries)
 
 
 def records(path, skipped):
-    """Rows of one or several Parquet files: the columns of a manifest, or `image` with the bytes in place of `path`.
+    """Yields the rows of Parquet files, with the columns of a manifest, or `image` with the bytes instead of `path`.
 
     image  binary, or a struct with a binary field bytes
     """
-    from pyarrow import ArrowException  # here, since it takes longer to import than a small data set to pack
+    from pyarrow import ArrowException  # here, because importing it takes longer than packing a small data set
 
     for split, file in shards(path, ".parquet"):
         try:
@@ -39,8 +39,8 @@ def records(path, skipped):
 def _parquet_rows(file):
     """Yields {column: pyarrow scalar, or None} of each row.
 
-    A file of some kilobytes can hold a value of many megabytes a thousand times, whatever it announces: one row is read
-    at a time. Of columns that come as dictionary and indices it is many, as each time brings the whole dictionary.
+    A file of some kilobytes can hold a value of many megabytes a thousand times, so one row is read at a time. Columns
+    with a dictionary are read ROWS rows at a time, because every read brings the whole dictionary.
     """
     from pyarrow.parquet import ParquetFile
     from pyarrow.types import is_dictionary
@@ -63,7 +63,7 @@ def _parquet_rows(file):
 
 
 def _plain(value):
-    """What a pyarrow scalar stands for, without a copy; None where there is nothing."""
+    """The inner scalar of a struct or dictionary scalar, without a copy; None where it is null."""
     from pyarrow import DictionaryScalar, StructScalar
 
     while value is not None and value.is_valid:
@@ -111,7 +111,7 @@ def _parquet_record(where, split, row, image=None):
     if image is None and "path" not in texts:
         raise PackError(f"{where}: no image")
     check_row(where, texts)
-    # Of an image that comes as bytes the path is only what messages call it.
+    # The path of an image that comes as bytes is only a name for messages.
     path = where if image is not None else os.path.normpath(texts["path"])
     return texts.get("split", split), path, texts["label"], image, *weight_of(where, texts)
 

@@ -1,11 +1,11 @@
 """Reads MXNet RecordIO files of images (.rec), one record after the other.
 
-A part    magic 0xced7230a, then a number whose upper 3 bits are the kind of the part and whose lower 29 its length,
-          then its bytes and zeros up to a multiple of 4; all little-endian.
-A record  one part of kind 0, or parts of the kinds 1 (first), 2 and 3 (last) with the magic number between them, where
-          it stood in the data.
-An image  is a record of flag (uint32), label (float32), id and id2 (uint64), then `flag` labels (float32) that replace
-          the one label, then the image file.
+A part is the magic number 0xced7230a, then a number whose upper 3 bits are the kind of the part and whose lower 29
+bits are its length, then its bytes, and zeros up to a multiple of 4; all little-endian.
+A record is one part of kind 0; or parts of kinds 1 (first), 2 and 3 (last), where the data had the magic number between
+two parts.
+An image is a record of flag (uint32), label (float32), id and id2 (uint64), then `flag` labels (float32) that replace
+the one label, then the image file.
 """
 
 import math
@@ -24,7 +24,7 @@ EXACT = 2**24  # below it float32, the type of the labels, tells all integers ap
 
 
 def records(path, skipped):
-    """Images of MXNet RecordIO files. Of a label of several numbers the first is the class."""
+    """Yields the images of MXNet RecordIO files. If a label has several numbers, the first is the class."""
     for split, file in shards(path, ".rec"):
         index = os.path.splitext(file)[0] + ".idx"
         if not os.path.exists(index):
@@ -41,10 +41,10 @@ def records(path, skipped):
             except ValueError as error:
                 skipped.add(split, f"{where} at byte {start}", str(error))
                 continue
-            if not len(image):  # the ranges that face-recognition sets keep in their first record and behind the images
+            if not len(image):  # face-recognition sets keep ranges in their first record and after the images
                 skipped.ignored["records without an image"] += 1
             elif not (math.isfinite(label) and label >= 0 and label == int(label)):
-                skipped.add(split, where, f"label {label} is not a number of a class")
+                skipped.add(split, where, f"label {label} is not a class number")
             elif label >= EXACT:
                 raise PackError(f"{where}: label {int(label)}, but RecordIO has float32, which merges classes "
                                 f"from {EXACT} on; pack this data set from another source")
@@ -53,28 +53,27 @@ def records(path, skipped):
 
 
 def read_records(path, index=None):
-    """Yields (place of its first byte, bytes) of every record, None for the bytes of one beyond MAX_RECORD_BYTES.
+    """Yields (offset, bytes) of every record; None instead of more than MAX_RECORD_BYTES.
 
-    index  the .idx file: a number, a tab and a record's place on each line, in the order of the file. It is not needed
-           and only compared.
+    index  the .idx file, with a number, a tab and a record's offset on each line. It is only compared, not needed.
 
-    PackError where the file is cut short or no RecordIO, or the index is not that of the file.
+    PackError where the file is truncated or not RecordIO, or the index belongs to another file.
     """
     size = os.path.getsize(path)
-    places = None if index is None else _places(index)
+    offsets = None if index is None else _offsets(index)
     with open(path, "rb", buffering=2**20) as file:
         while (start := file.tell()) < size:
-            if places is not None:
-                _check_place(index, path, next(places, None), start)
+            if offsets is not None:
+                _check_offset(index, path, next(offsets, None), start)
             yield start, _record(path, file, size)
-    if places is not None:
-        _check_place(index, path, next(places, None), None)
+    if offsets is not None:
+        _check_offset(index, path, next(offsets, None), None)
 
 
 def unpack(record):
-    """(label, image file in bytes) of a record; the image is empty where the record has none.
+    """(label, bytes of the image file) of a record; the image is empty where the record has none.
 
-    ValueError where the record is too short for what it announces.
+    ValueError where the record is too short for its header.
     """
     if len(record) < IMAGE.size:
         raise ValueError(f"{len(record)} bytes, too few for a header of {IMAGE.size}")
@@ -98,7 +97,7 @@ def _record(path, file, size):
             raise PackError(f"{path}: no record at byte {start}: damaged, or not RecordIO")
         end = start + PART.size + (length + 3) // 4 * 4
         if magic is None or end > size:
-            raise PackError(f"{path}: ends inside of the record at byte {start}: cut short")
+            raise PackError(f"{path}: ends inside the record at byte {start}: cut short")
         num_bytes += length + len(MAGIC)
         if num_bytes <= layout.MAX_RECORD_BYTES:
             parts.append(file.read(length))
@@ -108,8 +107,8 @@ def _record(path, file, size):
         expected = (MIDDLE, LAST)
 
 
-def _places(index):
-    """(number of the line, the place it names or None) of every line of an index but blank ones."""
+def _offsets(index):
+    """Yields (number of the line, offset in it or None) of every line of an index that is not blank."""
     with open(index, "rb") as file:
         number = 0
         while line := file.readline(2**12):
@@ -120,8 +119,8 @@ def _places(index):
             yield number, int(cells[1]) if len(cells) == 2 and cells[1].strip().isdigit() else None
 
 
-def _check_place(index, path, line, start):
-    """PackError unless the index's line (its number, place) names this start; None for both where there is no more."""
+def _check_offset(index, path, line, start):
+    """PackError unless the line (number, offset) of the index has this start; both are None after the last."""
     number, place = line or (None, None)
     if place != start or (line is None) != (start is None):
         says = f"line {number} is of {'no byte' if place is None else f'byte {place}'}" if line else "has no more lines"

@@ -18,10 +18,11 @@ MAX_LABEL_BYTES = 2**16  # of a file .cls or .json
 
 
 def records(path, skipped):
-    """Samples of tar files: neighbours whose names agree up to the first dot, an image and .cls or .json with `label`.
+    """Yields the samples of tar files. A sample is neighbours whose names agree up to the first dot: an image, and .cls
+    or .json with `label`.
 
-    .cls is the class as a number or a name. A .json may also have `xc_class_name`, as data_tools.export writes it: that
-    then is the class, whatever its number is here.
+    .cls has the number or the name of the class. If a .json has `xc_class_name`, as data_tools.export writes it, that
+    is the class, whatever its number.
     """
     for split, file in shards(path, ".tar"):
         members = _members(file, split, skipped)
@@ -30,7 +31,7 @@ def records(path, skipped):
             images, labels = [], []
             for _, suffix, data in sample:
                 found, most = (images, 1) if "." + suffix in IMAGE_SUFFIXES else (labels, MAX_LABELS)
-                if len(found) <= most:  # one more tells that there are too many; memory must not hold them all
+                if len(found) <= most:  # one more shows that there are too many; memory must not hold them all
                     found.append((suffix, data))
             if len(images) != 1 or not labels:
                 what = "several images" if images[1:] else "no label (.cls or .json)" if images else "no image"
@@ -54,14 +55,14 @@ def records(path, skipped):
 
 
 def _members(file, split, skipped):
-    """(key, suffix, bytes) of the images and labels in a tar file, as they come."""
+    """Yields (key, suffix, bytes) of the images and labels in a tar file, in its order."""
     file_bytes = os.path.getsize(file)
     try:
         with open(file, "rb") as raw, tarfile.open(fileobj=raw, mode="r|", tarinfo=_Member) as tar:
             for member in tar:
-                tar.members = []  # it would keep them all
+                tar.members = []  # otherwise it keeps them all
                 if tar.offset > file_bytes:  # where the next header should be; tarfile would look for it without end
-                    raise tarfile.ReadError(f"ends inside of {member.name}")
+                    raise tarfile.ReadError(f"ends inside {member.name}")
                 folder, slash, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
                 key, suffix = folder + slash + stem, suffix.lower()
@@ -78,7 +79,7 @@ def _members(file, split, skipped):
                     skipped.add(split, f"{file}: {member.name}", f"{member.size} bytes, too many")
                 else:
                     yield key, suffix, tar.extractfile(member).read()
-            # tarfile takes a damaged header for the end, and a cut between two members, too.
+            # tarfile takes a damaged header, and a cut between two members, for the end.
             raw.seek(tar.offset)
             num_bytes = 0
             while block := raw.read(2**20):
@@ -88,7 +89,7 @@ def _members(file, split, skipped):
             if num_bytes < tarfile.BLOCKSIZE * 2:
                 raise tarfile.ReadError("ends without the two empty blocks that close a tar file")
     except RecursionError as error:  # tarfile's, for each header of a chain
-        raise PackError(f"{file}: a member has too many headers: damaged; make the tar file anew") from error
+        raise PackError(f"{file}: a member has too many headers: it is damaged; make the tar file again") from error
     except (tarfile.TarError, EOFError, UnicodeError, ValueError, OverflowError) as error:
         if isinstance(error, PackError):
             raise
@@ -96,8 +97,8 @@ def _members(file, split, skipped):
 
 
 class _Member(tarfile.TarInfo):
-    """Refuses long headers: tarfile reads them whole, and searches them in time that grows with their square. And many
-    keys for all members, which it copies for each header."""
+    """Refuses long headers, which tarfile reads whole and searches in quadratic time, and many global keys, which it
+    copies for each header."""
 
     def _proc_member(self, tar):
         if len(tar.pax_headers) > MAX_GLOBAL_KEYS:
@@ -108,7 +109,7 @@ class _Member(tarfile.TarInfo):
 
 
 def _label(suffix, data):
-    """(label, class name or None) that a .cls or .json carries; ValueError where there is no label."""
+    """(label, class name or None) in a .cls or .json; ValueError where there is no label."""
     text, name = data.decode("utf-8-sig"), None
     if suffix == "json":
         try:
@@ -121,7 +122,7 @@ def _label(suffix, data):
         if name is not None and not (isinstance(name, str) and name.strip()):
             raise ValueError("its .json has a field xc_class_name that is no name")
         text = str(label)
-        (text + (name or "")).encode()  # JSON can name half of a pair, which is no character
+        (text + (name or "")).encode()  # fails for half a surrogate pair, which JSON can have
     if not text.strip():
         raise ValueError(f"its .{suffix} is empty")
     return text.strip(), name
