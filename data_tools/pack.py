@@ -111,7 +111,7 @@ def make_parser():
         help="memory for shuffling and sorting; more goes through files beside OUT (%(default)s)")
     add("--workers", type=between(0, 4096), default=os.cpu_count(),
         help="worker processes; 0: only this process (%(default)s)")
-    add("--part", type=part_of, default=(0, 1), metavar="I/N", help="make part I of N, counted from 0/N; start a process "
+    add("--part", type=part_of, default=(0, 1), metavar="I/N", help="make part I of N, from 0/N up; start a process "
         "with the same flags for each; the last one merges the parts")
     add("--restart", action="store_true", help="remove what an interrupted pack has left, and begin again")
     add("--json", action="store_true", help="print only the JSON object")

@@ -300,8 +300,8 @@ def test_what_is_there_stays_without_force(made, tmp_path, capsys):
     # --force replaces what such a command wrote, nothing else, and never what it reads
     (tmp_path / "precious").mkdir()
     assert "not a checkpoint" in refused(capsys, "reshard", folder, tmp_path / "precious", "--files", 3, "--force")
-    assert "inside of the checkpoint" in refused(capsys, "reshard", folder, folder, "--files", 3, "--force")
-    assert "inside of" in refused(capsys, "merge", folder, folder / "backbone.safetensors", "--force")
+    assert "inside the checkpoint" in refused(capsys, "reshard", folder, folder, "--files", 3, "--force")
+    assert "lies inside" in refused(capsys, "merge", folder, folder / "backbone.safetensors", "--force")
     (tmp_path / "x.safetensors").mkdir()
     assert "not a file" in refused(capsys, "merge", folder, tmp_path / "x.safetensors", "--force")
     assert "ends in .safetensors" in refused(capsys, "merge", folder, tmp_path / "out")

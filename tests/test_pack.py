@@ -768,7 +768,7 @@ def test_max_record_bytes(tmp_path, monkeypatch):
     (["nowhere", "pack"], "nowhere: no such file or folder"),
     (["empty", "pack"], "no images"),
     (["src", "src2"], "src2 exists"),
-    (["src", "src/pack"], "inside of"),
+    (["src", "src/pack"], "lies inside"),
     (["src", "no/pack"], "no such folder"),
     (["src", "pack", "--root", "src"], "--root src"),
     (["rooted", "pack"], "0.png: an image without a class"),

@@ -692,7 +692,7 @@ def test_a_folder_is_no_manifest_and_a_file_no_folder(tmp_path, capsys):
     assert f"{tmp_path / 'src'}: a folder, but --from manifest needs a file" in error
     for kind in "folder", "pack":
         error = fails(capsys, tmp_path / "a.tar", tmp_path / "pack", "--from", kind)
-        assert f"{tmp_path / 'a.tar'}: a file, but the kind {kind} is of folders" in error
+        assert f"{tmp_path / 'a.tar'}: a file, but --from {kind} needs a folder" in error
 
 
 def test_a_class_name_has_an_end(tmp_path, capsys):

@@ -43,7 +43,7 @@ def reshard(folder, out, num_files):
             path = out / ranges.name_of(kind, first, last)
             files[path.name] = tensor_file.write(path, source.tensors(first, last))
     ranged_files = {ranges.name_of(kind, *of_file) for kind, found in kinds.items() for of_file in found}
-    for name in meta["files"].keys() - ranged_files:
+    for name in sorted(meta["files"].keys() - ranged_files):
         shutil.copyfile(folder / name, out / name)
         sync(out / name)
         files[name] = meta["files"][name]

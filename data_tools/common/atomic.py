@@ -36,7 +36,8 @@ def atomic_path(out, replace=False, folder=None):
             os.rename(replaced, out)
         _remove(partial)
         raise
-    _remove(replaced)
+    finally:
+        _remove(replaced)
 
 
 @contextmanager
