@@ -45,13 +45,28 @@ import data_tools.export
 import data_tools.pack
 import data_tools.show
 import data_tools.split
-from data_tools import encoding, glyphs, recordio
-from data_tools.image_check import CHECKS, check_image
-from xc import backbone, checkpoint, config, data, exchange, heads, metrics, pack, run_folder, saver, schedule, synth
-from xc.losses import Losses
-from xc.noise_scale import NoiseScale
-from xc.optim import RowSGD, backbone_optimizer
-from xc.world import World
+from data_tools.fonts import faces as font_faces
+from data_tools.packing import encode as encoding
+from data_tools.packing.validate import CHECKS, check_image
+from data_tools.sources import recordio
+from xc import config
+from xc.checkpoint import layout, newest
+from xc.checkpoint import state as checkpoint
+from xc.checkpoint import writer as saver
+from xc.comm.world import World
+from xc.data import images, pack, pack_split
+from xc.data import loader as data
+from xc.data import synthetic as synth
+from xc.errors import UserError
+from xc.gradients import exchanges as exchange
+from xc.model import backbone
+from xc.model import head_table as heads
+from xc.optim import schedule
+from xc.optim.noise_scale import NoiseScale
+from xc.optim.optimizers import RowSGD, backbone_optimizer
+from xc.run import folder as run_folder
+from xc.run import metrics
+from xc.run.loss_meter import Losses
 
 MESSAGE_CHARACTERS = 2000
 
@@ -320,16 +335,16 @@ def with_checksums(png):
 def read_images(folder, out):
     for path in sorted(folder.iterdir()):
         for channels in 1, 3:
-            pixels = pack.decode(path.read_bytes(), 16, channels, max_pixels=2**22)
+            pixels = images.decode(path.read_bytes(), 16, channels, max_pixels=2**22)
             assert pixels.shape == (channels, 16, 16) and pixels.dtype == np.uint8
         for check in CHECKS:
             try:
                 check_image(path.read_bytes(), 2**22, check)
             except ValueError as error:
                 raise Finding(f"--check {check} refuses what decodes: {error}") from error
-        image = pack.open_image(path.read_bytes(), max_pixels=2**22)
+        image = images.open_image(path.read_bytes(), max_pixels=2**22)
         for kind in encoding.FORMATS:
-            pack.open_image(encoding.Encoding(5, kind).apply(image, b""))
+            images.open_image(encoding.Encoding(5, kind).apply(image, b""))
 
 
 # Packs.
@@ -417,7 +432,7 @@ def read_packs(folder, out):
         some = min(300, len(one))
         one.class_names(0, min(1000, one.num_classes))
         one.labels(0, some)
-        split = data.Images(one, 1, 8)
+        split = pack_split.Images(one, 1, 8)
         split.examples(np.arange(some))
         split.order(0).records(0, 3)
         one.verify()
@@ -658,7 +673,7 @@ def change_meta(random, folder):
     change_json_file(random, path)
     if random.randrange(2):
         with contextlib.suppress(ValueError, RecursionError, TypeError, AttributeError):
-            checkpoint.write_meta(path.parent, json.loads(path.read_text()))
+            layout.write_meta(path.parent, json.loads(path.read_text()))
 
 
 def change_tables(random, folder):
@@ -687,8 +702,8 @@ def change_tables(random, folder):
     if meta_path.exists():
         meta = json.loads(meta_path.read_text())
         meta["files"] = {p.name: {"bytes": p.stat().st_size, "crc32": zlib.crc32(p.read_bytes())}
-                         for p in path.parent.glob("*.safetensors") if checkpoint._FILE.fullmatch(p.name)}
-        checkpoint.write_meta(path.parent, meta)
+                         for p in path.parent.glob("*.safetensors") if layout._FILE.fullmatch(p.name)}
+        layout.write_meta(path.parent, meta)
 
 
 def change_tensors(random, path):
@@ -735,7 +750,7 @@ def read_run(folder, out):
     for run in sorted(folder.iterdir()):
         state = a_state(SETTINGS[run.name], begun=False)
         with contextlib.redirect_stderr(io.StringIO()):
-            newest = checkpoint.to_resume("auto", run, World())
+            newest = newest.to_resume("auto", run, World())
         with World().agreed():
             checkpoint.load(newest, state, IDENTITY)
         state.head.select(torch.tensor([0, 5, 22]), 3)  # looks into the graph
@@ -820,7 +835,7 @@ def read_synth(folder, out):
     text = (folder / "description").read_bytes().decode(errors="surrogateescape")
     cfg = config.parse([f"--data={text}", "--out", "unused"])
     if not cfg.data.startswith(synth.PREFIX):
-        raise config.UserError("not a description")
+        raise UserError("not a description")
     for split in data.open_splits(cfg).values():
         split.examples(split.order(0).records(0, 3))
 
@@ -843,7 +858,7 @@ def change_timeline(random, folder):
 
 
 def read_timeline(folder, out):
-    command(data_tools.show.main, folder / "timeline.json", "--json", "--plot", out / "steps.png")
+    command(data_tools.show.main, folder / "timeline.json", "--json")
 
 
 def make_fonts(folder):
@@ -855,7 +870,7 @@ def make_fonts(folder):
         some.populate(text=text)
         some.subset(font)
         font.save(folder / f"{name}.ttf")
-    assert len(glyphs.find_faces([folder])[0]) == 2
+    assert len(font_faces.find_faces([folder])[0]) == 2
 
 
 def change_fonts(random, folder):
@@ -868,11 +883,11 @@ def change_fonts(random, folder):
 
 
 def read_fonts(folder, out):
-    faces, _ = glyphs.find_faces([folder])
+    faces, _ = font_faces.find_faces([folder])
     for face in faces:
-        font = glyphs.open_face(face.path, face.index, 64)
+        font = font_faces.open_face(face.path, face.index, 64)
         for code in face.code_points[:20]:
-            glyphs.draw(font, chr(code), 32)
+            font_faces.draw(font, chr(code), 32)
 
 
 TARGETS = {
@@ -889,9 +904,9 @@ TARGETS = {
     "tables": Target(make_runs, change_tables, read_run, (ValueError,)),
     "metrics": Target(make_metrics, change_metrics, read_metrics, ()),
     "arguments": Target(make_arguments, change_arguments, read_arguments, (ValueError,)),
-    "synth": Target(make_synth, change_synth, read_synth, (config.UserError,)),
+    "synth": Target(make_synth, change_synth, read_synth, (UserError,)),
     "timeline": Target(make_timeline, change_timeline, read_timeline, (ValueError,)),
-    "fonts": Target(make_fonts, change_fonts, read_fonts, (), glyphs.FONT_BYTES >> 19),
+    "fonts": Target(make_fonts, change_fonts, read_fonts, (), font_faces.FONT_BYTES >> 19),
 }
 
 

@@ -6,7 +6,8 @@ import sys
 
 import torch
 
-from xc.world import MpiWorld, run
+from xc.comm.launch import run
+from xc.comm.world import MpiWorld
 
 
 def main():

@@ -23,7 +23,13 @@ from pathlib import Path
 
 import torch
 
-from xc import data, exchange, pipeline, rollback, saver, tensor_file, watchdog, world
+from xc.checkpoint import rollback, tensor_file
+from xc.checkpoint import writer as saver
+from xc.comm import groups, launch, world
+from xc.data import loader as data
+from xc.gradients import dgc as exchange
+from xc.run import watchdog
+from xc.train import step as pipeline
 
 FAULTY_RANK, AT_CALL, BAD_STEP = 1, 12, 21
 
@@ -58,7 +64,7 @@ def at_a_call_of(function, fault):
         nonlocal calls
         result = function(*arguments)
         calls += 1
-        if calls == AT_CALL and world.launched_rank() in (None, FAULTY_RANK):
+        if calls == AT_CALL and launch.launched_rank() in (None, FAULTY_RANK):
             Path(os.environ["FAULT_AT"]).write_text(str(time.time()))
             fault()
         return result
@@ -68,7 +74,7 @@ def at_a_call_of(function, fault):
 
 def slow_on_rank_0(function):
     def slow_function(*arguments, **progress):
-        if world.launched_rank() == 0:
+        if launch.launched_rank() == 0:
             time.sleep(2)
         return function(*arguments, **progress)
 
@@ -87,11 +93,11 @@ def spoiled(function):
 if __name__ == "__main__":
     name = sys.argv.pop(1)
     if name == "kill-gather":
-        world.MpiGroup.all_gather_async = at_a_call_of(world.MpiGroup.all_gather_async, kill)
+        groups.MpiGroup.all_gather_async = at_a_call_of(groups.MpiGroup.all_gather_async, kill)
     elif name == "kill-bucket":
         world.MpiWorld.all_reduce_async = at_a_call_of(world.MpiWorld.all_reduce_async, kill)
     elif name == "kill-message":
-        exchange._SparseBucket.select = at_a_call_of(exchange._SparseBucket.select, kill)
+        exchange.SparseBucket.select = at_a_call_of(exchange.SparseBucket.select, kill)
     elif name == "nan":
         pipeline.run = spoiled(pipeline.run)
     elif name == "without":
@@ -104,4 +110,4 @@ if __name__ == "__main__":
         data.Queue.take = at_a_call_of(data.Queue.take, globals()[name])
     import train
 
-    world.run(train.main)
+    launch.run(train.main)

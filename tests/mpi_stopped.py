@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 
-from xc import stop, world
+from xc.comm import launch as world
+from xc.run import signals as stop
 
 if __name__ == "__main__":
     at, asked = int(sys.argv.pop(1)), stop.Stop.asked

@@ -20,14 +20,14 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-import xc.pack
-from data_tools.checking import KEPT, check_images
-from data_tools.listing import zeros_file
-from data_tools.sources import KINDS
+import xc.data.pack
+from data_tools.packing.catalogue import zeros_file
+from data_tools.packing.workers import KEPT, check_images
+from data_tools.sources.detect import KINDS
 from tests.test_faults import small_disk
 from tests.test_pack import ROOT, by_class, contents, fails, file_hashes, picture, png, run, write_tree
 from tests.test_sources import image_record, odd, samples, skipped_rows, write_parquet, write_rec, write_tar
-from xc.pack import Pack
+from xc.data.pack import Pack
 
 # Tar files.
 
@@ -328,8 +328,8 @@ def test_rows_of_parquet_take_little_memory_however_large_they_are(tmp_path, kin
                                 dictionary_pagesize_limit=2**30 if kind in ("coded", "dictionary") else 1, **encoding)
     del images
     assert path.stat().st_size < 500_000
-    code = ("import sys; from data_tools.sources import parquet_source; "
-            "print(sum(len(image) for *_, image in parquet_source(sys.argv[1], None)) >> 20); " + PEAK)
+    code = ("import sys; from data_tools.sources.parquet import records; "
+            "print(sum(len(image) for *_, image in records(sys.argv[1], None)) >> 20); " + PEAK)
     done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, timeout=60, stdout=subprocess.PIPE, text=True,
                           check=True)
     assert int(done.stdout.splitlines()[0]) == 400
@@ -348,7 +348,7 @@ def test_a_long_text_in_parquet_is_one_line_before_it_is_copied(tmp_path, capsys
 
 
 def test_images_that_are_too_large_are_skipped_in_parquet_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(xc.pack, "MAX_RECORD_BYTES", 4000)
+    monkeypatch.setattr(xc.data.pack, "MAX_RECORD_BYTES", 4000)
     for kind in "plain", "struct":
         images = [picture(0), bytes(4001), picture(1), bytes(5000)]
         if kind == "struct":
@@ -391,9 +391,9 @@ def test_a_disk_that_fills_up_in_any_phase_is_one_line(tmp_path):
                 break
             *others, error = done.stderr.splitlines()
             assert done.returncode == 2 and "No space left on device" in error, (kilobytes, done.stderr)
-            assert all(line.startswith("going on behind ") for line in others)
+            assert all(line.startswith("resuming after ") for line in others)
             kept = os.listdir(disk)  # when all images are listed, and from then on
-            assert error.endswith("the same command goes on from there" if kept else "nothing was kept")
+            assert error.endswith("the same command resumes from there" if kept else "nothing was kept")
             assert kept == [".pack.partial-pack"] or not (kept or refused[True])
             assert sorted(os.listdir(tmp_path)) == before
             refused[bool(kept)] += 1
@@ -412,7 +412,7 @@ def test_counts_find_no_space_before_they_are_counted(tmp_path):
 
 def test_no_record_is_larger_than_a_reader_takes(tmp_path, monkeypatch):
     """Whether it came so or was made so."""
-    monkeypatch.setattr("xc.pack.MAX_RECORD_BYTES", 3000)
+    monkeypatch.setattr("xc.data.pack.MAX_RECORD_BYTES", 3000)
     small, large = picture(0), picture(1, size=(40, 40))
     write_parquet(tmp_path / "a.parquet", image=[small, large], label=["k", "k"])
     run(tmp_path / "a.parquet", tmp_path / "came", "--max-skipped", "1")

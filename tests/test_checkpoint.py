@@ -14,17 +14,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tests.worlds import run_ranks
-from xc import backbone as backbones
-from xc import checkpoint, data, tensor_file
-from xc import saver as savers
-from xc.config import Config, UserError
-from xc.exchange import AllReduce
-from xc.heads import HEADS
-from xc.losses import Losses
-from xc.noise_scale import NoiseScale
-from xc.optim import RowSGD
-from xc.schedule import Position, Schedule
-from xc.world import World
+from xc.checkpoint import layout, newest, tensor_file
+from xc.checkpoint import state as checkpoint
+from xc.checkpoint import writer as savers
+from xc.comm.world import World
+from xc.config import Config
+from xc.data import augment
+from xc.data import loader as data
+from xc.errors import UserError
+from xc.gradients.allreduce import AllReduce
+from xc.model import backbone as backbones
+from xc.model.head_table import HEADS
+from xc.optim.noise_scale import NoiseScale
+from xc.optim.optimizers import RowSGD
+from xc.optim.schedule import Position, Schedule
+from xc.run.loss_meter import Losses
 
 C, D = 10, 4
 # Ranks, and how many of them hold one copy of the classifier. Of twelve two own no class.
@@ -105,7 +109,7 @@ def assert_holds_what_was_saved(folder, readers, width, head="full", num_classes
 @pytest.mark.parametrize("writers, width", GRIDS)
 def test_any_world_reads_any_worlds(writers, width, head, tmp_path):
     run_ranks(writers, lambda w: save(w, tmp_path, head=head), width)
-    folder = checkpoint.to_resume("auto", tmp_path, World())
+    folder = newest.to_resume("auto", tmp_path, World())
     for readers, reader_width in GRIDS:
         assert_holds_what_was_saved(folder, readers, reader_width, head)
 
@@ -117,14 +121,14 @@ def test_every_example_is_seen_once_an_epoch_whoever_goes_on(worlds, batch, most
     cfg = Config(data=str(tiny_packs), out="x", epochs=5.0, global_batch=batch, warmup="0.5epochs", augment=0.0,
                  **({"schedule": "fccs", "max_batch": most, "hold": "10%"} if most > batch else {}))
     split = data.open_splits(cfg)["train"]
-    images = data.prepared(split.examples(range(len(split)))[0])
+    images = augment.prepared(split.examples(range(len(split)))[0])
     record_of = {image.numpy().tobytes(): record for record, image in enumerate(images)}
     assert len(record_of) == len(split) == 120
 
     def part(world, num_steps):
         """Some steps from the last checkpoint on: the records that this rank was given, by micro-batch."""
         schedule, state, position = Schedule.of(cfg, len(split), world.size), state_of(world, seed=1), Position()
-        if folder := checkpoint.to_resume("auto", tmp_path, world):
+        if folder := newest.to_resume("auto", tmp_path, world):
             position = schedule.resume(checkpoint.load(folder, state, IDENTITY))
         queue, given = data.Loader(split, cfg, world).train(position.examples, schedule.examples, batch), []
         last = position.step + num_steps
@@ -158,13 +162,13 @@ def test_newest_are_kept_and_found(tmp_path):
         return [folder.name for folder in sorted((tmp_path / "checkpoints").iterdir(), key=lambda f: int(f.name[5:]))]
 
     assert saved_after(5, 9, 99999999, 100000000) == ["step-99999999", "step-100000000"]
-    assert checkpoint.to_resume("auto", tmp_path, World()).name == "step-100000000"
+    assert newest.to_resume("auto", tmp_path, World()).name == "step-100000000"
     # one that goes on from an earlier step gives up the later ones
     assert saved_after(11) == ["step-00000011"]
     assert saved_after(12, 12, 13) == ["step-00000012", "step-00000013"]
-    assert checkpoint.to_resume("auto", tmp_path, World()).name == "step-00000013"
-    assert checkpoint.to_resume("auto", tmp_path / "elsewhere", World()) is None
-    assert checkpoint.to_resume("", tmp_path, World()) is None
+    assert newest.to_resume("auto", tmp_path, World()).name == "step-00000013"
+    assert newest.to_resume("auto", tmp_path / "elsewhere", World()) is None
+    assert newest.to_resume("", tmp_path, World()) is None
 
 
 def test_a_save_that_fails_leaves_the_last_one_and_is_not_taken_for_whole(tmp_path, monkeypatch):
@@ -176,7 +180,7 @@ def test_a_save_that_fails_leaves_the_last_one_and_is_not_taken_for_whole(tmp_pa
     monkeypatch.setattr(tensor_file, "write", no_space)
     with pytest.raises(UserError, match="No space left"):
         run_ranks(2, lambda w: save(w, tmp_path, 2))
-    assert checkpoint.to_resume("auto", tmp_path, World()).name == "step-00000001"
+    assert newest.to_resume("auto", tmp_path, World()).name == "step-00000001"
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device"),
@@ -243,7 +247,7 @@ def test_the_state_may_change_while_it_is_written(tmp_path, monkeypatch):
 
     run_ranks(3, body)
     state = state_of(World(), seed=2)
-    checkpoint.load(checkpoint.to_resume("auto", tmp_path, World()), state, IDENTITY)
+    checkpoint.load(newest.to_resume("auto", tmp_path, World()), state, IDENTITY)
     assert all(torch.equal(a, b) for a, b in zip(everything(state).values(),
                                                  everything(state_of(World(), seed=1)).values(), strict=True))
 
@@ -267,13 +271,13 @@ def test_damage_is_found_and_an_older_one_is_taken(damage, file, tmp_path, capsy
     else:
         path.write_bytes(data if damage == "bit" else data[:-1])
     for size in 1, 2, 4:
-        found = run_ranks(size, lambda w: checkpoint.to_resume("auto", tmp_path, w))
+        found = run_ranks(size, lambda w: newest.to_resume("auto", tmp_path, w))
         assert {folder.name for folder in found} == {"step-00000001"}
         error = capsys.readouterr().err
         assert error.count("is damaged") == 1 and file in error
     (tmp_path / "checkpoints" / "step-00000001" / "meta.json").write_text("{")
     with pytest.raises(UserError, match="no older one is whole"):
-        run_ranks(2, lambda w: checkpoint.to_resume("auto", tmp_path, w))
+        run_ranks(2, lambda w: newest.to_resume("auto", tmp_path, w))
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "gone", "another's", "pipe", "pipe for meta"])
@@ -282,7 +286,7 @@ def test_a_checkpoint_by_name_is_looked_at_as_closely(ranks, damage, tmp_path):
     for step in 1, 2:
         run_ranks(3, lambda w, step=step: save(w, tmp_path, step, seed=step))
     folder = tmp_path / "checkpoints" / "step-00000002"
-    assert run_ranks(ranks, lambda w: checkpoint.to_resume(folder, tmp_path, w)) == [folder] * ranks
+    assert run_ranks(ranks, lambda w: newest.to_resume(folder, tmp_path, w)) == [folder] * ranks
     path, words = folder / "rows-000000000004-000000000007.safetensors", "rows-000000000004.* is damaged"
     data = bytearray(path.read_bytes())
     match damage:
@@ -302,7 +306,7 @@ def test_a_checkpoint_by_name_is_looked_at_as_closely(ranks, damage, tmp_path):
             if damage == "pipe":
                 os.mkfifo(path)
     with pytest.raises(UserError, match=words):
-        run_ranks(ranks, lambda w: checkpoint.to_resume(folder, tmp_path, w))
+        run_ranks(ranks, lambda w: newest.to_resume(folder, tmp_path, w))
 
 
 def test_one_that_cannot_be_deleted_does_not_keep_the_others(tmp_path, monkeypatch, capsys):
@@ -338,7 +342,7 @@ def test_a_checkpoint_stays_where_another_cannot_take_its_place(tmp_path, monkey
     run_ranks(1, body)
     assert "Input/output error" in capsys.readouterr().err and renamed
     assert os.listdir(tmp_path / "checkpoints") == ["step-00000001"]
-    checkpoint.check(tmp_path / "checkpoints" / "step-00000001")
+    layout.check(tmp_path / "checkpoints" / "step-00000001")
 
 
 @pytest.mark.parametrize("hindrance", ["busy", "link", "none"])
@@ -367,8 +371,8 @@ def test_an_old_checkpoint_that_cannot_be_deleted_costs_nothing(hindrance, tmp_p
     said = capsys.readouterr().err
     assert said.count("an old checkpoint could not be deleted") == (5 if hindrance == "busy" else 0)
     assert "could not be written" not in said
-    assert [f.name for f in checkpoint.folders(folder)] == ["step-00000005"]
-    checkpoint.check(folder / "step-00000005")
+    assert [f.name for f in layout.folders(folder)] == ["step-00000005"]
+    layout.check(folder / "step-00000005")
     assert hindrance != "link" or (tmp_path / "elsewhere" / "meta.json").exists()
     monkeypatch.undo()
     run_ranks(2, lambda w: save(w, tmp_path, 6, keep=1))  # now it can be
@@ -394,7 +398,7 @@ def test_buffers_that_differ_between_ranks_are_kept(readers, tmp_path):
 
     def read(world):
         state = of(world, 0)
-        checkpoint.load(checkpoint.to_resume("auto", tmp_path, world), state, IDENTITY)
+        checkpoint.load(newest.to_resume("auto", tmp_path, world), state, IDENTITY)
         files = state.exchange.files()
         assert bool(files) == (world.size == 3)  # they still differ, and are kept so
         return state.backbone.norm.running_mean.clone(), state.backbone.norm.running_var.clone()
@@ -414,13 +418,13 @@ def spoil(folder, what):
         case "meta is no json":
             (folder / "meta.json").write_text("{")
         case "version":
-            checkpoint.write_meta(folder, meta | {"version": 2})
+            layout.write_meta(folder, meta | {"version": 2})
         case "gap":
-            checkpoint.write_meta(folder, meta | {"rows": meta["rows"][1:]})
+            layout.write_meta(folder, meta | {"rows": meta["rows"][1:]})
         case "path":
-            checkpoint.write_meta(folder, meta | {"rows": ["../" + name for name in meta["rows"]]})
+            layout.write_meta(folder, meta | {"rows": ["../" + name for name in meta["rows"]]})
         case "rows are no list":
-            checkpoint.write_meta(folder, meta | {"rows": 5})
+            layout.write_meta(folder, meta | {"rows": 5})
         case "no momentum":
             momentum = load_file(folder / "optimizer.safetensors")
             save_file(dict(list(momentum.items())[1:]), folder / "optimizer.safetensors")
@@ -428,7 +432,7 @@ def spoil(folder, what):
             momentum = load_file(folder / "optimizer.safetensors")
             save_file({name: m.flatten()[:1].clone() for name, m in momentum.items()}, folder / "optimizer.safetensors")
         case "position":
-            checkpoint.write_meta(folder, meta | {"step": -1})
+            layout.write_meta(folder, meta | {"step": -1})
         case "bit of meta":
             (folder / "meta.json").write_text(json.dumps(meta | {"examples": meta["examples"] ^ 4}))
         case "cut rows":
@@ -451,7 +455,7 @@ def spoil(folder, what):
 ])
 def test_a_broken_checkpoint_is_named(what, text, tmp_path):
     run_ranks(3, lambda w: save(w, tmp_path))
-    folder = checkpoint.to_resume("auto", tmp_path, World())
+    folder = newest.to_resume("auto", tmp_path, World())
     spoil(folder, what)
     with pytest.raises(ValueError, match=text) as error:
         run_ranks(1, lambda w: checkpoint.load(folder, state_of(w, 2), IDENTITY))
@@ -463,6 +467,6 @@ def test_a_broken_checkpoint_is_named(what, text, tmp_path):
     (C, {"classes_digest": "xyz"}, "classes_digest abc, this run xyz")])
 def test_a_checkpoint_of_another_run_is_refused(num_classes, identity, text, tmp_path):
     run_ranks(2, lambda w: save(w, tmp_path))
-    folder = checkpoint.to_resume("auto", tmp_path, World())
+    folder = newest.to_resume("auto", tmp_path, World())
     with pytest.raises(ValueError, match=text):
         run_ranks(2, lambda w: checkpoint.load(folder, state_of(w, 2, num_classes), IDENTITY | identity))

@@ -17,8 +17,8 @@ from data_tools.checkpoint import main
 from tests.launch import ROOT, run
 from tests.test_checkpoint import HEAD_SETTINGS, C, D, assert_holds_what_was_saved, everything, save, state_of
 from tests.worlds import run_ranks
-from xc import checkpoint
-from xc.world import World
+from xc.checkpoint import layout as checkpoint
+from xc.comm.world import World
 
 
 @pytest.fixture
@@ -88,8 +88,8 @@ def test_resharded_is_what_that_many_ranks_write(ranks, files, head, made, tmp_p
 
 @pytest.mark.parametrize("num_classes, block", [(61, 16), (61, 2**20)])
 def test_edges_are_dealt_out_in_pieces(num_classes, block, made, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_tools.ranged._EDGES", block)
-    monkeypatch.setattr("xc.tensor_file.PIECE", 2 * block)
+    monkeypatch.setattr("data_tools.checkpoints.ranges._EDGES", block)
+    monkeypatch.setattr("xc.checkpoint.tensor_file.PIECE", 2 * block)
     folder = made(3, head="knn", num_classes=num_classes)
     done("reshard", folder, tmp_path / "out", "--files", 5)
     for readers in 1, 2, 5:
@@ -120,7 +120,7 @@ def test_a_slice_of_what_is_not_there_is_refused(text, message, made, tmp_path, 
 
 def test_rows_that_are_not_classes_are_not_sliced(made, tmp_path, capsys):
     line = refused(capsys, "slice", made(head="mach"), tmp_path / "out.safetensors", "--classes", "1")
-    assert "buckets of 2 hashes, none is that of one class" in line
+    assert "buckets of 2 hashes, none is the row of one class" in line
 
 
 def damage(path, how):
@@ -140,7 +140,7 @@ def test_every_damaged_file_is_named(how, made, tmp_path, capsys):
     folder = made(step=2)
     with pytest.raises(SystemExit) as end:
         done("verify", folder.parent.parent)
-    assert end.value.code == 0 and capsys.readouterr().out.count(": whole, 5 files") == 2
+    assert end.value.code == 0 and capsys.readouterr().out.count(": valid, 5 files") == 2
     names = ["backbone.safetensors", "rows-000000000004-000000000007.safetensors"]
     for name in names:
         damage(folder / name, how)
@@ -148,7 +148,7 @@ def test_every_damaged_file_is_named(how, made, tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             done("verify", what)
         out, err = capsys.readouterr()
-        assert end.value.code == 2 and out.count(": whole") == whole
+        assert end.value.code == 2 and out.count(": valid") == whole
         assert len(err.splitlines()) == 2
         assert all(name in line and "is damaged" in line for name, line in zip(names, err.splitlines(), strict=True))
     for command in ("merge", "out.safetensors"), ("reshard", "out", "--files", 2):
@@ -300,8 +300,8 @@ def test_what_is_there_stays_without_force(made, tmp_path, capsys):
     # --force replaces what such a command wrote, nothing else, and never what it reads
     (tmp_path / "precious").mkdir()
     assert "not a checkpoint" in refused(capsys, "reshard", folder, tmp_path / "precious", "--files", 3, "--force")
-    assert "inside of the checkpoint" in refused(capsys, "reshard", folder, folder, "--files", 3, "--force")
-    assert "inside of" in refused(capsys, "merge", folder, folder / "backbone.safetensors", "--force")
+    assert "inside the checkpoint" in refused(capsys, "reshard", folder, folder, "--files", 3, "--force")
+    assert "lies inside" in refused(capsys, "merge", folder, folder / "backbone.safetensors", "--force")
     (tmp_path / "x.safetensors").mkdir()
     assert "not a file" in refused(capsys, "merge", folder, tmp_path / "x.safetensors", "--force")
     assert "ends in .safetensors" in refused(capsys, "merge", folder, tmp_path / "out")

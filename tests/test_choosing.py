@@ -10,7 +10,7 @@ import pytest
 
 from tests.test_pack import fails, file_hashes, picture, png, run, write_tree
 from tests.test_sources import write_tar
-from xc.pack import Pack, open_splits
+from xc.data.pack import Pack, open_splits
 
 ORDER = ("test", "val", "train", "")  # whose image stays
 
@@ -305,7 +305,7 @@ def test_whole_classes_are_held_out(tmp_path, capsys, kind):
 
 @pytest.mark.parametrize("flags, words", [
     (["--min-images", 0], "not between"), (["--max-images-per-class", 0], "not between"),
-    (["--min-images", 12], "no class has so many images; the largest has 11"),
+    (["--min-images", 12], "no class has that many images; the largest has 11"),
     (["--split-by", "class"], "--split-by class says how --split draws"),
     (["--split", "test=0.000001"], "draws no image"),
     (["--split", "val=0.0001", "--split-by", "class"], "draws no class"),

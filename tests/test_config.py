@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from xc.config import Config, UserError, as_arguments, parse
+from xc.config import Config, as_arguments, parse
+from xc.errors import UserError
 
 BASE = ["--data", "d", "--out", "o"]
 

@@ -15,12 +15,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data_tools.pack
-import xc.data
+import xc.data.augment
 from tests.test_pack import weighted
 from tests.worlds import run_ranks
-from xc.config import Config, UserError
-from xc.data import Loader, _uniform, augment, open_splits, prepared
-from xc.world import World
+from xc.comm.world import World
+from xc.config import Config
+from xc.data.augment import _uniform, augment, prepared
+from xc.data.loader import Loader, open_splits
+from xc.errors import UserError
 
 CFG = Config(data="x", out="x", loader_threads=2, prefetch=2)
 
@@ -119,7 +121,7 @@ def test_ranks_share_the_global_batch(world_size, split, tiny_packs):
 def test_batches_are_distorted_in_pieces(piece, tiny_packs, monkeypatch):
     packs = open_splits(dataclasses.replace(CFG, data=str(tiny_packs)))
     (whole,) = run_ranks(1, lambda w: batches(w, packs))
-    monkeypatch.setitem(xc.data.PIECE, "cpu", piece)
+    monkeypatch.setitem(xc.data.augment.PIECE, "cpu", piece)
     (pieces,) = run_ranks(1, lambda w: batches(w, packs))
     assert all(torch.equal(a, b) for x, y in zip(whole, pieces, strict=True) for a, b in zip(x, y, strict=True))
 

@@ -13,11 +13,13 @@ import torch
 
 from tests.launch import horovodrun, mpirun, run
 from tests.worlds import run_ranks
-from xc import doctor
-from xc.config import Config, UserError, as_arguments, parse
-from xc.memory_plan import ON_HOST
-from xc.metrics import peak_rss_mb
-from xc.world import World
+from xc.comm.world import World
+from xc.config import Config, as_arguments, parse
+from xc.errors import UserError
+from xc.preflight import hosts, memory, network, storage
+from xc.preflight import report as doctor
+from xc.preflight.memory_plan import ON_HOST
+from xc.run.metrics import peak_rss_mb
 
 DATA = ["--data", "synth:classes=300,dim=16,test=50", "--feature-dim", 16, "--global-batch", 30]
 PLACES = ["ranks", "MPI", "software", "threads", "interfaces", "shared memory", "GPUs", "agreement", "network",
@@ -170,12 +172,12 @@ def test_hosts_of_different_sizes():
 
 def test_other_code_on_one_rank_is_named(monkeypatch):
     here = threading.local()
-    monkeypatch.setattr(doctor, "_digest", lambda: "new" if here.rank == 2 else "old")
+    monkeypatch.setattr(hosts, "_digest", lambda: "new" if here.rank == 2 else "old")
 
     def body(world):
         here.rank = world.rank
         report = doctor.Report()
-        doctor.software(report, world)
+        hosts.software(report, world)
         return report
 
     for report in run_ranks(3, body):
@@ -209,8 +211,8 @@ def test_clocks(ahead):
             return time.time() + (ahead if world.rank == 2 else 0.0)
 
         report = doctor.Report()
-        doctor.clocks(report, world, clock)
-        return doctor.clock_offsets(world, clock), report
+        network.clocks(report, world, clock)
+        return network.clock_offsets(world, clock), report
 
     for offsets, report in run_ranks(3, body):
         assert all(low <= true <= high for (low, high), true in zip(offsets, (0.0, 0.0, ahead), strict=True))
@@ -225,18 +227,18 @@ def facts_of(**values):
 
 
 @pytest.mark.parametrize("finding, facts, state, text", [
-    (doctor.threads, [facts_of(), facts_of()], "ok", "2 of 2 rank(s) on 2 core(s)"),
-    (doctor.threads, [facts_of(), facts_of(threads=2)], "warning", "OMP_NUM_THREADS=1"),
-    (doctor.threads, [facts_of(cores=[0]), facts_of(cores=[0])], "warning", "binding_policy=none"),
-    (doctor.threads, [facts_of(cores=[0]), facts_of(cores=[1])], "ok", ""),
-    (doctor.shared_memory, [facts_of(shared_memory=2**23)], "ok", ""),
-    (doctor.shared_memory, [facts_of(shared_memory=2**23)] * 2, "warning", "--shm-size"),
-    (doctor.interfaces, [facts_of(), facts_of(host="b", addresses=[("eth0", "10.0.0.2")])], "ok", ""),
-    (doctor.interfaces, [facts_of(), facts_of(host="b")], "warning", "10.0.0.1 on a, b"),
-    (doctor.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "10.0.0.0/8"})] * 2, "ok", "if_include"),
-    (doctor.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "ib0"})], "wrong", "ib0 is not on a"),
-    (doctor.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "10.1.0.0/16"})], "wrong", "is not on a"),
-    (doctor.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "10.1/x"})], "wrong", "10.1/x"),
+    (hosts.threads, [facts_of(), facts_of()], "ok", "2 of 2 rank(s) on 2 core(s)"),
+    (hosts.threads, [facts_of(), facts_of(threads=2)], "warning", "OMP_NUM_THREADS=1"),
+    (hosts.threads, [facts_of(cores=[0]), facts_of(cores=[0])], "warning", "binding_policy=none"),
+    (hosts.threads, [facts_of(cores=[0]), facts_of(cores=[1])], "ok", ""),
+    (hosts.shared_memory, [facts_of(shared_memory=2**23)], "ok", ""),
+    (hosts.shared_memory, [facts_of(shared_memory=2**23)] * 2, "warning", "--shm-size"),
+    (hosts.interfaces, [facts_of(), facts_of(host="b", addresses=[("eth0", "10.0.0.2")])], "ok", ""),
+    (hosts.interfaces, [facts_of(), facts_of(host="b")], "warning", "10.0.0.1 on a, b"),
+    (hosts.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "10.0.0.0/8"})] * 2, "ok", "if_include"),
+    (hosts.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "ib0"})], "wrong", "ib0 is not on a"),
+    (hosts.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "10.1.0.0/16"})], "wrong", "is not on a"),
+    (hosts.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "10.1/x"})], "wrong", "10.1/x"),
 ])
 def test_what_follows_from_facts(finding, facts, state, text):
     report = doctor.Report()
@@ -250,7 +252,7 @@ def test_gpus():
     gpu = {"count": 2, "name": "G", "free": 2**34, "index": 0}
     for num_ranks, state in (1, "warning"), (2, "ok"), (3, "wrong"):
         report = doctor.Report()
-        doctor.gpus(report, [facts_of(device="cuda", gpu=gpu)] * num_ranks)
+        hosts.gpus(report, [facts_of(device="cuda", gpu=gpu)] * num_ranks)
         assert states(report) == [("GPUs", state)]
 
 
@@ -260,16 +262,16 @@ def test_memory_of_a_cgroup(tmp_path):
 
     def left(limit):
         (group / "memory.max").write_text(f"{limit}\n")
-        return doctor._left_in(group, "memory.max", "memory.current", "inactive_file")
+        return hosts._left_in(group, "memory.max", "memory.current", "inactive_file")
 
     (group / "memory.current").write_text("700\n")
     (group / "memory.stat").write_text("anon 600\ninactive_file 40\n")
     assert left(1000) == 340 and left("max") is None
-    assert doctor._left_in(tmp_path, "memory.max", "memory.current", "inactive_file") is None
-    assert 2**26 < doctor.memory_available() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert hosts._left_in(tmp_path, "memory.max", "memory.current", "inactive_file") is None
+    assert 2**26 < hosts.memory_available() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-EXAMPLES = doctor.Examples(100_000, 10**6, (16,), 0, 1, "")
+EXAMPLES = storage.Examples(100_000, 10**6, (16,), 0, 1, "")
 
 
 def planned(cfg, memory, device="cpu", gpu=None):
@@ -277,7 +279,7 @@ def planned(cfg, memory, device="cpu", gpu=None):
     world = World()
     world.size, world.device = 2, torch.device(device)
     report, facts = doctor.Report(), facts_of(memory=memory, taken=0, device=device, gpu=gpu)
-    plan = doctor.memory(report, cfg, world, [facts, facts], EXAMPLES)
+    plan = memory.memory(report, cfg, world, [facts, facts], EXAMPLES)
     (state, _, value, remedy), = report.findings
     return plan, state, f"{value} -> {remedy}"
 
@@ -320,6 +322,6 @@ def test_a_plan_allocates_nothing():
     before = peak_rss_mb()
     cfg = Config("synth:classes=100000000,dim=128", check=1)
     world, report = World(), doctor.Report()
-    facts = doctor.host_facts(report, world)
-    plan = doctor.memory(report, cfg, world, facts, doctor.data_set(report, cfg, world))
+    facts = hosts.host_facts(report, world)
+    plan = memory.memory(report, cfg, world, facts, storage.data_set(report, cfg, world))
     assert plan.parts["class rows"] == 100_000_000 * 128 * torch.float32.itemsize and peak_rss_mb() - before < 300

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.encoding import FORMATS, Encoding
+from data_tools.packing.encode import FORMATS, Encoding
 from tests.test_pack import contents, fails, file_hashes, run
 from tests.test_pack import picture as noise
-from xc.pack import Pack, decode, open_image
+from xc.data.images import decode, open_image
+from xc.data.pack import Pack
 
 
 def smooth(format, size=(60, 40), mode="RGB"):
@@ -142,9 +143,10 @@ def test_nothing_is_lost_with_any_number_of_workers(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--format", "png", "--quality", 9], "--quality is of jpeg and webp"),
-    (["--format", "raw", "--quality", 9], "--quality is of jpeg and webp"), (["--quality", 0], "not between 1 and 100"),
-    (["--format", "gif"], "invalid choice"), (["--resize", 0], "not between")])
+    (["--format", "png", "--quality", 9], "--quality is for jpeg and webp"),
+    (["--format", "raw", "--quality", 9], "--quality is for jpeg and webp"),
+    (["--quality", 0], "not between 1 and 100"), (["--format", "gif"], "invalid choice"),
+    (["--resize", 0], "not between")])
 def test_flags_that_make_no_sense(tmp_path, capsys, flags, words):
     (tmp_path / "src").mkdir()
     assert words in fails(capsys, tmp_path / "src", tmp_path / "pack", *flags)

@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from tests.worlds import run_ranks, write_files
-from xc import backbone as backbones
+from xc.comm.traffic import sent_all_gather, sent_all_reduce
+from xc.comm.world import World
 from xc.config import Config
-from xc.exchange import AllReduce, Dgc, build
-from xc.schedule import Now
-from xc.topk import message_bytes
-from xc.traffic import sent_all_gather, sent_all_reduce
-from xc.world import World
+from xc.gradients.allreduce import AllReduce
+from xc.gradients.dgc import Dgc
+from xc.gradients.exchanges import build
+from xc.gradients.topk import message_bytes
+from xc.model import backbone as backbones
+from xc.optim.schedule import Now
 
 # outside of the threads, which share torch's random generator; without its norm, which has sums of its own
 NET = backbones.build("small", (1, 16, 16), 8, 1, World())[0]

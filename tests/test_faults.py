@@ -18,8 +18,8 @@ from tests.launch import Launched, accuracies, losses, run
 from tests.processes import of_run, wait_until
 from tests.test_mpi import SYNTH
 from tests.test_train import QUICK
-from xc.data import Images
-from xc.pack import open_splits
+from xc.data.pack import open_splits
+from xc.data.pack_split import Images
 
 pytestmark = pytest.mark.mpi
 

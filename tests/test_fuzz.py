@@ -20,13 +20,18 @@ from safetensors.torch import save_file
 import data_tools.pack
 import data_tools.show
 from benchmarks import soak
-from data_tools import glyphs, timeline
+from data_tools.fonts import faces as font_faces
+from data_tools.reports import trace as timeline
 from tests import fuzz
 from tests.launch import run
-from xc import checkpoint, config, metrics, pack, synth
-from xc.config import UserError
-from xc.message import one_line
-from xc.pack import Pack, PackError
+from xc import config
+from xc.checkpoint import layout
+from xc.checkpoint import state as checkpoint
+from xc.data import images as pack
+from xc.data import synthetic as synth
+from xc.data.pack import Pack, PackError
+from xc.errors import UserError, one_line
+from xc.run import metrics
 
 # What was found.
 
@@ -65,7 +70,7 @@ def test_odd_lines_of_metrics_are_dropped(value, tmp_path):
 def test_a_deeply_nested_meta_json(tmp_path):
     (tmp_path / "meta.json").write_text("[" * 10**5 + "]" * 10**5)
     with pytest.raises(ValueError, match="is not a checkpoint"):
-        checkpoint.read_meta(tmp_path)
+        layout.read_meta(tmp_path)
 
 
 @pytest.mark.parametrize("name, shape", [("u.0", ()), ("u.0", (1, 1)), ("w.0", (1,)), ("u.x", (1,)), ("u", (1,))])
@@ -97,18 +102,12 @@ def test_a_timeline_of_odd_numbers(key, value, tmp_path):
     events = json.loads((tmp_path / "timeline.json").read_text())
     events["traceEvents"][2][key] = value
     (tmp_path / "timeline.json").write_text(json.dumps(events))
-    with pytest.raises(timeline.TimelineError, match="is not a timeline"):
+    with pytest.raises(timeline.TraceError, match="is not a trace"):
         timeline.read(tmp_path / "timeline.json")
 
 
-def test_a_picture_does_not_grow_without_bound(tmp_path):
-    spans = [(0, "compute", number, "a", 0.0, 1.0) for number in range(2001)]
-    with pytest.raises(timeline.TimelineError, match="2001 lanes"):
-        timeline.draw(spans, "step 1", tmp_path / "steps.png")
-
-
 @pytest.mark.parametrize("text", ["\udc80", "$\\frac$", "a\nb", "x" * 2000])
-def test_a_timeline_with_odd_names_is_drawn(text, tmp_path):
+def test_a_timeline_with_odd_names_is_printed(text, tmp_path, capsys):
     fuzz.make_timeline(tmp_path)
     path = tmp_path / "timeline.json"
     events = json.loads(path.read_text())
@@ -116,8 +115,8 @@ def test_a_timeline_with_odd_names_is_drawn(text, tmp_path):
         event["name"] = text
         event["cat"] = text if event.get("cat") == "network" else event.get("cat")
     path.write_text(json.dumps(events))
-    data_tools.show.main([str(path), "--plot", str(tmp_path / "steps.png")])
-    assert Image.open(tmp_path / "steps.png").width == 12 * 130
+    data_tools.show.main([str(path)])
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 @pytest.fixture
@@ -199,15 +198,15 @@ def test_fonts_that_never_end_or_claim_all_memory(tmp_path):
     count, length = 20_000, 60_000  # names that all lie in the same place: 1.2 GB in 300 kB
     names = b"".join(struct.pack(">6H", 3, 1, 0x409, number, length, 0) for number in range(count))
     a_font(tmp_path / "huge.ttf", name=struct.pack(">3H", 0, count, 6) + names)
-    faces, skipped = glyphs.find_faces([tmp_path])
+    faces, skipped = font_faces.find_faces([tmp_path])
     assert [os.path.basename(face.path) for face in faces] == ["good.ttf"] and skipped == 1
 
 
 def test_a_glyph_without_bounds_is_not_drawn(tmp_path):
-    good = glyphs.open_face(str(a_font(tmp_path / "good.ttf")), 0, 64)
-    assert glyphs.draw(good, "A", 32)
-    wide = glyphs.open_face(str(a_font(tmp_path / "wide.ttf", units=16, side=32767)), 0, 64)
-    assert glyphs.draw(wide, "A", 32) == b""
+    good = font_faces.open_face(str(a_font(tmp_path / "good.ttf")), 0, 64)
+    assert font_faces.draw(good, "A", 32)
+    wide = font_faces.open_face(str(a_font(tmp_path / "wide.ttf", units=16, side=32767)), 0, 64)
+    assert font_faces.draw(wide, "A", 32) == b""
 
 
 # Every reader, and the fuzzing itself.

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from tests.worlds import run_ranks
+from xc.comm.shard import Shard
 from xc.config import Config
-from xc.heads import HEADS
-from xc.heads.base import initial_rows
-from xc.optim import RowSGD
-from xc.shard import Shard
+from xc.model.head import initial_rows
+from xc.model.head_table import HEADS
+from xc.optim.optimizers import RowSGD
 
 D, G, SEED = 5, 11, 3
 WORLDS = [(w, m) for w in (1, 2, 3, 4) for m in (1, 2, w) if w % m == 0]

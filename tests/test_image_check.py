@@ -12,12 +12,13 @@ import pytest
 from PIL import Image
 
 import data_tools.show
-from data_tools.image_check import CHECKS, _is_plain_png, check_image
+from data_tools.packing.validate import CHECKS, _is_plain_png, check_image
 from tests.fuzz import with_checksums
 from tests.test_encoding import KINDS, smooth
 from tests.test_pack import contents, fails, file_hashes, picture, png, run
-from xc.data import Images
-from xc.pack import MAX_SCANS, Pack, decode, decode_plain_jpeg, open_header, open_image
+from xc.data.images import MAX_SCANS, decode, decode_plain_jpeg, open_header, open_image
+from xc.data.pack import Pack
+from xc.data.pack_split import Images
 
 MOST = 10**6  # pixels
 

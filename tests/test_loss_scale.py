@@ -7,11 +7,12 @@ import torch
 
 from tests.test_exchange import NET, give
 from tests.worlds import run_ranks
-from xc import backbone as backbones
+from xc.comm.world import World
 from xc.config import Config
-from xc.exchange import AllReduce, Dgc
-from xc.loss_scale import _GROW_AFTER, _LARGEST, LossScale
-from xc.world import World
+from xc.gradients.allreduce import AllReduce
+from xc.gradients.dgc import Dgc
+from xc.model import backbone as backbones
+from xc.optim.loss_scale import _GROW_AFTER, _LARGEST, LossScale
 
 
 def test_it_halves_at_an_overflow_and_doubles_after_long_without():

@@ -5,13 +5,14 @@ import torch
 
 from tests.launch import mpirun
 from tests.worlds import run_ranks
-from xc import backbone as backbones
-from xc import heads
-from xc.config import Config, UserError, parse
-from xc.memory_plan import Network, Plan
-from xc.optim import RowSGD
-from xc.shard import Shard
-from xc.world import World
+from xc.comm.shard import Shard
+from xc.comm.world import World
+from xc.config import Config, parse
+from xc.errors import UserError
+from xc.model import backbone as backbones
+from xc.model import head_table as heads
+from xc.optim.optimizers import RowSGD
+from xc.preflight.memory_plan import Network, Plan
 
 C, D, G = 137, 6, 12
 NOTHING = Network(0, 0, 0, 0, 0)

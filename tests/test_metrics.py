@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from xc.metrics import Metrics, Timer
-from xc.schedule import Position
+from xc.optim.schedule import Position
+from xc.run.metrics import Metrics, Timer
 
 
 def at(step):

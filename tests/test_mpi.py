@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from tests.launch import accuracies, error_lines, horovodrun, last_json, losses, mpirun, run
-from xc.config import Config, UserError
-from xc.world import MpiWorld
+from xc.comm.world import MpiWorld
+from xc.config import Config
+from xc.errors import UserError
 
 pytestmark = pytest.mark.mpi
 

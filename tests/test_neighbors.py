@@ -8,10 +8,12 @@ from safetensors.torch import save_file
 
 from tests.launch import mpirun
 from tests.worlds import run_ranks
-from xc import knn_graph, neighbors, ring_search
-from xc.knn_graph import KnnGraph
-from xc.neighbors import build, refresh
-from xc.shard import Shard
+from xc.comm.shard import Shard
+from xc.knn import build as neighbors
+from xc.knn import graph as knn_graph
+from xc.knn import search as ring_search
+from xc.knn.build import build, refresh
+from xc.knn.graph import KnnGraph
 
 GRIDS = [(1, 1), (2, 2), (3, 3), (4, 4), (4, 2)]
 

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from tests.worlds import run_ranks
-from xc.exchange import AllReduce, Dgc
-from xc.loss_scale import LossScale
-from xc.noise_scale import NoiseScale
-from xc.schedule import Now
-from xc.shard import Shard
+from xc.comm.shard import Shard
+from xc.gradients.allreduce import AllReduce
+from xc.gradients.dgc import Dgc
+from xc.optim.loss_scale import LossScale
+from xc.optim.noise_scale import NoiseScale
+from xc.optim.schedule import Now
 
 G = 12
 NET = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 1))

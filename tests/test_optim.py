@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from tests.worlds import run_ranks
+from xc.comm.world import World
 from xc.config import Config
-from xc.exchange import Dgc
-from xc.heads import HEADS
-from xc.optim import Lars, RowSGD, backbone_optimizer
-from xc.schedule import Now
-from xc.world import World
+from xc.gradients.dgc import Dgc
+from xc.model.head_table import HEADS
+from xc.optim.optimizers import Lars, RowSGD, backbone_optimizer
+from xc.optim.schedule import Now
 
 D = 5
 
@@ -44,7 +44,7 @@ def test_all_rows_active_is_torch_sgd(weight_decay, momentum, listed):
 
 @pytest.mark.parametrize("block_bytes", [1, 100, 2**22])
 def test_a_row_knows_only_the_steps_in_which_it_was_active(block_bytes, monkeypatch):
-    monkeypatch.setattr("xc.optim._BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("xc.optim.optimizers._BLOCK_BYTES", block_bytes)
     head = HEADS["full"](23, D, World(), dtype=torch.float64)
     optimizer = RowSGD(head, 0.9, 0.01)
     optimizer.param_groups[0]["lr"] = 0.3

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-import xc.order
-from xc.order import WINDOW, ByClass, ByWeight, Natural
+import xc.data.sampler
+from xc.data.sampler import WINDOW, ByClass, ByWeight, Natural
 
 
 @pytest.mark.parametrize("num_records", [1, 101, 256, 600, 150_000])  # of a window: 256 chunks of 256 records
@@ -66,10 +66,10 @@ def test_classes_come_by_their_share(sampler):
     assert abs(half - found[0] / 2).max() < 3 * np.sqrt(found.max())  # mixed within the epoch
 
 
-@pytest.mark.parametrize("block", [1, 100, xc.order._BLOCK])
+@pytest.mark.parametrize("block", [1, 100, xc.data.sampler._BLOCK])
 @pytest.mark.parametrize("sampler", SHARES)
 def test_the_records_of_a_class_come_equally_often(sampler, block, monkeypatch):
-    monkeypatch.setattr(xc.order, "_BLOCK", block)
+    monkeypatch.setattr(xc.data.sampler, "_BLOCK", block)
     found = come(by_class(sampler), len(LABELS), 12).cumsum(0)
     for label in np.flatnonzero(COUNTS):
         assert (np.ptp(found[:, LABELS == label], axis=1) <= 1).all()

@@ -23,15 +23,18 @@ import psutil
 import pytest
 from PIL import Image
 
-import data_tools.checking
-import data_tools.listing
+import data_tools.common.progress
 import data_tools.pack
-import data_tools.progress
+import data_tools.packing.catalogue
+import data_tools.packing.workers
+import data_tools.packing.write_part
 import data_tools.show
-import xc.pack
-from data_tools.class_table import ClassTable
-from data_tools.pack_writer import PackWriter
-from xc.pack import Pack, PackError, decode, open_splits
+import xc.data.images
+import xc.data.pack
+from data_tools.packing.class_table import ClassTable
+from data_tools.packing.writer import PackWriter
+from xc.data.images import decode
+from xc.data.pack import Pack, PackError, open_splits
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = {"b": 5, "a/x": 11, "a/y": 1, "c 10": 7, "ü": 4}  # name: images
@@ -138,9 +141,9 @@ def test_every_format_is_kept_as_it_was(tmp_path):
 def test_small_chunks_lose_nothing(tmp_path, monkeypatch):
     files = write_tree(tmp_path / "src")
     run(tmp_path / "src", tmp_path / "a")
-    for module in (data_tools.checking, data_tools.pack):
+    for module in (data_tools.packing.workers, data_tools.packing.write_part):
         monkeypatch.setattr(module, "CHUNK_BYTES", 200)  # the worker stops after every second image
-    monkeypatch.setattr(data_tools.pack, "CHUNK_RECORDS", 5)
+    monkeypatch.setattr(data_tools.packing.write_part, "CHUNK_RECORDS", 5)
     run(tmp_path / "src", tmp_path / "b")
     assert contents(Pack(tmp_path / "b")) == by_class(files)
     assert file_hashes(tmp_path / "a") == file_hashes(tmp_path / "b")
@@ -160,9 +163,9 @@ def test_window_bounds_what_is_under_way():
         under_way -= 1
         return [(path.encode(), 0) for path, _ in images[:1]]  # each time half of the chunk is left over
 
-    records = [data_tools.listing.Record("", f"{i}", 0, 0, None) for i in range(40)]
+    records = [data_tools.packing.catalogue.Record("", f"{i}", 0, 0, None) for i in range(40)]
     chunks = (records[i : i + 2] for i in range(0, 40, 2))
-    found = [(record, data) for record, data, _ in data_tools.checking.read_in_order(Pool(), 3, [""], chunks)]
+    found = [(record, data) for record, data, _ in data_tools.packing.workers.read_in_order(Pool(), 3, [""], chunks)]
     assert found == [(record, record.path.encode()) for record in records] and most == 3
 
 
@@ -217,19 +220,19 @@ def test_read_in_any_order(whole):
 
 def test_neighbours_are_read_together(whole, monkeypatch):
     pack = Pack(whole[0])
-    read, calls = xc.pack._File.read_bytes, []
-    monkeypatch.setattr(xc.pack._File, "read_bytes", lambda self, *what: calls.append(what[0]) or read(self, *what))
+    read, calls = xc.data.pack._File.read_bytes, []
+    monkeypatch.setattr(xc.data.pack._File, "read_bytes", lambda self, *what: calls.append(what[0]) or read(self, *what))
     pack.read(np.arange(len(pack)))
     assert calls.count("bytes") == pack.num_shards
     calls.clear()
-    monkeypatch.setattr(xc.pack, "RUN_RECORDS", 1)  # and where runs are limited, none is lost
+    monkeypatch.setattr(xc.data.pack, "RUN_RECORDS", 1)  # and where runs are limited, none is lost
     assert len(set(pack.read(np.arange(len(pack)))[0])) == calls.count("bytes") == len(pack)
 
 
 def test_threads_share_a_pack_with_few_files_open(tmp_path, monkeypatch):
     write_tree(tmp_path / "src")
     run(tmp_path / "src", tmp_path / "pack", "--shard-mb", 1e-6)
-    monkeypatch.setattr(xc.pack, "MAX_OPEN_SHARDS", 3)
+    monkeypatch.setattr(xc.data.pack, "MAX_OPEN_SHARDS", 3)
     before = len(os.listdir("/proc/self/fd"))
     pack, wrong = Pack(tmp_path / "pack"), []
     images, labels = pack.read(np.arange(28))
@@ -694,7 +697,7 @@ def test_bad_images_are_skipped_listed_and_counted(tmp_path, capsys, workers):
     files["a/odd.png"] = png(2, 2, 6, (b"acTL", bytes(8)))  # an animation of no frames: Pillow warns and decodes
     (tmp_path / "src" / "a" / "odd.png").write_bytes(files["a/odd.png"])
     with pytest.warns(UserWarning):
-        xc.pack.open_image(files["a/odd.png"])
+        xc.data.images.open_image(files["a/odd.png"])
     (tmp_path / "src" / "lost").mkdir()
     for name, data in BAD.items():
         (tmp_path / "src" / "lost" / name).write_bytes(data)
@@ -741,7 +744,7 @@ def test_progress_in_plain_lines(tmp_path, capsys, monkeypatch):
     write_tree(tmp_path / "src")
     run(tmp_path / "src", tmp_path / "a")
     assert capsys.readouterr().err == ""  # over before the first line is due
-    monkeypatch.setattr(data_tools.progress.Progress, "line_seconds", 0)
+    monkeypatch.setattr(data_tools.common.progress.Progress, "line_seconds", 0)
     run(tmp_path / "src", tmp_path / "b")
     lines = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"listing: 1 images, [\d,.]+/s", lines[0])
@@ -753,7 +756,7 @@ def test_max_record_bytes(tmp_path, monkeypatch):
     files = write_tree(tmp_path / "src", {"a": 2})
     (tmp_path / "src" / "a" / "long.png").write_bytes(picture(9) + bytes(10**4))
     run(tmp_path / "src", tmp_path / "all")
-    monkeypatch.setattr(xc.pack, "MAX_RECORD_BYTES", 10**4)
+    monkeypatch.setattr(xc.data.pack, "MAX_RECORD_BYTES", 10**4)
     run(tmp_path / "src", tmp_path / "pack", "--max-skipped", 1)
     assert contents(Pack(tmp_path / "pack")) == by_class(files)
     with pytest.raises(PackError, match=r"record \d: more than 10000 bytes"):
@@ -767,11 +770,11 @@ def test_max_record_bytes(tmp_path, monkeypatch):
     (["nowhere", "pack"], "nowhere: no such file or folder"),
     (["empty", "pack"], "no images"),
     (["src", "src2"], "src2 exists"),
-    (["src", "src/pack"], "inside of"),
+    (["src", "src/pack"], "lies inside"),
     (["src", "no/pack"], "no such folder"),
     (["src", "pack", "--root", "src"], "--root src"),
-    (["rooted", "pack"], "0.png: an image of no class"),
-    (["rooted-train", "pack"], "train/0.png: an image of no class"),
+    (["rooted", "pack"], "0.png: an image without a class"),
+    (["rooted-train", "pack"], "train/0.png: an image without a class"),
     (["src", "pack", "--classes", "src"], "src: not a pack"),
     (["src", "pack", "--workers", "-1"], "--workers: -1 is not between 0 and 4096"),
     (["src", "pack", "--seed", "x"], "--seed"),
@@ -844,7 +847,7 @@ def test_an_interrupted_pack_says_what_it_keeps(tmp_path, number, send):
     send(process.pid, number)  # a terminal's Ctrl-C reaches the workers too
     error = process.communicate(timeout=30)[1]
     assert process.returncode == 130 and error == (
-        f"data_tools.pack: interrupted; {tmp_path}/.pack.partial-pack keeps what was done: the same command goes on "
+        f"data_tools.pack: interrupted; {tmp_path}/.pack.partial-pack keeps what was done: the same command resumes "
         "from there\n")
     assert sorted(os.listdir(tmp_path)) == [".pack.partial-pack", "src"]
 
@@ -863,7 +866,7 @@ def test_no_space_is_one_line(tmp_path):
 
 def test_a_dead_worker_is_one_line(tmp_path, capsys, monkeypatch):
     write_tree(tmp_path / "src")
-    monkeypatch.setattr(data_tools.checking, "_start_worker", os.abort)
+    monkeypatch.setattr(data_tools.packing.workers, "_start_worker", os.abort)
     assert "a worker died" in fails(capsys, tmp_path / "src", tmp_path / "pack", "--workers", 1)
 
 
@@ -923,7 +926,7 @@ def test_a_damaged_jpeg_is_refused_or_is_what_pillow_makes_of_it():
         spoilt.append(whole[:place] + bytes([numbers.integers(256)]) + whole[place + 1 :])
     for data in spoilt:
         try:
-            expected = pillows(xc.pack.open_image(data) and data, 40, 3)
+            expected = pillows(xc.data.images.open_image(data) and data, 40, 3)
         except ValueError:
             refused += 1
             with pytest.raises(ValueError):

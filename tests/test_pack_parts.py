@@ -15,17 +15,18 @@ from functools import partial
 import numpy as np
 import pytest
 
-import data_tools.claim
-import data_tools.listing
+import data_tools.common.progress
 import data_tools.pack
-import data_tools.progress
-from data_tools.external_sort import Sorter, merged
-from data_tools.pack_writer import ShardWriter
+import data_tools.packing.catalogue
+import data_tools.packing.job
+import data_tools.packing.lease
+from data_tools.packing.external_sort import Sorter, merged
+from data_tools.packing.writer import ShardWriter
 from tests.processes import wait_until
 from tests.test_faults import small_disk
 from tests.test_pack import ROOT, fails, file_hashes, picture, run
 from tests.test_sources import write_tar
-from xc.pack import PackError, open_splits
+from xc.data.pack import PackError, open_splits
 
 KINDS = ["folder", "webdataset", "large"]  # images named by paths, those that come as bytes, and some of those large
 LARGE_BYTES = 165  # two of five images have more
@@ -55,9 +56,10 @@ FLAGS = ["--shard-mb", 5e-4, "--max-skipped", 3, "--memory-mb", 0.002, "--worker
 
 def start(*args, seconds=0.0, patience=90):
     """A real process of a pack, whose fsync takes so many seconds."""
-    code = (f"import os, runpy, signal, time, data_tools.claim; os.fsync = lambda fd: time.sleep({seconds}); "
-            f"data_tools.claim.LIFE_SECONDS = 0.1; data_tools.claim.PATIENCE_SECONDS = {patience}; "
-            f"import data_tools.listing; data_tools.listing.LARGE_BYTES = {data_tools.listing.LARGE_BYTES}; "
+    code = (f"import os, runpy, signal, time, data_tools.packing.lease; os.fsync = lambda fd: time.sleep({seconds}); "
+            f"data_tools.packing.lease.LIFE_SECONDS = 0.1; data_tools.packing.lease.PATIENCE_SECONDS = {patience}; "
+            "import data_tools.packing.catalogue; "
+            f"data_tools.packing.catalogue.LARGE_BYTES = {data_tools.packing.catalogue.LARGE_BYTES}; "
             "runpy.run_module('data_tools.pack', run_name='__main__', alter_sys=True)")
     return subprocess.Popen([sys.executable, "-c", code, *map(str, (*args, *FLAGS))], cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -85,7 +87,7 @@ def source(request, tmp_path_factory):
     write_source(request.param, folder / "src")
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "large":
-            patch.setattr(data_tools.listing, "LARGE_BYTES", LARGE_BYTES)
+            patch.setattr(data_tools.packing.catalogue, "LARGE_BYTES", LARGE_BYTES)
         run(folder / "src", folder / "pack", *FLAGS)
         assert [len(images) for images in records(folder / "pack").values()] == [69, 24]
         yield folder / "src", folder / "pack"
@@ -138,7 +140,7 @@ def test_a_pack_that_is_killed_again_and_again_is_the_unbroken_one(source, tmp_p
     late = "pack is a pack: " if parts > 1 else "pack exists"  # one that began later
     assert all(code == 0 or late in error for code, _, error in results), results
     assert file_hashes(out) == file_hashes(tmp_path / "whole") and not kept(out).exists()
-    assert "going on behind" in told
+    assert "resuming after" in told
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -150,7 +152,7 @@ def test_an_interrupted_pack_goes_on(source, tmp_path, number):
     assert ended(process)[0] == 130
     before = {path: path.stat().st_mtime_ns for path in kept(tmp_path / "pack").glob("part-0/*/shard-*.h5")}
     code, _, error = ended(start(src, tmp_path / "pack"))
-    assert code == 0 and "going on behind" in error and "listing" not in error
+    assert code == 0 and "resuming after" in error and "listing" not in error
     assert file_hashes(tmp_path / "pack") == file_hashes(whole)
     moved = {path.stat().st_mtime_ns for path in (tmp_path / "pack").glob("*/shard-*.h5")}
     assert sum(time in moved for time in before.values()) >= len(before) - 1 > 3  # they were not written anew
@@ -167,9 +169,9 @@ def test_a_pack_does_not_show_which_images_were_large(tmp_path, monkeypatch, par
         packs.append(file_hashes(out))
 
     for most in 2**16, LARGE_BYTES, 0:
-        monkeypatch.setattr(data_tools.listing, "LARGE_BYTES", most)
+        monkeypatch.setattr(data_tools.packing.catalogue, "LARGE_BYTES", most)
         pack(tmp_path / f"{most}")
-    monkeypatch.setattr(data_tools.listing, "LARGE_BYTES", LARGE_BYTES)
+    monkeypatch.setattr(data_tools.packing.catalogue, "LARGE_BYTES", LARGE_BYTES)
     for stop in 3, 0, 5:
         calls = itertools.count()
 
@@ -181,7 +183,7 @@ def test_a_pack_does_not_show_which_images_were_large(tmp_path, monkeypatch, par
         monkeypatch.setattr(ShardWriter, "write", stopped)
         with pytest.raises(SystemExit):
             pack(tmp_path / "stopped")
-    large = (kept(tmp_path / "stopped") / "listing" / data_tools.listing.LARGE_FILE).stat().st_size
+    large = (kept(tmp_path / "stopped") / "listing" / data_tools.packing.catalogue.LARGE_FILE).stat().st_size
     assert LARGE_BYTES * 30 < large < sum(path.stat().st_size for path in src.iterdir()) / 3
     monkeypatch.setattr(ShardWriter, "write", write)
     pack(tmp_path / "stopped")
@@ -190,14 +192,14 @@ def test_a_pack_does_not_show_which_images_were_large(tmp_path, monkeypatch, par
 
 def test_a_list_that_lost_bytes_of_images_is_one_line(tmp_path, monkeypatch, capsys):
     src = write_source("webdataset", tmp_path / "src")
-    monkeypatch.setattr(data_tools.listing, "LARGE_BYTES", LARGE_BYTES)
+    monkeypatch.setattr(data_tools.packing.catalogue, "LARGE_BYTES", LARGE_BYTES)
     run(src, tmp_path / "pack", *FLAGS, "--part", "0/2")
-    os.truncate(kept(tmp_path / "pack") / "listing" / data_tools.listing.LARGE_FILE, 1000)
+    os.truncate(kept(tmp_path / "pack") / "listing" / data_tools.packing.catalogue.LARGE_FILE, 1000)
     capsys.readouterr()
     with pytest.raises(SystemExit):
         run(src, tmp_path / "pack", *FLAGS, "--part", "1/2")
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "inside of an image" in error and not (tmp_path / "pack").exists()
+    assert error.count("\n") == 1 and "inside an image" in error and not (tmp_path / "pack").exists()
 
 
 @pytest.mark.parametrize("kilobytes", [60, 220])
@@ -281,16 +283,16 @@ def test_a_part_takes_over_from_one_that_shows_no_life(source, tmp_path, capsys,
     wait_until(lambda: list(kept(tmp_path / "pack").glob("listing.claim")))
     process.kill()
     ended(process)
-    monkeypatch.setattr(data_tools.claim, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(data_tools.packing.lease, "PATIENCE_SECONDS", 0.3)
     run(src, tmp_path / "pack", *FLAGS, "--part", "1/2")
-    assert "part-0 shows no life for 0.3 s" in capsys.readouterr().err
+    assert "part-0 gave no sign of life for 0.3 s" in capsys.readouterr().err
     run(src, tmp_path / "pack", *FLAGS, "--part", "0/2")
     assert records(tmp_path / "pack") == records(whole)
 
 
 def test_a_part_waits_for_one_that_is_alive(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_tools.claim, "LIFE_SECONDS", 0.05)
-    monkeypatch.setattr(data_tools.claim, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(data_tools.packing.lease, "LIFE_SECONDS", 0.05)
+    monkeypatch.setattr(data_tools.packing.lease, "PATIENCE_SECONDS", 0.5)
     claim, made, workers = tmp_path / "claim", tmp_path / "made", []
 
     def work(name):
@@ -298,8 +300,8 @@ def test_a_part_waits_for_one_that_is_alive(tmp_path, monkeypatch):
         time.sleep(1.5)  # longer than patience
         made.touch()
 
-    threads = [threading.Thread(target=data_tools.claim.by_one, args=(claim, name, made.exists, partial(work, name)))
-               for name in "abc"]
+    threads = [threading.Thread(target=data_tools.packing.lease.run_once,
+                                args=(claim, name, made.exists, partial(work, name))) for name in "abc"]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -391,12 +393,12 @@ def test_a_folder_that_appears_is_not_taken_for_the_pack(source, tmp_path, capsy
         run(src, out, *FLAGS, "--part", "0/2")
     capsys.readouterr()
     with monkeypatch.context() as context:
-        write = data_tools.pack.write_part
-        context.setattr(data_tools.pack, "write_part", lambda *args: (write(*args), out.mkdir()))
+        write = data_tools.packing.job.write_part
+        context.setattr(data_tools.packing.job, "write_part", lambda *args: (write(*args), out.mkdir()))
         with pytest.raises(SystemExit) as exit:
             run(src, out, *FLAGS, *part)
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and "pack has appeared meanwhile" in error and "the same command goes on" in error
+    assert exit.value.code == 2 and "pack has appeared meanwhile" in error and "the same command resumes" in error
     out.rmdir()
     run(src, out, *FLAGS, *part)
     assert records(out) == records(whole)
@@ -410,13 +412,13 @@ def test_parts_that_come_late_find_the_pack(source, tmp_path, capsys):
     hashes = file_hashes(tmp_path / "pack")
     capsys.readouterr()
     error = fails(capsys, src, tmp_path / "pack", *FLAGS, "--part", "0/2")
-    assert "if it is that of these parts, all is done" in error and "remove" not in error
+    assert "if these parts made it, all is done" in error and "remove" not in error
     assert file_hashes(tmp_path / "pack") == hashes
 
 
 def test_images_are_listed_once(source, tmp_path, capsys, monkeypatch):
     src, _ = source
-    monkeypatch.setattr(data_tools.progress.Progress, "line_seconds", 0)
+    monkeypatch.setattr(data_tools.common.progress.Progress, "line_seconds", 0)
     listed = []
     for i in range(2):
         run(src, tmp_path / "pack", *FLAGS, "--part", f"{i}/2")

@@ -8,13 +8,14 @@ import torch.nn.functional as F
 
 from tests.test_heads import SEED, WORLDS, D, G, dense, examples
 from tests.worlds import run_ranks, write_files
-from xc.config import Config, UserError
-from xc.heads import HEADS, build
-from xc.heads.base import initial_rows
-from xc.heads.knn import num_neighbors
-from xc.heads.partial import budget
-from xc.shard import Shard
-from xc.world import World
+from xc.comm.shard import Shard
+from xc.comm.world import World
+from xc.config import Config
+from xc.errors import UserError
+from xc.model.head import initial_rows
+from xc.model.head_table import HEADS, build
+from xc.model.knn import num_neighbors
+from xc.model.sampled import budget
 
 PARTIAL = ["knn", "sampled", "selective"]
 

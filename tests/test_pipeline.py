@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from tests.worlds import run_ranks
-from xc import backbone as backbones
-from xc import pipeline
-from xc.exchange import AllReduce
-from xc.heads import HEADS
-from xc.metrics import Timer
-from xc.schedule import Now
-from xc.shard import Shard
-from xc.world import World
+from xc.comm.shard import Shard
+from xc.comm.world import World
+from xc.gradients.allreduce import AllReduce
+from xc.model import backbone as backbones
+from xc.model.head_table import HEADS
+from xc.optim.schedule import Now
+from xc.run.metrics import Timer
+from xc.train import step as pipeline
 
 C, D, G = 23, 8, 24
 WITH_NORM = backbones.build("small", (1, 16, 16), D, 1, World())

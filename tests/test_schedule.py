@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xc.config import Config, UserError, parse
-from xc.schedule import Position, Schedule, interval
-from xc.schedule_plot import draw, steps_of
+from xc.config import Config, parse
+from xc.errors import UserError
+from xc.optim.schedule import Position, Schedule, interval
+from xc.optim.schedule_plot import draw, steps_of
 
 
 def schedule(num_records=1000, num_ranks=2, **flags):

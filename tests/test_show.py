@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import data_tools.common.progress
 import data_tools.pack
-import data_tools.progress
 import data_tools.show
-from data_tools import pack_pictures
-from data_tools.show import doubling, long_tail, sample, sheet
+from data_tools.reports import plots as pack_pictures
+from data_tools.reports.facts import doubling, long_tail, sample, sheet
 from tests.test_export import write_pack
 from tests.test_pack import picture, write_tree
-from xc.pack import Pack
+from xc.data.pack import Pack
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNTS = {"b": 5, "a/x": 11, "a/y": 1, "c 10": 7, "ü": 4}
@@ -152,7 +152,7 @@ def test_pictures_are_written(packs, tmp_path):
     (("packs", "--plot", "a.jpg"), "ends in .png"),
     (("packs", "--plot", "there.png"), "there.png exists"),
     (("packs", "--sheet", "there.png"), "there.png exists"),
-    (("packs", "--sheet", "no/a.png"), "no such folder as no"),
+    (("packs", "--sheet", "no/a.png"), "there is no folder no"),
     (("packs", "--sample", "0"), "not between"),
     (("broken",), "record 0: not an image"),
 ])
@@ -225,7 +225,7 @@ def test_damage_that_verify_finds_has_a_code_of_its_own(packs, tmp_path, capsys,
                                          ("export", ["out", "--to", "folder"])])
 def test_progress_is_told_apart_from_the_result(packs, tmp_path, monkeypatch, capsys, tool, flags):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data_tools.progress.Progress, "line_seconds", 0)
+    monkeypatch.setattr(data_tools.common.progress.Progress, "line_seconds", 0)
     importlib.import_module(f"data_tools.{tool}").main([str(arg) for arg in (packs / "train", *flags, "--json")])
     said = capsys.readouterr()
     json.loads(said.out)

@@ -17,7 +17,7 @@ import pytest
 from tests.launch import ROOT, losses, mpirun
 from tests.slurm_cluster import Cluster, missing
 from tests.test_mpi import SYNTH
-from xc.pack import open_splits
+from xc.data.pack import open_splits
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(300)]
 FLAGS = [*SYNTH[1:], "--eval-every", 0]
@@ -427,7 +427,7 @@ def test_a_requeued_pack_goes_on(cluster, tiny_packs, tmp_path):
     until(lambda: list(tmp_path.glob(".packs.partial-pack/part-0/train/*")), "a shard")
     cluster.run("scontrol", "requeue", number)
     log = ended(cluster, number, restarts=1)
-    assert "going on behind" in log
+    assert "resuming after" in log
     assert open_splits(out)["train"].verify() == 120
 
 

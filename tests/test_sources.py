@@ -16,15 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-import data_tools.external_sort
-import xc.pack
-from data_tools import recordio, sources
-from data_tools.class_table import name_hash
-from data_tools.external_sort import Sorter
-from data_tools.pack import names_in
-from data_tools.skipped import Skipped
+import data_tools.packing.external_sort
+import xc.data.pack
+from data_tools.packing.class_table import name_hash
+from data_tools.packing.external_sort import Sorter
+from data_tools.packing.select import names_in
+from data_tools.packing.skipped import Skipped
+from data_tools.sources import detect, recordio, webdataset
 from tests.test_pack import ROOT, by_class, contents, fails, file_hashes, picture, png, run, write_tree
-from xc.pack import Pack, open_splits
+from xc.data.pack import Pack, open_splits
 
 CLASSES = {"0": 5, "1": 11, "2": 1, "3": 7}  # numbers, since RecordIO has nothing else
 
@@ -147,7 +147,7 @@ def files(tmp_path):
 @pytest.mark.parametrize("kind", MADE)
 def test_whatever_images_come_as_the_records_are_the_same(tmp_path, files, kind):
     source = make(kind, tmp_path / "source", files)
-    assert sources.kind_of(str(source)) == kind.split()[0]
+    assert detect.kind_of(str(source)) == kind.split()[0]
     for name, args in {"whole": [], "spilled": ["--memory-mb", 1e-3, "--workers", 2], "shards": ["--shard-mb", 1e-3],
                        "named": ["--from", kind.split()[0]], "seed": ["--seed", 1]}.items():
         run(source, tmp_path / name, *args)
@@ -222,7 +222,7 @@ def test_a_path_has_one_label(tmp_path, capsys, kind):
                       "--memory-mb", memory)
         assert f"path {names[1]!r} has the labels 'b' and 'c' (1 such cases)" in error
     run(listed((0, "a"), (1, "b"), (0, "a"), (2, "c")), tmp_path / "pack")
-    assert "1 rows name a path again" in capsys.readouterr().err
+    assert "1 rows name a path that an earlier row named" in capsys.readouterr().err
     images, _ = Pack(tmp_path / "pack").read(np.arange(4))
     assert sorted(images) == sorted([*files.values(), files[names[0]]])
 
@@ -270,7 +270,7 @@ def test_shards_are_of_the_split_they_are_named_after(tmp_path, capsys, names):
     for split, pack in open_splits(tmp_path / "again").items():
         assert contents(pack) == contents(packs[split])
     write_tar(tmp_path / "tars" / "more.tar", samples(made[0]))
-    assert "more.tar: of no split" in fails(capsys, tmp_path / "tars", tmp_path / "new")
+    assert "more.tar: its name gives no split" in fails(capsys, tmp_path / "tars", tmp_path / "new")
 
 
 @pytest.mark.parametrize("name", ["val", "validation", "valid"])
@@ -341,7 +341,7 @@ def test_a_share_is_held_out(tmp_path, capsys, kind):
     assert file_hashes(tmp_path / "a") == file_hashes(tmp_path / "b")
     assert contents(open_splits(tmp_path / "a")["test"]) != test
     assert " classes have images in test and none in train\n" in capsys.readouterr().err
-    assert "is of split t" in fails(capsys, tmp_path / "a", tmp_path / "new", "--split", "val=0.5")
+    assert "has split t" in fails(capsys, tmp_path / "a", tmp_path / "new", "--split", "val=0.5")
     for wrong in ("train=0.1", "test=1", "test=0", "test=nan", "test", "dev=0.1"):
         assert "is not like test=0.01" in fails(capsys, source, tmp_path / "new", "--split", wrong)
 
@@ -358,7 +358,7 @@ def test_sources_with_and_without_splits_do_not_mix(tmp_path, capsys):
 @pytest.mark.parametrize("unique", [False, True])
 @pytest.mark.parametrize("memory", [1, 300, 20_000, 10**9])
 def test_sorting_on_disk_is_sorting(tmp_path, monkeypatch, unique, memory):
-    monkeypatch.setattr(data_tools.external_sort, "MAX_RUNS", 3)
+    monkeypatch.setattr(data_tools.packing.external_sort, "MAX_RUNS", 3)
     random = np.random.default_rng(0)
     items = [random.bytes(random.integers(0, 5)) for _ in range(500)]
     assert len(set(items)) < len(items)
@@ -486,7 +486,7 @@ def test_a_tar_that_is_cut_anywhere_is_one_line(tmp_path, capsys):
 
 
 def test_a_tar_header_cannot_fill_the_memory(tmp_path, capsys):
-    for kind in sources.HEADERS:
+    for kind in webdataset.HEADERS:
         header = odd("x", kind, size=2**21).tobuf(tarfile.GNU_FORMAT)
         (tmp_path / "a.tar").write_bytes(header + b"1" * 2**21 + bytes(1024))
         assert "a header of 2097152 bytes" in fails(capsys, tmp_path / "a.tar", tmp_path / "pack")
@@ -495,12 +495,12 @@ def test_a_tar_header_cannot_fill_the_memory(tmp_path, capsys):
 def test_a_tar_header_for_all_members_has_few_keys(tmp_path, capsys):
     """tarfile copies them for each member that has a header of its own."""
     files = write_tree(tmp_path / "src", {"0": 2})
-    for count in sources.MAX_GLOBAL_KEYS, sources.MAX_GLOBAL_KEYS + 1:
+    for count in webdataset.MAX_GLOBAL_KEYS, webdataset.MAX_GLOBAL_KEYS + 1:
         keys = {f"key{i}": "x" for i in range(count)}
         with tarfile.open(tmp_path / "a.tar", "w", pax_headers=keys) as tar:
             for name, data in samples(files):
                 tar.addfile(odd(name, size=len(data)), io.BytesIO(data))
-        if count == sources.MAX_GLOBAL_KEYS:
+        if count == webdataset.MAX_GLOBAL_KEYS:
             run(tmp_path / "a.tar", tmp_path / "few")
             assert contents(Pack(tmp_path / "few")) == by_class(files)
     assert "a.tar: cut short or not a tar file: global headers of 257 keys" in fails(capsys, tmp_path / "a.tar",
@@ -515,14 +515,14 @@ def test_a_chain_of_tar_headers_is_one_line(tmp_path, capsys, kind):
 
 
 @pytest.mark.parametrize("name, size, reason", [
-    ("a.png", 2**18, "several images"), ("a.cls", 2**16, f"more than {sources.MAX_LABELS} files with a label")])
+    ("a.png", 2**18, "several images"), ("a.cls", 2**16, f"more than {webdataset.MAX_LABELS} files with a label")])
 def test_a_sample_cannot_fill_the_memory(tmp_path, name, size, reason):
     image = picture(1)
     write_tar(tmp_path / "a.tar", [("a.jpg", image), *[(name, b"1" * size)] * 100, ("b.png", image), ("b.cls", b"1")])
     with Skipped(tmp_path / "skipped.tsv", "1") as skipped:
         tracemalloc.start()
         try:
-            records = list(sources.webdataset_source(str(tmp_path / "a.tar"), skipped))
+            records = list(webdataset.records(str(tmp_path / "a.tar"), skipped))
             assert tracemalloc.get_traced_memory()[1] < 10 * size + 2**20
         finally:
             tracemalloc.stop()
@@ -534,7 +534,7 @@ def test_a_tar_member_that_claims_more_than_the_file_is_one_line(tmp_path, capsy
     """tarfile looked for the end of it without end."""
     for name in "x.png", "x.txt":
         (tmp_path / "a.tar").write_bytes(odd(name, size=size).tobuf(tarfile.GNU_FORMAT) + bytes(2048))
-        assert f"ends inside of {name}" in fails(capsys, tmp_path / "a.tar", tmp_path / "pack")
+        assert f"ends inside {name}" in fails(capsys, tmp_path / "a.tar", tmp_path / "pack")
 
 
 def test_recordio_is_cut_at_the_magic_number_and_joined_again(tmp_path):
@@ -543,15 +543,15 @@ def test_recordio_is_cut_at_the_magic_number_and_joined_again(tmp_path):
     cases += [b"".join(random.choice([recordio.MAGIC, b"abcd", b"x"], 9)) for _ in range(50)]
     path = write_rec(tmp_path / "a.rec", cases)
     assert sum(case.count(recordio.MAGIC) for case in cases) > 50
-    kinds = {path.read_bytes()[place + 7] >> 5 for place, _ in recordio.records(path)}
+    kinds = {path.read_bytes()[place + 7] >> 5 for place, _ in recordio.read_records(path)}
     assert kinds == {recordio.WHOLE, recordio.FIRST}
-    assert [data for _, data in recordio.records(path, tmp_path / "a.idx")] == cases
+    assert [data for _, data in recordio.read_records(path, tmp_path / "a.idx")] == cases
 
 
 def test_a_rec_that_is_cut_or_damaged_is_one_line(tmp_path, capsys):
     images = [image_record(1.0, picture(i)) for i in range(3)]
     whole = write_rec(tmp_path / "whole.rec", images, index=False).read_bytes()
-    second = [place for place, _ in recordio.records(tmp_path / "whole.rec")][1]
+    second = [place for place, _ in recordio.read_records(tmp_path / "whole.rec")][1]
     for length in (4, 7, 8, 100, second + 2, second + 8, len(whole) - 1):
         (tmp_path / "a.rec").write_bytes(whole[:length])
         assert "cut short" in fails(capsys, tmp_path / "a.rec", tmp_path / "pack"), length
@@ -570,7 +570,7 @@ def test_records_that_hold_no_image_of_a_class_are_counted(tmp_path, monkeypatch
     bad += [b"short", recordio.IMAGE.pack(2**32 - 1, 0.0, 0, 0) + b"x", image_record(3.0, b"hello"),
             image_record(3.0, bytes(5000)), image_record(3.0, recordio.MAGIC * 1500)]
     write_rec(tmp_path / "a.rec", [*bad, image_record(3.0, image)])
-    monkeypatch.setattr(xc.pack, "MAX_RECORD_BYTES", 4000)
+    monkeypatch.setattr(xc.data.pack, "MAX_RECORD_BYTES", 4000)
     run(tmp_path / "a.rec", tmp_path / "pack", "--max-skipped", len(bad))
     assert contents(Pack(tmp_path / "pack")) == {image: "3"}
     rows = skipped_rows(tmp_path / "pack")
@@ -680,7 +680,7 @@ def test_another_kind_is_not_read_as_this_one(tmp_path, capsys, files, kind):
 
 def test_a_class_may_have_the_name_of_a_packs_index(tmp_path):
     files = write_tree(tmp_path / "src", {"index.h5": 2, "train/index.h5": 1})
-    assert sources.kind_of(str(tmp_path / "src")) == "folder"
+    assert detect.kind_of(str(tmp_path / "src")) == "folder"
     run(tmp_path / "src", tmp_path / "pack")
     assert contents(Pack(tmp_path / "pack")) == by_class(files)
 
@@ -689,10 +689,10 @@ def test_a_folder_is_no_manifest_and_a_file_no_folder(tmp_path, capsys):
     write_tree(tmp_path / "src", {"a": 1})
     write_tar(tmp_path / "a.tar", [])
     error = fails(capsys, tmp_path / "src", tmp_path / "pack", "--from", "manifest")
-    assert f"{tmp_path / 'src'}: a folder, but a manifest is a file" in error
+    assert f"{tmp_path / 'src'}: a folder, but --from manifest needs a file" in error
     for kind in "folder", "pack":
         error = fails(capsys, tmp_path / "a.tar", tmp_path / "pack", "--from", kind)
-        assert f"{tmp_path / 'a.tar'}: a file, but the kind {kind} is of folders" in error
+        assert f"{tmp_path / 'a.tar'}: a file, but --from {kind} needs a folder" in error
 
 
 def test_a_class_name_has_an_end(tmp_path, capsys):

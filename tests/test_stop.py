@@ -47,5 +47,5 @@ def test_a_signal_that_comes_too_late_changes_no_exit_code(end, code, number):
     """While Python takes itself apart, when it has given signals back to the system."""
     lines = ["import os, signal", "from xc import stop, world", "stop.listen()", "class Late:",
              f"    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.{number}): kill(pid, number)",
-             "late = Late()", "def leave(): raise world.Leave(75, 'left')", f"world.run(lambda: {end})"]
+             "late = Late()", "def leave(): raise world.ExitRun(75, 'left')", f"world.run(lambda: {end})"]
     assert run(sys.executable, "-c", "\n".join(lines), expect=code)

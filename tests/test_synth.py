@@ -12,11 +12,12 @@ import torch
 
 from tests.launch import error_lines, run
 from tests.worlds import run_ranks
-from xc import synth
-from xc.config import Config, UserError
-from xc.data import Loader, open_splits
-from xc.keyed import keys_of
-from xc.synth import Spec
+from xc.config import Config
+from xc.data import synthetic as synth
+from xc.data.hashing import keys_of
+from xc.data.loader import Loader, open_splits
+from xc.data.synthetic import Spec
+from xc.errors import UserError
 
 CFG = Config(data="x", out="x", loader_threads=2, prefetch=2)
 

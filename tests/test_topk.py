@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xc.topk import message_bytes, pack, top_places, unpack
+from xc.gradients.topk import message_bytes, pack, top_places, unpack
 
 
 @pytest.mark.parametrize("size, k", [(1, 1), (7, 1), (7, 7), (101, 5), (1000, 1), (1000, 10), (1009, 37), (4099, 4000)])

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from xc.traffic import Traffic
+from xc.comm.traffic import Traffic
 
 
 def over_after(calls):

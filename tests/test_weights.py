@@ -8,7 +8,7 @@ import data_tools.export
 import data_tools.split
 from tests.test_pack import fails, file_hashes, run, write_tree
 from tests.test_sources import write_parquet
-from xc.pack import Pack, open_splits
+from xc.data.pack import Pack, open_splits
 
 CLASSES = {"a": 5, "b": 11, "c 1": 1, "d": 7}
 RAW = [0, 1, 0.1, 3.5e-30, 7e30, float(np.finfo(np.float32).max), 1e-46, 12345678.9, 0.5]  # one that is rounded to 0

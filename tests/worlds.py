@@ -8,7 +8,8 @@ import threading
 import torch
 from safetensors.torch import save_file
 
-from xc.world import Group, World, _sum_dtype
+from xc.comm.groups import Group, sum_dtype
+from xc.comm.world import World
 
 _PATIENCE_SECONDS = 30
 
@@ -67,7 +68,7 @@ class ThreadGroup(Group):
 
     def reduce_scatter_async(self, tensor, counts):
         parts = self._exchange("reduce_scatter", tensor, tuple(tensor.shape), tuple(counts))
-        piece = torch.stack(parts).sum(0, dtype=_sum_dtype(tensor)).split(list(counts))[self.rank].clone()
+        piece = torch.stack(parts).sum(0, dtype=sum_dtype(tensor)).split(list(counts))[self.rank].clone()
         return self._unchanged(tensor, piece)
 
     def all_to_all(self, tensor, counts):
