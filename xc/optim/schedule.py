@@ -139,6 +139,15 @@ class Schedule:
             raise ValueError(f"--density-warmup {cfg.density_warmup} is {self.density_warmup} {steps}, but the run has "
                              f"{self.rounds} and would not reach --density {cfg.density}: take a shorter warm-up")
 
+    def done(self, progress):
+        """Whether the run is complete."""
+        return progress.examples == self.examples
+
+    @property
+    def micro_batch(self):
+        """Examples of a micro-batch over all ranks."""
+        return self.batch // self.micro_batches
+
     @property
     def examples(self):
         """Of the whole run."""

@@ -5,7 +5,14 @@ from pathlib import Path
 from xc.optim.schedule import Position
 
 
-def draw(schedule, path):
+def draw(schedule, path, world):
+    """Rank 0 writes the picture. Collective."""
+    with world.agreed():
+        if world.rank == 0:
+            _draw(schedule, path)
+
+
+def _draw(schedule, path):
     """Writes the picture and prints what it shows in a line. OSError, ValueError where it cannot be written."""
     if Path(path).suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--schedule-plot {path} is not the name of a picture: let it end in .png, .svg or .pdf")

@@ -9,6 +9,8 @@ Song et al. 2020, overlapping pipeline; the sequence is ours, since the paper's 
 import torch
 
 from xc.comm.shard import Shard
+from xc.optim import noise_scale
+from xc.optim.optimizers import set_lr
 
 
 def run(backbone, head, exchange, batch, labels, now, timer, feature_bits=32):
@@ -68,3 +70,34 @@ def run(backbone, head, exchange, batch, labels, now, timer, feature_bits=32):
                 if j == 0 and num_parts > 1:
                     exchange.first_passed()
     return sum(losses), of_first
+
+
+def train_step(state, batch, plan, progress, schedule, cfg, timer):
+    """One update of the backbone and of the class rows. Collective.
+
+    batch    [(images (B, …), labels (B,)), …] of this rank, one pair a micro-batch of the StepPlan `plan`
+    returns  features (B, D) of the first micro-batch, labels of all of them
+    """
+    head, exchange = state.head, state.exchange
+    set_lr(state.backbone_optimizer, plan.lr)
+    set_lr(state.head_optimizer, plan.lr * cfg.head_lr_scale)
+    with timer("select"):
+        labels = torch.cat([labels for _, labels in batch])
+        head.select(labels, plan.round, plan.rounds)
+    measured = progress.step % noise_scale.EVERY == 0 and schedule.is_warm(progress)
+    exchange.watched = progress.step if measured else None
+    loss, features = run(state.backbone, head, exchange, batch, labels, plan, timer, cfg.feature_bits)
+    with timer("exchange"):
+        finite = exchange.reduce()
+        head.reduce()
+        if finite and (norms := exchange.norms(plan)):
+            state.noise.look(*norms, grows_from=cfg.global_batch if schedule.grows(progress) else 0)
+    with timer("update"):
+        if finite:  # fp16: gradients overflow on all ranks alike, and the step is skipped
+            state.backbone_optimizer.step()
+            state.head_optimizer.step()
+        exchange.loss_scale.update(finite)
+        exchange.zero_grad()
+        head.zero_grad()
+        state.losses.add(loss, progress.step)
+    return features, labels
