@@ -53,7 +53,7 @@ def main():
     labels, now = torch.cat([part for _, part in batch]), schedule.at(Position())
 
     def step(optimizer, watched=None):
-        exchange.watched = watched
+        exchange.noise_seed = watched
         head.select(labels, 0)
         pipeline.run(backbone, head, exchange, batch, labels, now, timer)
         exchange.reduce()
@@ -72,8 +72,8 @@ def main():
             set_lr(optimizers["lars"], now.lr)
 
     def look():
-        exchange.watched = 0
-        exchange.first_passed()
+        exchange.noise_seed = 0
+        exchange.after_first_backward()
         for bucket in exchange._buckets:
             exchange.note(bucket)
         noise.look(*exchange.norms(now))

@@ -36,7 +36,7 @@ class Checkpoints:
         if self._resumed is None:
             return Position()
         progress = self._load(self._resumed)
-        top1 = self._world.everyone.all_gather_object(top1_of(self._resumed))[0]
+        top1 = self._world.all_ranks.all_gather_object(top1_of(self._resumed))[0]
         self.lacks_scores = self._cfg.resume == "auto" and top1 is None
         return progress
 
@@ -63,5 +63,5 @@ class Checkpoints:
         self._writer.finish(last=True)
 
     def _load(self, folder):
-        with self._world.agreed():
+        with self._world.raise_on_all_ranks():
             return self._schedule.resume(load(folder, self._state, self._identity))

@@ -19,7 +19,7 @@ def to_resume(resume, run, world):
         return newest_valid(run, world)
     if not resume:
         return None
-    with world.agreed():
+    with world.raise_on_all_ranks():
         _check(Path(resume), world)
     return Path(resume)
 
@@ -31,10 +31,10 @@ def newest_valid(run, world, most_steps=10**18):
     corrupt. Collective.
     """
     corrupt = []
-    found = world.everyone.all_gather_object(folders(Path(run) / "checkpoints"))[0]  # not all hosts see them at once
+    found = world.all_ranks.all_gather_object(folders(Path(run) / "checkpoints"))[0]  # not all hosts see them at once
     for folder in reversed([folder for folder in found if int(folder.name[5:]) <= most_steps]):
         try:
-            with world.agreed():
+            with world.raise_on_all_ranks():
                 _check(folder, world)
             return folder
         except UserError as error:

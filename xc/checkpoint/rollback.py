@@ -24,9 +24,9 @@ class Rollbacks:
         """most: rollbacks that the run may have. Collective."""
         self._most, self._run, self._world = most, run, world
         self._path = Path(run) / "rollbacks.json"
-        with world.agreed():
+        with world.raise_on_all_ranks():
             steps = _steps_in(self._path) if world.rank == 0 and self._path.exists() else []
-        self._bad_steps = world.everyone.all_gather_object(steps)[0]
+        self._bad_steps = world.all_ranks.all_gather_object(steps)[0]
 
     @property
     def skipped(self):
@@ -48,7 +48,7 @@ class Rollbacks:
         if folder is None:
             raise NonFiniteLoss(f"{what}, and there is no checkpoint yet to go back to: {advice}")
         self._bad_steps.append(step)
-        with self._world.agreed():
+        with self._world.raise_on_all_ranks():
             if self._world.rank == 0:
                 replace_text(self._path, json.dumps(self._bad_steps))
         if self._world.rank == 0:

@@ -155,9 +155,10 @@ class CheckpointWriter:
 
 @contextmanager
 def _agreed(group):
-    """`Group.agreed` of the writing threads, for errors of every kind: the other ranks must hear of each, or they would
-    wait for ever."""
-    with group.agreed():
+    """`Group.raise_on_all_ranks` of the writing threads, for errors of every kind: the other ranks must hear of each,
+    or they would wait for ever.
+    """
+    with group.raise_on_all_ranks():
         try:
             yield
         except Exception as error:

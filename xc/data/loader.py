@@ -57,7 +57,7 @@ class Loader:
     def bad_records(self):
         """Number of records that ranks have left out so far, None where there are none. UserError where they are more
         than allowed. Collective."""
-        found = set().union(*self.world.everyone.all_gather_object(self.split.bad_records))
+        found = set().union(*self.world.all_ranks.all_gather_object(self.split.bad_records))
         if len(found) > self.cfg.max_bad_records:
             raise UserError(too_many_bad(len(found), self.cfg.max_bad_records, f"records {sorted(found)}"))
         return len(found) or None

@@ -23,7 +23,7 @@ class FeatureNorm(nn.Module):
 
     def __init__(self, feature_dim, world, momentum=0.1, eps=1e-5):
         super().__init__()
-        self._everyone, self._momentum, self._eps = world.everyone, momentum, eps
+        self._all_ranks, self._momentum, self._eps = world.all_ranks, momentum, eps
         self.register_buffer("mean", torch.zeros(feature_dim))
         self.register_buffer("variance", torch.ones(feature_dim))
 
@@ -32,7 +32,7 @@ class FeatureNorm(nn.Module):
             return (features - self.mean) / (self.variance + self._eps).sqrt()
         x = features.double()  # mean of squares less square of the mean: too few digits in float32
         count = x.new_tensor([len(x)])
-        sums = sum_over(torch.cat([count, x.sum(0), x.square().sum(0)]), self._everyone)
+        sums = sum_over(torch.cat([count, x.sum(0), x.square().sum(0)]), self._all_ranks)
         mean, square = (sums[1:] / sums[0]).chunk(2)
         variance = (square - mean.square()).clamp(min=0)
         with torch.no_grad():

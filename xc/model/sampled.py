@@ -107,7 +107,7 @@ class SampledHead(Head):
 
     def labels_of_rounds(self, labels, num_rounds):
         """[labels (G,) of a round, …] over all copies: all must choose alike. Collective."""
-        everyone = self.world.everyone
+        everyone = self.world.all_ranks
         if self.world.replicas.size == 1:
             counts, labels = self.gather_labels(labels)
         else:

@@ -7,7 +7,7 @@ from xc.optim.schedule import Position
 
 def draw(schedule, path, world):
     """Rank 0 writes the picture. Collective."""
-    with world.agreed():
+    with world.raise_on_all_ranks():
         if world.rank == 0:
             _draw(schedule, path)
 

@@ -64,7 +64,7 @@ class RunLog:
         """
         self._metrics.close()
         world, rss = self._world, torch.tensor(peak_rss_mb(), device=self._world.device)
-        peak = world.everyone.all_reduce(rss, "max").item()
+        peak = world.all_ranks.all_reduce(rss, "max").item()
         watchdog.close()
         if world.rank != 0:
             return

@@ -37,7 +37,7 @@ class StopSignal:
 
         answer = self._answer() if self._answer else torch.zeros(1)
         received = torch.tensor([float(len(_received))], device=self._world.device)
-        self._answer = self._world.everyone.all_reduce_async(received)
+        self._answer = self._world.all_ranks.all_reduce_async(received)
         return bool(answer.item())
 
     def exit(self, progress, cfg):

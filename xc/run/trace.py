@@ -14,7 +14,7 @@ class Trace:
     """Records the Timer's phases and the world's traffic in `num_steps` steps and writes them to RUN/trace.json.
 
     ui.perfetto.dev and chrome://tracing draw the file, `python -m data_tools.show RUN/trace.json` sums it up. A span of
-    traffic lasts from its start on this rank to the moment at which this rank sees that it has ended.
+    traffic lasts from its start on this rank to the moment at which this rank has waited for it.
     """
 
     def __init__(self, num_steps, first_step, steps, run, world, timer):
@@ -29,7 +29,7 @@ class Trace:
         if self._first == self._last:
             return
         if step == self._first:
-            self._world.everyone.all_gather_object(None)  # all ranks begin together, since clocks of hosts differ
+            self._world.all_ranks.all_gather_object(None)  # all ranks begin together, since clocks of hosts differ
             self._begun = self._step_begun = time.perf_counter()
             self._timer.on_end = lambda name, *span: self._spans.append(("compute", name, *span))
             self._world.traffic.on_end = lambda name, *span: self._spans.append(("network", name, *span))
@@ -40,7 +40,7 @@ class Trace:
         if step == self._last:
             self._timer.on_end = self._world.traffic.on_end = None
             spans = [(lane, name, begin - self._begun, end - self._begun) for lane, name, begin, end in self._spans]
-            of_ranks = self._world.everyone.all_gather_object(spans)
+            of_ranks = self._world.all_ranks.all_gather_object(spans)
             if self._world.rank == 0:
                 events = [event for rank, spans in enumerate(of_ranks) for event in _events(rank, spans)]
                 replace_text(self._path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))

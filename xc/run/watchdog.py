@@ -146,3 +146,6 @@ def _ranks(ranks):
     """rank 3; ranks 0, 1, 2 and 60 more."""
     more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{more}"
+
+
+note, at = heartbeat, at_step

@@ -68,5 +68,5 @@ def evaluate(backbone, head, batches, world, stopped=lambda: False):
         places = head.label_places(features, labels)
         hits += torch.tensor([(places < 1).sum(), (places < 5).sum(), len(places)])
     backbone.train(training)
-    top1, top5, examples = world.everyone.all_reduce(hits).tolist()
+    top1, top5, examples = world.all_ranks.all_reduce(hits).tolist()
     return {"top1": top1 / max(1, examples), "top5": top5 / max(1, examples), "examples": examples}

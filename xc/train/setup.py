@@ -17,7 +17,7 @@ def data(cfg, world):
 
     returns  ({"train": split, …}, the Loader of the training split, the Schedule)
     """
-    with world.agreed():
+    with world.raise_on_all_ranks():
         if not cfg.schedule_plot:
             folder.check(cfg)
         splits = loader.open_splits(cfg)
@@ -27,7 +27,7 @@ def data(cfg, world):
 def state(cfg, train_split, world):
     """All that training changes, at its start: the backbone on every rank, the class rows split over ranks.
     Collective."""
-    with world.agreed():
+    with world.raise_on_all_ranks():
         backbone = backbones.build(cfg.backbone, train_split.input_shape, cfg.feature_dim, cfg.seed, world, cfg.amp)
         head = head_table.build(cfg, train_split.num_classes, world)
         exchange = exchanges.build(backbone, world, cfg)
@@ -38,6 +38,6 @@ def state(cfg, train_split, world):
 
 def run_folder(cfg, world):
     """Create the run folder, or lock the one that is resumed. Collective."""
-    with world.agreed():
+    with world.raise_on_all_ranks():
         if world.rank == 0:
             folder.create(cfg, world.size)

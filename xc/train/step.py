@@ -68,7 +68,7 @@ def run(backbone, head, exchange, batch, labels, now, timer, feature_bits=32):
             with timer("backward"):
                 features.pop(j).backward(gradient * scale if exchange.loss_scale.active else gradient)
                 if j == 0 and num_parts > 1:
-                    exchange.first_passed()
+                    exchange.after_first_backward()
     return sum(losses), of_first
 
 
@@ -85,7 +85,7 @@ def train_step(state, batch, plan, progress, schedule, cfg, timer):
         labels = torch.cat([labels for _, labels in batch])
         head.select(labels, plan.round, plan.rounds)
     measured = progress.step % noise_scale.EVERY == 0 and schedule.is_warm(progress)
-    exchange.watched = progress.step if measured else None
+    exchange.noise_seed = progress.step if measured else None
     loss, features = run(state.backbone, head, exchange, batch, labels, plan, timer, cfg.feature_bits)
     with timer("exchange"):
         finite = exchange.reduce()
