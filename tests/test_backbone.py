@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.worlds import run_ranks
+from tests.support.worlds import run_ranks
 from xc import backbone as backbones
 from xc.config import UserError
 from xc.shard import Shard

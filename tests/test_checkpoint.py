@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tests.worlds import run_ranks
+from tests.support.worlds import run_ranks
 from xc import backbone as backbones
 from xc import checkpoint, data, tensor_file
 from xc import saver as savers

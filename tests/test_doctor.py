@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.launch import horovodrun, mpirun, run
-from tests.worlds import run_ranks
+from tests.support.launch import horovodrun, mpirun, run
+from tests.support.worlds import run_ranks
 from xc import doctor
 from xc.config import Config, UserError, as_arguments, parse
 from xc.memory_plan import ON_HOST

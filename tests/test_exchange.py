@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.worlds import run_ranks, write_files
+from tests.support.worlds import run_ranks, write_files
 from xc import backbone as backbones
 from xc.config import Config
 from xc.exchange import AllReduce, Dgc, build

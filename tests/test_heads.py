@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.worlds import run_ranks
+from tests.support.worlds import run_ranks
 from xc.config import Config
 from xc.heads import HEADS
 from xc.heads.base import initial_rows

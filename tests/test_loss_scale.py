@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
+from tests.support.worlds import run_ranks
 from tests.test_exchange import NET, give
-from tests.worlds import run_ranks
 from xc import backbone as backbones
 from xc.config import Config
 from xc.exchange import AllReduce, Dgc

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.worlds import run_ranks
+from tests.support.worlds import run_ranks
 from xc.exchange import AllReduce, Dgc
 from xc.loss_scale import LossScale
 from xc.noise_scale import NoiseScale

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.worlds import run_ranks
+from tests.support.worlds import run_ranks
 from xc.config import Config
 from xc.exchange import Dgc
 from xc.heads import HEADS

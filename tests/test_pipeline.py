@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from tests.worlds import run_ranks
+from tests.support.worlds import run_ranks
 from xc import backbone as backbones
 from xc import pipeline
 from xc.exchange import AllReduce

@@ -6,7 +6,7 @@ import pytest
 
 import data_tools.show
 from data_tools import timeline as tool
-from tests.worlds import run_ranks
+from tests.support.worlds import run_ranks
 from xc.metrics import Timer
 from xc.timeline import Timeline
 

@@ -8,8 +8,8 @@ import sys
 import time
 from dataclasses import dataclass
 
-from tests.launch import Launched, losses, run
-from tests.processes import of_run, ranks_of, wait_until
+from tests.support.launch import Launched, losses, run
+from tests.support.processes import of_run, ranks_of, wait_until
 from xc import checkpoint
 
 _STEPS_A_SAVE = 20

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.launch import ENVIRONMENT, ROOT
+from tests.support.launch import ENVIRONMENT, ROOT
 
 NODES = ("n1", "n2")
 CPUS = 4  # of each node; Slurm takes our word for it
@@ -79,7 +79,7 @@ class Cluster:
             with open(self.folder / "init.log", "w") as log:
                 # The pipe to its standard input closes when we end, however that is, and the cluster with it.
                 self._process = subprocess.Popen(
-                    [*_UNSHARE, sys.executable, "-m", "tests.slurm_cluster", self.folder], cwd=ROOT,
+                    [*_UNSHARE, sys.executable, "-m", "tests.support.slurm_cluster", self.folder], cwd=ROOT,
                     stdin=subprocess.PIPE, stdout=log, stderr=log)
             self._wait_until(lambda: (self.folder / "ready").exists())
             pid = self._process.pid
@@ -103,7 +103,7 @@ class Cluster:
                 raise RuntimeError("the cluster does not come up:\n" + "\n".join(logs))
             time.sleep(0.1)
 
-    def run(self, *command, env=None, expect=0):
+    def run_pack(self, *command, env=None, expect=0):
         """Run a client command of Slurm; its standard output."""
         enter = ["nsenter", "--target", self._init, *_NAMESPACES, f"--wd={self.checkout}"]
         process = subprocess.run(
