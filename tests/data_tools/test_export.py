@@ -6,28 +6,20 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 import tarfile
 import tracemalloc
-import zlib
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
-import h5py
-import numpy as np
 import pytest
 
 import data_tools.export
-import data_tools.pack
-import xc.pack
-from data_tools.class_table import ClassTable
 from data_tools.export import MAX_FOLDERS, MAX_NAME, folder_of
-from data_tools.pack_writer import PackWriter
-from tests.test_pack import file_hashes, picture, slow, write_tree
+from tests.support.commands import call, refused, run_pack
+from tests.support.images import picture, write_tree
+from tests.support.packs import file_hashes, records, write_pack
 from xc.pack import Pack, open_splits
 
-ROOT = Path(__file__).resolve().parent.parent
 CLASSES = {"b": 5, "a/x": 11, "a": 3, "c 10": 7, "ü": 4, "train": 2, "1": 1}
 HOSTILE = ["..", ".", "../..", "a/../../b", "/etc/passwd", "/", "//", "a//b", "a/", "a", "a/b", ".hidden", "a/.b",
            "n\0l", "%2E%2E", "%", "%/", "x" * 900, "x" * 199 + "..", "x" * 200 + "..", "x" * 200 + "." * 300,
@@ -36,30 +28,12 @@ HOSTILE = ["..", ".", "../..", "a/../../b", "/etc/passwd", "/", "//", "a//b", "a
 
 
 def export(*args):
-    data_tools.export.main([str(arg) for arg in args])
+    call(data_tools.export.main, *args)
 
 
-def pack(*args):
-    data_tools.pack.main([str(arg) for arg in (*args, "--workers", 0)])
-
-
-def fails(capsys, *args):
-    """The one line of an export that must fail, leaving nothing."""
-    out = Path(args[1])
-    before = sorted(os.listdir(out.parent)) if out.parent.is_dir() else None
-    with pytest.raises(SystemExit) as exit:
-        export(*args)
-    text = capsys.readouterr().err
-    assert exit.value.code == 2
-    assert text.count("\n") == 1 and text.startswith("data_tools.export: error: ")
-    assert before is None or sorted(os.listdir(out.parent)) == before
-    return text
-
-
-def records(pack):
-    """Sorted (bytes, label, class name) of all records."""
-    images, labels = pack.read(np.arange(len(pack)))
-    return sorted((image, int(label), pack.class_name(label)) for image, label in zip(images, labels, strict=True))
+def export_fails(capsys, *args):
+    """The one line of an export, `PACK OUT …`, that must fail and leave nothing beside OUT."""
+    return refused(capsys, data_tools.export.main, *args, folder=Path(args[1]).parent)
 
 
 def same(path, other):
@@ -68,18 +42,6 @@ def same(path, other):
     return packs.keys() == others.keys() and all(
         records(packs[split]) == records(others[split]) and packs[split].classes_digest == others[split].classes_digest
         for split in packs)
-
-
-def write_pack(folder, names, images, shard_bytes=1000):
-    """A pack of [(bytes, label)] that need not be images, nor classes that data_tools.pack would take."""
-    writer = PackWriter(folder, shard_bytes, np.zeros(len(names), np.int64))
-    for image, label in images:
-        writer.add(image, zlib.crc32(image), label)
-    writer.end_shard()
-    table = ClassTable(f"{folder}.classes", (name.encode() for name in names), 2**20)
-    writer.write_index(table, source="made", seed=0, skipped=0)
-    shutil.rmtree(f"{folder}.classes")
-    return folder
 
 
 def from_tars(folder):
@@ -107,7 +69,7 @@ def from_tars(folder):
 def plain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
     write_tree(folder / "src", CLASSES)
-    pack(folder / "src", folder / "pack", "--shard-mb", 1e-3)
+    run_pack(folder / "src", folder / "pack", "--shard-mb", 1e-3)
     return folder / "pack"
 
 
@@ -117,11 +79,8 @@ def split(tmp_path_factory):
     folder = tmp_path_factory.mktemp("split")
     write_tree(folder / "src" / "train", CLASSES)
     write_tree(folder / "src" / "test", {"b": 2, "a/x": 1}, first=100)
-    pack(folder / "src", folder / "packs")
+    run_pack(folder / "src", folder / "packs")
     return folder / "packs"
-
-
-# Nothing lost, nothing changed.
 
 
 @pytest.mark.parametrize("source", ["plain", "split"])
@@ -129,7 +88,7 @@ def split(tmp_path_factory):
 def test_a_folder_packs_to_the_same(source, way, tmp_path, request, capsys):
     source = request.getfixturevalue(source)
     export(source, tmp_path / "out", "--to", "folder")
-    pack(tmp_path / "out" / way, tmp_path / "again", "--max-skipped", 0)
+    run_pack(tmp_path / "out" / way, tmp_path / "again", "--max-skipped", 0)
     assert same(source, tmp_path / "again")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
@@ -160,13 +119,13 @@ def test_classes_keep_their_names(to, names, tmp_path):
     files = write_tree(tmp_path / "src", {f"{i}": 2 + i for i in range(len(names))})
     (tmp_path / "src" / "list.csv").write_text("path,label\n" + "".join(
         f"{path},{names[int(path.split('/')[0])]}\n" for path in files))
-    pack(tmp_path / "src" / "list.csv", tmp_path / "pack")
+    run_pack(tmp_path / "src" / "list.csv", tmp_path / "pack")
     what = "list.csv" if to == "folder" else "."  # folders may have escapes in their names
     export(tmp_path / "pack", tmp_path / "all", "--to", to)
-    pack(tmp_path / "all" / what, tmp_path / "again", "--max-skipped", 0)
+    run_pack(tmp_path / "all" / what, tmp_path / "again", "--max-skipped", 0)
     assert same(tmp_path / "pack", tmp_path / "again")
     export(tmp_path / "pack", tmp_path / "some", "--to", to, "--classes", "1-2")
-    pack(tmp_path / "some" / what, tmp_path / "few", "--classes", tmp_path / "pack", "--max-skipped", 0)
+    run_pack(tmp_path / "some" / what, tmp_path / "few", "--classes", tmp_path / "pack", "--max-skipped", 0)
     whole = records(Pack(tmp_path / "pack"))
     assert records(Pack(tmp_path / "few")) == [record for record in whole if record[1] > 0]
 
@@ -201,16 +160,16 @@ def test_some_classes_and_one_split(split, tmp_path, capsys):
         assert facts["bytes"] == sum(len(image) for name in splits for image, *_ in wanted[name])
         assert facts["classes"] == len({label for name in splits for _, label, _ in wanted[name]})
     export(split, tmp_path / "folder", "--to", "folder", "--classes", "0", "--split", "train")
-    pack(tmp_path / "folder", tmp_path / "again", "--classes", split)
+    run_pack(tmp_path / "folder", tmp_path / "again", "--classes", split)
     assert records(Pack(tmp_path / "again" / "train")) == [one for one in records(packs["train"]) if one[1] == 0]
 
 
-def test_what_would_seem_splits_is_not(tmp_path):
+def test_classes_named_like_splits_stay_classes(tmp_path):
     write_pack(tmp_path / "pack", ["test/b", "train/a", "val"], [(picture(i), i % 3) for i in range(7)])
     export(tmp_path / "pack", tmp_path / "out", "--to", "folder")
-    pack(tmp_path / "out", tmp_path / "from_tree")
+    run_pack(tmp_path / "out", tmp_path / "from_tree")
     assert "" not in open_splits(tmp_path / "from_tree") and len(Pack(tmp_path / "from_tree")) == 7
-    pack(tmp_path / "out" / "list.csv", tmp_path / "again")
+    run_pack(tmp_path / "out" / "list.csv", tmp_path / "again")
     assert same(tmp_path / "pack", tmp_path / "again")
 
 
@@ -219,12 +178,9 @@ def test_no_class_is_lost_that_a_folder_would_hide(tmp_path):
     write_pack(tmp_path / "pack", names, [(picture(i), i % len(names)) for i in range(20)])
     export(tmp_path / "pack", tmp_path / "out", "--to", "folder")
     for way in "out", "out/list.csv":
-        pack(tmp_path / way, tmp_path / "again", "--max-skipped", 0)
+        run_pack(tmp_path / way, tmp_path / "again", "--max-skipped", 0)
         assert {image for image, *_ in records(Pack(tmp_path / "again"))} == {picture(i) for i in range(20)}
         shutil.rmtree(tmp_path / "again")
-
-
-# Hostile names.
 
 
 def unescaped(path):
@@ -265,7 +221,7 @@ def test_hostile_names_stay_inside(tmp_path, to):
         rows = list(csv.DictReader(file, strict=True))
     for row in rows:
         assert unescaped(os.path.dirname(row["path"])) == row["label"]
-    pack(inside / "out" / "list.csv", tmp_path / "again", "--max-skipped", 0)
+    run_pack(inside / "out" / "list.csv", tmp_path / "again", "--max-skipped", 0)
     assert same(tmp_path / "pack", tmp_path / "again")
     found = [path for path in (inside / "out").rglob("*") if path.is_file()]
     assert len(found) == 2 * len(names) + 2
@@ -279,12 +235,9 @@ def unname(line):
 @pytest.mark.parametrize("name", ["", "x" * (MAX_NAME + 1), "%" * (MAX_NAME // 2), "a/" * MAX_FOLDERS + "b"])
 def test_names_that_no_folder_can_have(tmp_path, capsys, name):
     write_pack(tmp_path / "pack", ["good", name], [(picture(i), i) for i in range(2)])
-    assert "record 1 of class 1: a" in fails(capsys, tmp_path / "pack", tmp_path / "out", "--to", "folder")
+    assert "record 1 of class 1: a" in export_fails(capsys, tmp_path / "pack", tmp_path / "out", "--to", "folder")
     export(tmp_path / "pack", tmp_path / "out", "--to", "webdataset")
     assert from_tars(tmp_path / "out")[0]["images"] == records(Pack(tmp_path / "pack"))
-
-
-# Mistakes and damage.
 
 
 @pytest.mark.parametrize("args, words", [
@@ -304,39 +257,19 @@ def test_mistakes_are_one_line(split, tmp_path, monkeypatch, capsys, args, words
     monkeypatch.chdir(tmp_path)
     shutil.copytree(split, "packs")
     Path("there").mkdir()
-    assert words in fails(capsys, *args, *(() if "--to" in args else ("--to", "folder")))
+    assert words in export_fails(capsys, *args, *(() if "--to" in args else ("--to", "folder")))
 
 
 @pytest.mark.parametrize("to", ["folder", "webdataset"])
 def test_damage_is_one_line(tmp_path, capsys, to):
     write_pack(tmp_path / "pack", ["a"], [(picture(0), 0), (b"GIF is no magic", 0)])
-    assert "record 1 of class 0: not an image" in fails(capsys, tmp_path / "pack", tmp_path / "out", "--to", to)
+    assert "record 1 of class 0: not an image" in export_fails(capsys, tmp_path / "pack", tmp_path / "out", "--to", to)
     write_pack(tmp_path / "pack2", ["a"], [(picture(i), 0) for i in range(5)])
     [shard] = (tmp_path / "pack2").glob("shard-*")
     data = bytearray(shard.read_bytes())
     data[data.index(picture(3)) + 20] ^= 1
     shard.write_bytes(data)
-    assert "record 3: wrong checksum" in fails(capsys, tmp_path / "pack2", tmp_path / "out", "--to", to)
-
-
-@pytest.mark.parametrize("to", ["folder", "webdataset"])
-def test_no_space_is_one_line(tmp_path, to):
-    write_pack(tmp_path / "pack", ["a"], [(picture(i, "BMP", (20, 20)), 0) for i in range(9)])
-    code = ("import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); "
-            "runpy.run_module('data_tools.export', run_name='__main__', alter_sys=True)")
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "pack", tmp_path / "out", "--to", to], cwd=ROOT,
-                          stderr=subprocess.PIPE, text=True, timeout=60)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "too large; nothing was kept" in done.stderr
-    assert os.listdir(tmp_path) == ["pack"]
-
-
-def test_an_interrupted_export_cleans_up(plain, tmp_path):
-    process = slow("data_tools.export", plain, tmp_path / "out", "--to", "webdataset", "--shard-mb", "1e-6",
-                   until=lambda: list(tmp_path.glob(".out.partial-*/images-000002.tar")))
-    process.terminate()
-    error = process.communicate(timeout=30)[1]
-    assert process.returncode == 130 and error == "data_tools.export: interrupted; nothing was kept\n"
-    assert os.listdir(tmp_path) == []
+    assert "record 3: wrong checksum" in export_fails(capsys, tmp_path / "pack2", tmp_path / "out", "--to", to)
 
 
 @pytest.mark.parametrize("to", ["folder", "webdataset"])
@@ -349,35 +282,3 @@ def test_memory_does_not_grow_with_the_records(tmp_path, to):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[2] < peaks[1] + 2500 * 20
-
-
-# Packs are walked a few records at a time.
-
-
-@pytest.mark.parametrize("most_records, most_bytes", [(256, 2**23), (256, 50), (5, 50), (5, 2**23), (1, 1), (256, 1)])
-def test_ranges_are_all_records_and_as_many_as_fit(tmp_path, monkeypatch, most_records, most_bytes):
-    chance = np.random.default_rng(most_bytes)
-    sizes = np.where(chance.random(300) < 0.1, 80, chance.integers(0, 30, 300))  # some are empty, some do not fit
-    write_pack(tmp_path / "pack", ["a"], [(bytes(size), 0) for size in sizes.tolist()], 2500)
-    monkeypatch.setattr(xc.pack, "RUN_RECORDS", most_records)
-    monkeypatch.setattr(xc.pack, "RANGE_BYTES", most_bytes)
-    pack = Pack(tmp_path / "pack")
-    found = list(pack.ranges())
-    assert [number for start, stop in found for number in range(start, stop)] == list(range(300))
-    begins = np.cumsum([0, *h5py.File(tmp_path / "pack" / "index.h5")["shard_records"][:-1]])
-    for start, stop in found:
-        assert 0 < stop - start <= most_records and (stop - start == 1 or sizes[start:stop].sum() <= most_bytes)
-        at_edge = stop == 300 or stop in begins or (stop - begins[begins <= start][-1]) % most_records == 0
-        assert at_edge or sizes[start : stop + 1].sum() > most_bytes
-    assert pack.verify() == 300
-
-
-def test_verifying_holds_some_records_however_large_they_are(tmp_path, monkeypatch):
-    write_pack(tmp_path / "pack", ["a"], [(bytes(20_000), 0)] * 250, 10**7)
-    monkeypatch.setattr(xc.pack, "RANGE_BYTES", 50_000)
-    tracemalloc.start()
-    try:
-        assert Pack(tmp_path / "pack").verify() == 250
-        assert tracemalloc.get_traced_memory()[1] < 10**6
-    finally:
-        tracemalloc.stop()

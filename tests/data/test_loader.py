@@ -1,9 +1,7 @@
-"""Nothing is left out or repeated, at any number of ranks; batches do not depend on threads; distortion is a function
-of the example."""
+"""The loader leaves nothing out and repeats nothing, at any number of ranks; batches do not depend on threads."""
 
 import contextlib
 import dataclasses
-import math
 import shutil
 from pathlib import Path
 
@@ -11,18 +9,17 @@ import h5py
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
-import data_tools.pack
 import xc.data
-from tests.test_pack import weighted
-from tests.worlds import run_ranks
+from tests.support.commands import run_pack
+from tests.support.packs import add_weights
+from tests.support.worlds import run_ranks
 from xc.config import Config, UserError
-from xc.data import Loader, _uniform, augment, open_splits, prepared
+from xc.data import Loader, open_splits, prepared
 from xc.world import World
 
-CFG = Config(data="x", out="x", loader_threads=2, prefetch=2)
+CFG = Config(data="x", out="x", loader_threads=2)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +32,7 @@ def uneven(tmp_path_factory):
             for i in range(count):
                 pixels = np.full((4, 4), 16 * i + label, np.uint8)
                 Image.fromarray(pixels).save(folder / "tree" / split / str(label) / f"{i}.png")
-    data_tools.pack.main([str(folder / "tree"), str(folder / "packs"), "--workers", "0"])
+    run_pack(folder / "tree", folder / "packs")
     return folder / "packs"
 
 
@@ -61,7 +58,7 @@ def test_samplers_take_classes_by_their_share(sampler, shares, uneven):
 
 def test_the_weighted_sampler_takes_images_by_their_weight(uneven, tmp_path):
     packs = Path(shutil.copytree(uneven, tmp_path / "packs"))
-    assert weighted(packs / "train") == 14  # the record's number; the test pack needs none
+    assert add_weights(packs / "train") == 14  # the record's number; the test pack needs none
     split = open_splits(dataclasses.replace(CFG, data=str(packs), sampler="weighted"))["train"]
     pixels = prepared(split.examples(np.arange(14))[0])
     inputs, labels = sampled(packs, "weighted", 1)
@@ -78,7 +75,7 @@ def test_weights_that_are_missing_or_nothing_are_refused(uneven, tmp_path):
     cfg = dataclasses.replace(CFG, data=str(packs), sampler="weighted")
     with pytest.raises(UserError, match="--sampler weighted: .*train has no weights"):
         open_splits(cfg)
-    weighted(packs / "train")
+    add_weights(packs / "train")
     (shard,) = (packs / "train").glob("shard-*")
     with h5py.File(shard, "r+") as file:
         file["weights"][...] = 0
@@ -126,12 +123,12 @@ def test_batches_are_distorted_in_pieces(piece, tiny_packs, monkeypatch):
 
 def test_threads_change_nothing(tiny_packs):
     packs = open_splits(dataclasses.replace(CFG, data=str(tiny_packs)))
-    (one,) = run_ranks(1, lambda w: batches(w, packs, dataclasses.replace(CFG, loader_threads=1, prefetch=1)))
-    (many,) = run_ranks(1, lambda w: batches(w, packs, dataclasses.replace(CFG, loader_threads=4, prefetch=7)))
+    (one,) = run_ranks(1, lambda w: batches(w, packs, dataclasses.replace(CFG, loader_threads=1)))
+    (many,) = run_ranks(1, lambda w: batches(w, packs, dataclasses.replace(CFG, loader_threads=4)))
     assert all(torch.equal(a, b) for x, y in zip(one, many, strict=True) for a, b in zip(x, y, strict=True))
 
 
-def test_what_goes_to_a_gpu_are_pixels(tiny_packs, monkeypatch):
+def test_a_gpu_is_sent_pixels_as_bytes(tiny_packs, monkeypatch):
     """Threads pin bytes, and numbers are made of them behind the copy. Here the copy goes nowhere."""
     packs = open_splits(dataclasses.replace(CFG, data=str(tiny_packs)))
     expected, world, pinned, to = batches(World(), packs), World(), [], torch.Tensor.to
@@ -154,56 +151,6 @@ def test_a_gpu_gets_the_same_batches(tiny_packs):
     for ours, theirs in zip(on_cpu, on_gpu, strict=True):
         assert all(b.device.type == "cuda" for b in theirs) and torch.equal(ours[1], theirs[1].cpu())
         torch.testing.assert_close(theirs[0].cpu(), ours[0], atol=1e-4, rtol=0)  # distorted there
-
-
-def test_augmentation_is_light_seeded_and_can_be_off(tiny_packs):
-    packs = open_splits(dataclasses.replace(CFG, data=str(tiny_packs)))
-    (plain,) = run_ranks(1, lambda w: batches(w, packs, dataclasses.replace(CFG, augment=0.0)))
-    (light,) = run_ranks(1, lambda w: batches(w, packs))
-    (other,) = run_ranks(1, lambda w: batches(w, packs, dataclasses.replace(CFG, seed=1)))
-    assert not torch.equal(light[0][0], plain[0][0]) and not torch.equal(light[0][0], other[0][0])
-    images = torch.randn(50, 1, 32, 32)
-    torch.testing.assert_close(augment(images, 0, 1e-6, 0), images, atol=1e-3, rtol=0)
-    again = augment(images[20:], 20, 1.0, 3)
-    torch.testing.assert_close(augment(images, 0, 1.0, 3)[20:], again)
-
-
-@pytest.mark.parametrize("shape", [(5, 3, 9, 9), (0, 1, 4, 4), (4, 6)])
-def test_pixels_become_numbers_from_minus_one_to_one(shape):
-    pixels = torch.randint(256, shape, dtype=torch.uint8)
-    assert torch.equal(prepared(pixels), pixels.float() / 127.5 - 1)
-    numbers = torch.randn(shape)
-    assert torch.equal(prepared(numbers.clone()), numbers)
-    if len(shape) == 4:
-        assert torch.equal(prepared(numbers.clone(), 11, 0.5, 3), augment(numbers, 11, 0.5, 3))
-    else:
-        assert torch.equal(prepared(numbers.clone(), 11, 0.5, 3), numbers)  # vectors are not distorted
-
-
-@pytest.mark.parametrize("shape", [(5, 1, 32, 32), (3, 3, 9, 9), (0, 1, 8, 8)])
-def test_augmentation_is_an_affine_map_a_blur_and_a_factor(shape):
-    images = torch.randn(shape)
-    u = torch.from_numpy(_uniform(9, 100, len(images), 6)).float() * 2 - 1
-    turn, zoom = math.radians(8) * u[:, 3], 1 + 0.12 * u[:, 2]
-    cos, sin = zoom * turn.cos(), zoom * turn.sin()
-    theta = torch.stack([cos, -sin, 0.16 * u[:, 0], sin, cos, 0.16 * u[:, 1]], 1).reshape(-1, 2, 3)
-    moved = images
-    if len(images):
-        grid = F.affine_grid(theta, shape, align_corners=False)
-        moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    soft = F.avg_pool2d(F.pad(moved, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    weight, factor = (0.5 * u[:, 4]).clamp(0, 1), 1 + 0.3 * u[:, 5]
-    expected = (moved + weight[:, None, None, None] * (soft - moved)) * factor[:, None, None, None]
-    torch.testing.assert_close(augment(images, 100, 1.0, 9), expected, atol=1e-4, rtol=0)
-
-
-def test_uniform_numbers():
-    u = _uniform(3, 0, 20000, 6)
-    assert u.min() >= 0 and u.max() < 1
-    assert np.allclose(u.mean(0), 0.5, atol=0.01) and np.allclose(u.var(0), 1 / 12, atol=0.003)
-    assert np.abs(np.corrcoef(u.T) - np.eye(6)).max() < 0.03  # columns
-    assert abs(np.corrcoef(u[1:, 0], u[:-1, 0])[0, 1]) < 0.03  # neighbours
-    assert abs(np.corrcoef(u[:, 0], _uniform(4, 0, 20000, 6)[:, 0])[0, 1]) < 0.03  # seeds
 
 
 def test_an_undecodable_record_is_named(tiny_packs, monkeypatch):

@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import os
+import struct
 from collections import defaultdict
 
 import numpy as np
@@ -80,14 +82,12 @@ def box_for_b(font):
     font["glyf"]["B"], font["hmtx"]["B"] = font["glyf"][".notdef"], font["hmtx"][".notdef"]
 
 
-# The tree
-
-
 def test_same_seed_gives_same_bytes_whatever_the_workers(tmp_path, capsys):
+    (tmp_path / "a").mkdir()  # an empty folder is filled
     for name, options in (("a", ["--workers", 1]), ("b", ["--workers", 3]), ("other", ["--seed", 1])):
         assert run(tmp_path / name, "--classes", 40, "--size", 16, *options) == 0
     a, b, other = (tree(tmp_path / name) for name in ("a", "b", "other"))
-    assert a == b
+    assert a == b and "README.txt" in a
     assert len(pixels(tmp_path / "a", "train")) == len(table(tmp_path / "a")) == 40
     assert set(a) != set(other)
 
@@ -153,9 +153,6 @@ def test_blank_characters_are_no_class(made):
     assert not {"U+02800", "U+0FFFC"} & table(made).keys()  # an empty braille cell, a placeholder
 
 
-# Faces and images
-
-
 def test_only_faces_that_show_characters_are_used():
     faces, skipped = find_all_faces(MATPLOTLIB_FONTS)
     assert {face.name.split("-")[0] for face in faces} == {"DejaVuSans", "DejaVuSansMono", "DejaVuSerif", "STIXGeneral"}
@@ -215,9 +212,6 @@ def test_collections_count_by_face_and_equal_fonts_once(tmp_path):
         assert set(map(chr, glyphs.draw_glyphs((face.path, face.index, [ord("A"), ord("B")], 32)))) == has
 
 
-# Rules
-
-
 def test_merge_joins_the_first_founder_that_agrees_in_every_common_face():
     images = {"f": {1: b"a", 2: b"a", 3: b"a", 4: b"b", 5: b"a"},
               "g": {1: b"a", 2: b"a", 3: b"c", 5: b"c"},
@@ -250,9 +244,6 @@ def test_hold_out_weighs_tested_classes_against_lost_ones():
     assert glyphs.hold_out(groups, classes, images, 1, 4) != {"t"}
     with pytest.raises(glyphs.GlyphError, match="at most 3"):
         glyphs.hold_out(groups, classes, images, 4, 4)
-
-
-# Failures
 
 
 @pytest.mark.parametrize("options, says", [
@@ -291,7 +282,47 @@ def test_nothing_is_left_of_a_run_that_ends_early(tmp_path, monkeypatch, failure
     assert not list(tmp_path.iterdir())
 
 
-def test_an_empty_folder_is_filled(tmp_path):
-    (tmp_path / "out").mkdir()
-    assert run(tmp_path / "out", "--classes", 5, "--size", 8) == 0
-    assert (tmp_path / "out" / "README.txt").is_file()
+def a_font(path, **changes):
+    """A font with a square for A; `changes` {table: raw bytes}."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+    from fontTools.ttLib.tables.DefaultTable import DefaultTable
+
+    builder, pen = FontBuilder(changes.pop("units", 1000), isTTF=True), TTGlyphPen(None)
+    side = changes.pop("side", 500)
+    pen.moveTo((0, 0))
+    for corner in (0, side), (side, side), (side, 0):
+        pen.lineTo(corner)
+    pen.closePath()
+    glyph = pen.glyph()
+    builder.setupGlyphOrder([".notdef", "A"])
+    builder.setupCharacterMap({65: "A"})
+    builder.setupGlyf({".notdef": glyph, "A": glyph})
+    builder.setupHorizontalMetrics({name: (600, 0) for name in (".notdef", "A")})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"psName": "Some", "familyName": "Some"})
+    builder.setupOS2()
+    builder.setupPost()
+    for name, content in changes.items():
+        builder.font[name] = DefaultTable(name)
+        builder.font[name].data = content
+    builder.save(path)
+    return path
+
+
+def test_fonts_that_never_end_or_claim_all_memory(tmp_path):
+    a_font(tmp_path / "good.ttf")
+    os.mkfifo(tmp_path / "pipe.ttf")
+    os.symlink("/dev/zero", tmp_path / "endless.ttf")
+    count, length = 20_000, 60_000  # names that all lie in the same place: 1.2 GB in 300 kB
+    names = b"".join(struct.pack(">6H", 3, 1, 0x409, number, length, 0) for number in range(count))
+    a_font(tmp_path / "huge.ttf", name=struct.pack(">3H", 0, count, 6) + names)
+    faces, skipped = glyphs.find_faces([tmp_path])
+    assert [os.path.basename(face.path) for face in faces] == ["good.ttf"] and skipped == 1
+
+
+def test_a_glyph_without_bounds_is_not_drawn(tmp_path):
+    good = glyphs.open_face(str(a_font(tmp_path / "good.ttf")), 0, 64)
+    assert glyphs.draw(good, "A", 32)
+    wide = glyphs.open_face(str(a_font(tmp_path / "wide.ttf", units=16, side=32767)), 0, 64)
+    assert glyphs.draw(wide, "A", 32) == b""

@@ -1,13 +1,17 @@
 """Weights of images: they stay with their image through every command, and a bad one is named."""
 
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 import data_tools.export
 import data_tools.split
-from tests.test_pack import fails, file_hashes, run, write_tree
-from tests.test_sources import write_parquet
+from tests.support.commands import pack_fails, run_pack
+from tests.support.images import write_tree
+from tests.support.packs import file_hashes
+from tests.support.sources import write_parquet
 from xc.pack import Pack, open_splits
 
 CLASSES = {"a": 5, "b": 11, "c 1": 1, "d": 7}
@@ -44,36 +48,30 @@ def weights_of(out):
 @pytest.mark.parametrize("kind", ["csv", "parquet", "parquet of bytes"])
 def test_weights_stay_with_their_images(tmp_path, kind):
     source, weights = weighted(tmp_path / "src", kind)
-    run(source, tmp_path / "pack", "--shard-mb", 1e-3)
+    run_pack(source, tmp_path / "pack", "--shard-mb", 1e-3)
     assert Pack(tmp_path / "pack").num_shards > 2 and weights_of(tmp_path / "pack") == weights
-    run(source, tmp_path / "spilled", "--shard-mb", 1e-3, "--memory-mb", 1e-3, "--workers", 2)
+    run_pack(source, tmp_path / "spilled", "--shard-mb", 1e-3, "--memory-mb", 1e-3, "--workers", 2)
     assert file_hashes(tmp_path / "spilled") == file_hashes(tmp_path / "pack")
 
 
 def test_whole_numbers_are_weights(tmp_path):
     files = write_tree(tmp_path, {"a": 3})
     table = {"path": list(files), "label": ["x"] * 3, "weight": pa.array([0, 3, 2**40])}
-    run(write_parquet(tmp_path / "a.parquet", **table), tmp_path / "pack")
+    run_pack(write_parquet(tmp_path / "a.parquet", **table), tmp_path / "pack")
     assert weights_of(tmp_path / "pack") == dict(zip(files.values(), [0, 3, 2**40], strict=True))
-
-
-def test_a_pack_without_weights_is_as_before(tmp_path):
-    write_tree(tmp_path / "src", {"a": 3})
-    run(tmp_path / "src", tmp_path / "pack")
-    assert not Pack(tmp_path / "pack").has_weights
 
 
 def test_packs_keep_their_weights(tmp_path):
     one, weights = weighted(tmp_path / "one", "csv")
     two, more = weighted(tmp_path / "two", "parquet", {"b": 4, "e": 3}, first=100)
-    run(one, tmp_path / "1", "--shard-mb", 1e-3)
-    run(two, tmp_path / "2")
-    run(tmp_path / "1", tmp_path / "again", "--seed", 4)
+    run_pack(one, tmp_path / "1", "--shard-mb", 1e-3)
+    run_pack(two, tmp_path / "2")
+    run_pack(tmp_path / "1", tmp_path / "again", "--seed", 4)
     assert weights_of(tmp_path / "again") == weights and Pack(tmp_path / "again").num_shards == 1
-    run(tmp_path / "1", tmp_path / "2", tmp_path / "both", "--shard-mb", 5e-4)
+    run_pack(tmp_path / "1", tmp_path / "2", tmp_path / "both", "--shard-mb", 5e-4)
     assert weights_of(tmp_path / "both") == weights | more and Pack(tmp_path / "both").num_classes == 5
     (tmp_path / "names").write_text("e\nc 1\n")
-    run(tmp_path / "both", tmp_path / "some", "--classes", tmp_path / "names")
+    run_pack(tmp_path / "both", tmp_path / "some", "--classes", tmp_path / "names")
     pack = Pack(tmp_path / "some")
     assert pack.class_names(0, 2) == ["c 1", "e"] and pack.class_counts.tolist() == [1, 3]
     assert weights_of(tmp_path / "some").items() < (weights | more).items()
@@ -81,13 +79,13 @@ def test_packs_keep_their_weights(tmp_path):
     assert len(open_splits(tmp_path / "split")) == 2 and weights_of(tmp_path / "split") == weights | more
     for name in "both", "split":
         data_tools.export.main([str(tmp_path / name), str(tmp_path / f"{name}.out"), "--to", "folder"])
-        run(tmp_path / f"{name}.out" / "list.csv", tmp_path / f"{name}.back")
+        run_pack(tmp_path / f"{name}.out" / "list.csv", tmp_path / f"{name}.back")
         assert weights_of(tmp_path / f"{name}.back") == weights | more
 
 
 def test_splits_have_weights_too(tmp_path):
     source, weights = weighted(tmp_path / "src", "csv", split=lambda i: "test" if i in (3, 9, 14) else "train")
-    run(source, tmp_path / "pack", "--max-images-per-class", 4, "--min-images", 3)
+    run_pack(source, tmp_path / "pack", "--max-images-per-class", 4, "--min-images", 3)
     assert [len(pack) for pack in open_splits(tmp_path / "pack").values()] == [12, 3]
     assert weights_of(tmp_path / "pack").items() < weights.items()
 
@@ -97,7 +95,7 @@ def test_bad_weights_are_named(tmp_path, capsys, text):
     files = write_tree(tmp_path, {"a": 2})
     first, second = files
     (tmp_path / "list.csv").write_text(f"path,weight,label\n{first},2,a\n{second},{text},a\n")
-    error = fails(capsys, tmp_path / "list.csv", tmp_path / "pack")
+    error = pack_fails(capsys, tmp_path / "list.csv", tmp_path / "pack")
     assert f"line 3: weight {text!r} is not a number from 0 to 3.403e+38" in error
 
 
@@ -107,11 +105,11 @@ def test_bad_weights_are_named(tmp_path, capsys, text):
 def test_bad_weights_of_parquet_are_named(tmp_path, capsys, values, words):
     files = write_tree(tmp_path, {"a": 2})
     source = write_parquet(tmp_path / "list.parquet", path=list(files), label=["a", "a"], weight=values)
-    assert words in fails(capsys, source, tmp_path / "pack")
+    assert words in pack_fails(capsys, source, tmp_path / "pack")
 
 
 def test_all_have_weights_or_none(tmp_path, capsys):
     source, _ = weighted(tmp_path / "src", "csv")
     write_tree(tmp_path / "other", {"a": 2})
-    error = fails(capsys, source, tmp_path / "other", tmp_path / "pack")
+    error = pack_fails(capsys, source, tmp_path / "other", tmp_path / "pack")
     assert "24 images have a weight and 2 have none" in error

@@ -13,9 +13,9 @@ from PIL import Image
 
 import data_tools.show
 from data_tools.image_check import CHECKS, _is_plain_png, check_image
-from tests.fuzz import with_checksums
-from tests.test_encoding import KINDS, smooth
-from tests.test_pack import contents, fails, file_hashes, picture, png, run
+from tests.support.commands import pack_fails, run_pack
+from tests.support.images import IMAGE_KINDS, picture, png, smooth, with_checksums
+from tests.support.packs import contents, file_hashes
 from xc.data import Images
 from xc.pack import MAX_SCANS, Pack, decode, decode_plain_jpeg, open_header, open_image
 
@@ -44,7 +44,7 @@ def verdict(check, *args):
     return None
 
 
-def refused(data, check):
+def fault(data, check):
     return verdict(check_image, data, MOST, check)
 
 
@@ -72,7 +72,7 @@ def test_an_image_passes_just_where_it_decodes(images):
         if images is PNGS and number % 4:
             data = with_checksums(data)
         verdicts.append(verdict(open_image, data, MOST))
-        assert refused(data, "full") == verdicts[-1]
+        assert fault(data, "full") == verdicts[-1]
     assert 300 < sum(one is None for one in verdicts) < 2900
 
 
@@ -87,23 +87,23 @@ def test_a_png_of_pixels_alone_is_known_without_pillow():
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("kind, mode", KINDS)
+@pytest.mark.parametrize("kind, mode", IMAGE_KINDS)
 def test_what_decodes_is_never_refused(check, kind, mode):
     data = smooth(kind, mode=mode)
     for whole in (data, data + b"\0" * 7, data + b"more"):  # cameras and editors put things behind the end
-        assert refused(whole, check) == verdict(open_image, whole, MOST) is None
+        assert fault(whole, check) == verdict(open_image, whole, MOST) is None
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow mentions odd metadata
-@pytest.mark.parametrize("kind, mode", KINDS)
+@pytest.mark.parametrize("kind, mode", IMAGE_KINDS)
 def test_a_cut_image_is_found(kind, mode):
     data = smooth(kind, size=(23, 11), mode=mode)
     for length in range(len(data)):
-        full, header = refused(data[:length], "full"), refused(data[:length], "header")
+        full, header = fault(data[:length], "full"), fault(data[:length], "header")
         if full is not None:  # of a PNG and a TIFF the last bytes may be none of the picture
             assert header is not None, length
-        assert length == 0 or refused(data[:length], "none") is None
-    assert refused(b"", "none") == "empty"
+        assert length == 0 or fault(data[:length], "none") is None
+    assert fault(b"", "none") == "empty"
 
 
 def test_the_header_check_trusts_what_lies_between():
@@ -111,16 +111,16 @@ def test_the_header_check_trusts_what_lies_between():
         data = bytearray(picture(0, kind, (90, 90)))
         start, end = len(data) // 2, len(data) - 2
         data[start:end] = b"\xff\xc8" * ((end - start) // 2) + bytes((end - start) % 2)
-        assert refused(data, "header") is None is not refused(data, "full"), kind
+        assert fault(data, "header") is None is not fault(data, "full"), kind
     data = bytearray(smooth("PNG"))
     data[len(data) // 2] ^= 1  # which its checksum shows
-    assert refused(data, "header") == refused(data, "full") is not None
+    assert fault(data, "header") == fault(data, "full") is not None
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_bombs_are_refused_by_their_header(check):
     for data in png(60000, 50000, 1000), png(60000, 50000, 1000)[:50]:
-        assert (refused(data, check) is None) == (check == "none")
+        assert (fault(data, check) is None) == (check == "none")
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
@@ -166,14 +166,14 @@ def test_tiles_of_a_tiff_are_pixels_too():
             assert open_image(data, MOST).size == size
             assert {verdict(check_image, data, MOST, check) for check in CHECKS} == {None}
         bomb = tiled((1, 4000), (2**10, 16), order, version)
-        assert refused(bomb, "full") == refused(bomb, "header") == (
+        assert fault(bomb, "full") == fault(bomb, "header") == (
             "1×4000 pixels in tiles of 4096000, more than 1000000")
         assert open_image(bomb, 4_096_000).size == (1, 4000)
     wide, narrow = (322, 4, 1, 2**10), (322, 4, 1, 16)
     for data in tiled((1, 4000), (2**10, 16), more=[narrow]), tiled((1, 4000), (16, 16), more=[wide]):
-        assert "in tiles of 4096000" in refused(data, "header")
+        assert "in tiles of 4096000" in fault(data, "header")
     for kind in 2, 5, 16:
-        assert refused(tiled((40, 33), (16, 16), kind=kind), "header")
+        assert fault(tiled((40, 33), (16, 16), kind=kind), "header")
 
 
 def test_none_and_header_leave_it_to_the_reader(tmp_path, capsys):
@@ -185,7 +185,7 @@ def test_none_and_header_leave_it_to_the_reader(tmp_path, capsys):
     for check, taken in ("full", []), ("header", []), ("none", [cut, text]):
         for workers in 0, 2:
             out = tmp_path / f"{check}{workers}"
-            run(tmp_path / "src", out, "--check", check, "--max-skipped", 3, "--workers", workers)
+            run_pack(tmp_path / "src", out, "--check", check, "--max-skipped", 3, "--workers", workers)
         assert file_hashes(tmp_path / f"{check}0") == file_hashes(tmp_path / f"{check}2")
         pack = Pack(tmp_path / f"{check}0")
         assert contents(pack) == good | dict.fromkeys(taken, "a") and pack.verify() == 9 + len(taken)
@@ -204,5 +204,5 @@ def test_none_and_header_leave_it_to_the_reader(tmp_path, capsys):
 def test_a_check_is_of_bytes_that_are_kept(tmp_path, capsys, flags):
     (tmp_path / "src").mkdir()
     for check in "header", "none":
-        error = fails(capsys, tmp_path / "src", tmp_path / "pack", "--check", check, *flags)
+        error = pack_fails(capsys, tmp_path / "src", tmp_path / "pack", "--check", check, *flags)
         assert f"--check {check} is for images that keep their bytes" in error

@@ -1,5 +1,6 @@
 """Each record comes as often as its sampler says, in every epoch and over epochs, and a place tells the rest."""
 
+
 import numpy as np
 import pytest
 
@@ -97,7 +98,7 @@ def test_equal_weights_give_each_record_once_an_epoch(num_records, weight):
 
 @pytest.mark.parametrize("make", [lambda seed: by_class("balanced", seed), lambda seed: by_class("sqrt", seed),
                                   lambda seed: ByWeight(WEIGHTS, 1699, seed), lambda seed: Natural(1699, seed)])
-def test_a_place_tells_the_rest_of_the_order(make):
+def test_an_order_can_start_at_any_place(make):
     found = make(4).records(0, 5000)
     for first in (1, 1369, 1698, 1705, 4000, 2):  # to and fro, near the ends of epochs and in their middle
         assert np.array_equal(make(4).records(first, 900), found[first:][:900])
@@ -107,7 +108,7 @@ def test_a_place_tells_the_rest_of_the_order(make):
     assert len(order.records(7, 0)) == 0
 
 
-def test_orders_go_on_for_long():
+def test_orders_work_after_very_many_epochs():
     order = by_class("sqrt")
     assert np.array_equal(np.sort(ByWeight(np.ones(11), 11, 0).records(11 * 10**12, 11)), np.arange(11))
     long = np.bincount(LABELS[order.records(len(LABELS) * 10**12, len(LABELS))], minlength=60)

@@ -1,52 +1,34 @@
 """What is shown of a pack is what is in it."""
 
-import importlib
 import io
 import json
 import os
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import data_tools.pack
-import data_tools.progress
 import data_tools.show
 from data_tools import pack_pictures
 from data_tools.show import doubling, long_tail, sample, sheet
-from tests.test_export import write_pack
-from tests.test_pack import picture, write_tree
+from tests.support.commands import call, refused, run_pack
+from tests.support.images import picture, write_tree
+from tests.support.packs import write_pack
 from xc.pack import Pack
-
-ROOT = Path(__file__).resolve().parent.parent
-COUNTS = {"b": 5, "a/x": 11, "a/y": 1, "c 10": 7, "ü": 4}
 
 
 def show(*args):
-    data_tools.show.main([str(arg) for arg in args])
-
-
-def fails(capsys, *args):
-    before = sorted(os.listdir())
-    with pytest.raises(SystemExit) as exit:
-        show(*args)
-    error = capsys.readouterr().err
-    assert exit.value.code == 2 and error.count("\n") == 1 and error.startswith("data_tools.show: error: ")
-    assert sorted(os.listdir()) == before
-    return error
+    call(data_tools.show.main, *args)
 
 
 @pytest.fixture(scope="module")
 def packs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("show")
-    write_tree(folder / "src" / "train", COUNTS)
+    write_tree(folder / "src" / "train")
     write_tree(folder / "src" / "test", {"b": 2}, first=100)
-    data_tools.pack.main([str(folder / "src"), str(folder / "packs"), "--workers", "0", "--shard-mb", "1e-3"])
+    run_pack(folder / "src", folder / "packs", "--shard-mb", 1e-3)
     return folder / "packs"
 
 
@@ -89,7 +71,7 @@ def test_nothing_is_left_out_of_the_bins(size):
 
 
 @pytest.mark.parametrize("size", [1, 99, 100, 101, 950])
-def test_what_the_frequent_classes_hold(size):
+def test_the_share_of_the_frequent_classes(size):
     counts = np.random.default_rng(size).zipf(1.5, size).clip(1, 10**6)
     tail = long_tail(np.concatenate([counts, np.zeros(3, np.int64)]))
     ordered = sorted(counts, reverse=True)
@@ -161,7 +143,7 @@ def test_mistakes_are_one_line(packs, tmp_path, monkeypatch, capsys, args, words
     shutil.copytree(packs, "packs")
     write_pack(tmp_path / "broken", ["k"], [(b"none", 0), (b"none", 0)])
     (tmp_path / "there.png").touch()
-    assert words in fails(capsys, *args)
+    assert words in refused(capsys, data_tools.show.main, *args, folder=tmp_path)
 
 
 def test_a_record_that_does_not_decode_is_named_and_left_out(tmp_path, capsys):
@@ -175,27 +157,8 @@ def test_a_record_that_does_not_decode_is_named_and_left_out(tmp_path, capsys):
     assert facts["images"] == 2 and len(facts["undecodable"]) == 1
 
 
-@pytest.mark.parametrize("output, code, said", [("/dev/full", 2, "all is done, but the result cannot be printed"),
-                                                ("pipe", 141, "")])
-@pytest.mark.parametrize("tool", ["show", "pack", "split"])
-def test_a_result_that_nobody_takes(packs, tmp_path, tool, output, code, said):
-    arguments = {"show": [packs], "pack": [packs, tmp_path / "out", "--workers", "0"],
-                 "split": [packs / "train", tmp_path / "out", "--test", "0.3"]}[tool]
-    if output == "pipe":
-        reading, output = os.pipe()
-        os.close(reading)
-    else:
-        output = os.open(output, os.O_WRONLY)
-    done = subprocess.run([sys.executable, "-m", f"data_tools.{tool}", *arguments], stdout=output,
-                          stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    os.close(output)
-    assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr
-    assert "kept" not in done.stderr and "Exception" not in done.stderr
-    assert tool == "show" or (tmp_path / "out" / "train" / "index.h5").exists()
-
-
 @pytest.mark.parametrize("damage", ["cut", "missing", "index", "record", "split"])
-def test_damage_that_verify_finds_has_a_code_of_its_own(packs, tmp_path, capsys, damage):
+def test_damage_found_by_verify_has_exit_code_1(packs, tmp_path, capsys, damage):
     path = Path(shutil.copytree(packs, tmp_path / "packs"))
     shard = path / "train" / "shard-00001.h5"
     if damage == "cut":
@@ -219,26 +182,3 @@ def test_damage_that_verify_finds_has_a_code_of_its_own(packs, tmp_path, capsys,
         with pytest.raises(SystemExit) as exit:
             show(*wrong)
         assert exit.value.code == 2
-
-
-@pytest.mark.parametrize("tool, flags", [("show", ["--verify", "--sample", 20]), ("split", ["out", "--test", 0.2]),
-                                         ("export", ["out", "--to", "folder"])])
-def test_progress_is_told_apart_from_the_result(packs, tmp_path, monkeypatch, capsys, tool, flags):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data_tools.progress.Progress, "line_seconds", 0)
-    importlib.import_module(f"data_tools.{tool}").main([str(arg) for arg in (packs / "train", *flags, "--json")])
-    said = capsys.readouterr()
-    json.loads(said.out)
-    assert said.out.count("\n") == 1
-    lines = said.err.splitlines()
-    assert len(lines) >= 1 and all(re.match(r"(sampling|verifying train|splitting|exporting): \d+ of \d+", line)
-                                   for line in lines)
-
-
-def test_a_full_disk_leaves_no_picture(packs, tmp_path):
-    code = ("import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); "
-            "runpy.run_module('data_tools.show', run_name='__main__', alter_sys=True)")
-    done = subprocess.run([sys.executable, "-c", code, packs, "--sheet", tmp_path / "sheet.png"], cwd=ROOT,
-                          stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, timeout=60)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "too large" in done.stderr
-    assert os.listdir(tmp_path) == []
