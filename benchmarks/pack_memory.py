@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data_tools import recordio
+from data_tools.sources import recordio
 
 LOOK_SECONDS = 0.02
 

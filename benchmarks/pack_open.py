@@ -33,8 +33,8 @@ import torch
 from PIL import Image
 
 from benchmarks.measure import rss_mb
-from data_tools.class_table import ClassTable
-from data_tools.pack_writer import PackWriter
+from data_tools.packing.class_table import ClassTable
+from data_tools.packing.writer import PackWriter
 from xc import data
 from xc.config import Config
 from xc.order import SAMPLERS

@@ -1,1 +1,0 @@
-"""Command-line tools that make and inspect data sets."""

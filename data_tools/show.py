@@ -1,104 +1,28 @@
 """Prints what is inside a pack, or a folder of packs, and checks it: python -m data_tools.show PACK
 
-Counts, how the images spread over the classes, and sizes and formats of a random sample of the images, which are
-decoded for it. --plot draws images by class, the most frequent first, on log axes; --sheet some random images with the
-names of their classes. Opening checks the index and the sizes of the shard files; --verify reads every byte and checks
-every checksum. Memory: some numbers for each class.
+It prints counts, how the images spread over the classes, and sizes and formats of a random sample of the images, which
+are decoded for it. --plot draws the number of images by class, the most frequent class first, on log axes. --sheet
+shows some random images with the names of their classes. Opening a pack checks the index and the sizes of the shard
+files; --verify reads every byte and checks every checksum. Memory holds some numbers for each class.
 
-Of a timeline.json, which train.py --timeline-steps writes, it prints and draws one step instead.
+python -m data_tools.show RUN/trace.json sums up one step of a trace of train.py: how long each phase took on each rank,
+and how much of the communication was hidden behind computation. To look at the steps, open the file in ui.perfetto.dev.
 
-Progress goes to stderr, the result alone to stdout. Exit code 2 and one line on stderr where something is wrong, 1
+Progress goes to stderr, the result alone to stdout. On an error the exit code is 2, with one line on stderr; it is 1
 where --verify finds a pack damaged.
 """
 
 import json
 import os
 import signal
-from collections import Counter
-from contextlib import suppress
 
-import numpy as np
-
-from data_tools import pack_pictures, timeline
-from data_tools.command import Parser, between, printing
-from data_tools.progress import Progress
-from xc.pack import INDEX_FILE, PackError, open_image, open_splits
+from data_tools.common.atomic import atomic_path
+from data_tools.common.command import Parser, between, printing
+from data_tools.common.progress import Progress
+from data_tools.reports import facts, plots, trace
+from xc.pack import INDEX_FILE, PackError, open_splits
 
 BAR = 40  # most characters of a bar
-
-
-def describe(pack, num_sampled):
-    """Facts of one pack as a dict for JSON, sizes and formats by a sample of so many records."""
-    counts = pack.class_counts
-    records = sample(pack, num_sampled)
-    with Progress("sampling", len(records)) as progress:
-        images, faults = [], []
-        for record in records:
-            try:
-                images.append(open_record(pack, record, look))
-            except UndecodableError as error:
-                faults.append(str(error))
-            progress.add(1)
-    if not images:
-        raise PackError(faults[0])
-    sizes, widths, heights, formats, modes = zip(*images, strict=True)
-    return {
-        "records": pack.num_records, "classes": pack.num_classes, "bytes": pack.num_bytes, "shards": pack.num_shards,
-        "source": pack.source, "seed": pack.seed, "skipped": pack.skipped,
-        "classes_without_images": int((counts == 0).sum()), "images_per_class": spread(counts),
-        "long_tail": long_tail(counts),
-        "sample": {"images": len(images), "undecodable": faults,
-                   "bytes": spread(sizes), "width": spread(widths), "height": spread(heights),
-                   "longer_side": doubling(np.maximum(widths, heights)),
-                   "formats": dict(Counter(formats).most_common()), "modes": dict(Counter(modes).most_common())},
-        "first_classes": pack.class_names(0, min(5, pack.num_classes)),
-    }
-
-
-def sample(pack, count):
-    """(n,) int64: up to so many record numbers, in order, always the same of a pack."""
-    return np.sort(np.random.default_rng(0).choice(len(pack), min(count, len(pack)), replace=False))
-
-
-def look(data):
-    image = open_image(data)
-    return len(data), image.width, image.height, image.format, image.mode
-
-
-class UndecodableError(PackError):
-    """The bytes of a record are those that were packed, but no image; --check none looks at none."""
-
-
-def open_record(pack, record, opener):
-    """opener(image bytes) of one record; UndecodableError with its number where the image is broken."""
-    [data], _ = pack.read([record])
-    try:
-        return opener(data)
-    except ValueError as error:
-        raise UndecodableError(f"{pack.path}: record {record}: {error}") from error
-
-
-def spread(values):
-    return {"min": int(np.min(values)), "median": float(np.median(values)), "max": int(np.max(values))}
-
-
-def doubling(values):
-    """How many of the values (n,), integers from 0 up, are 0, 1, 2 to 3, 4 to 7, …; and what these add up to."""
-    bins = np.frexp(values)[1]  # of v: how many bits it has
-    counts, sums = np.bincount(bins), np.bincount(bins, weights=values)
-    first = int(np.flatnonzero(counts)[0])
-    return [{"from": 2 ** (bits - 1) if bits else 0, "to": 2**bits - 1, "count": int(counts[bits]),
-             "sum": int(sums[bits])} for bits in range(first, len(counts))]
-
-
-def long_tail(counts):
-    """Of the images of each class (C,): how many classes have how many, and what the frequent ones hold."""
-    ordered = np.sort(counts[counts > 0])[::-1]
-    held = np.cumsum(ordered)
-    top = -(-len(ordered) // 100)
-    return {"classes_by_images": doubling(counts), "top_percent_classes": top,
-            "top_percent_share": float(held[top - 1] / held[-1]),
-            "classes_with_half": int(np.searchsorted(held, held[-1] / 2)) + 1}
 
 
 def print_facts(split, facts):
@@ -137,79 +61,57 @@ def print_bins(what, of, bins):
         print(f"    {between:>21} {one['count']:>12,} {'#' * -(-one['count'] * BAR // most)}".rstrip())
 
 
-def sheet(pack):
-    """A PNG, as bytes, of random records and their classes' names."""
-    records = sample(pack, pack_pictures.SIDE**2)
-    pictures, names = [], []
-    for record in records:
-        with suppress(UndecodableError):
-            pictures.append(open_record(pack, record, pack_pictures.square))
-            names.append(pack.class_name(*pack.labels(record, record + 1)))
-    if not pictures:
-        raise PackError(f"{pack.path}: none of {len(records)} random images decodes, so there is no contact sheet")
-    return pack_pictures.contact_sheet(pictures, names)
-
-
-def write_new(path, data):
-    """A new file with these bytes; nothing is left of one that could not be written."""
-    with open(path, "xb") as file:
-        try:
-            file.write(data)
-            file.flush()
-        except BaseException:
-            os.unlink(path)
-            raise
+def write_picture(path, data):
+    """Writes a new file with these bytes."""
+    with atomic_path(path) as partial, open(partial, "xb") as file:
+        file.write(data)
 
 
 def check_pictures(args):
-    """PackError for pictures that can be known not to be written, before anything is read."""
+    """PackError for names of pictures that cannot be written, before anything is read."""
     for flag, path in ("--sheet", args.sheet), ("--plot", args.plot):
         if path and not path.endswith(".png"):
             raise PackError(f"{flag} {path} is not allowed: give a name that ends in .png")
         if path and os.path.lexists(path):
             raise PackError(f"{flag} {path} exists; remove it or give another name")
         if path and not os.path.isdir(os.path.dirname(path) or "."):
-            raise PackError(f"{flag} {path}: no such folder as {os.path.dirname(path)}; make it first")
+            raise PackError(f"{flag} {path}: there is no folder {os.path.dirname(path)}; make it first")
 
 
-def show_timeline(parser, args):
+def show_trace(parser, args):
     try:
-        if args.sheet or args.verify:
-            raise timeline.TimelineError("--sheet and --verify are for packs, not for a timeline")
-        if args.plot and not args.plot.endswith(".png"):
-            raise timeline.TimelineError(f"--plot {args.plot} is not allowed: give a name that ends in .png")
-        if args.plot and os.path.lexists(args.plot):
-            raise timeline.TimelineError(f"--plot {args.plot} exists; remove it or give another name")
-        name, spans = timeline.one_step(timeline.read(args.pack))
-        facts = timeline.describe(spans)
-        if args.plot:
-            timeline.draw(spans, name, args.plot)
-    except (timeline.TimelineError, OSError) as error:
+        for flag, value in ("--sheet", args.sheet), ("--plot", args.plot), ("--verify", args.verify):
+            if value:
+                raise trace.TraceError(f"{flag} is for packs, but {args.pack} is a trace: leave it out. To look at the "
+                                       "steps, open the trace in ui.perfetto.dev")
+        name, spans = trace.middle_step(trace.read(args.pack))
+        ranks = trace.describe(spans)
+    except (trace.TraceError, OSError) as error:
         parser.error(str(error))
     with printing(parser):
         if args.json:
-            print(json.dumps({"step": name} | facts))
+            print(json.dumps({"step": name} | ranks))
             return
         print(name)
-        for rank, of_rank in facts.items():
+        for rank, of_rank in ranks.items():
             phases = "  ".join(f"{phase} {ms:.1f}" for phase, ms in of_rank["phases_ms"].items())
             print(f"  {rank}: {phases} ms; network busy {of_rank['network_ms']:.1f} ms, {of_rank['behind_ms']:.1f} of "
-                  "it behind a computation")
+                  "it hidden behind computation")
 
 
 def main(argv=None):
     parser = Parser(prog="data_tools.show", description=__doc__.partition("\n")[0])
-    parser.add_argument("pack", metavar="PACK", help="a pack, a folder with packs train, val, test, or a timeline.json")
+    parser.add_argument("pack", metavar="PACK", help="a pack, a folder with packs train, val, test, or RUN/trace.json")
     parser.add_argument("--verify", action="store_true", help="read everything and check every checksum; exit code 1 "
-                        "where a pack is damaged")
+                        "if a pack is damaged")
     parser.add_argument("--sample", type=between(1, 10**7), default=256,
-                        help="images that sizes and formats are found of (%(default)s)")
+                        help="number of images for sizes and formats (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--sheet", metavar="PNG", help="write a contact sheet of random images (of train)")
-    parser.add_argument("--plot", metavar="PNG", help="draw images by class; of a timeline.json, one step")
+    parser.add_argument("--plot", metavar="PNG", help="draw the number of images of each class, most frequent first")
     args = parser.parse_args(argv)
     if args.pack.endswith(".json"):
-        show_timeline(parser, args)
+        show_trace(parser, args)
         return
     is_pack = any(os.path.exists(os.path.join(args.pack, folder, INDEX_FILE)) for folder in ("", "train"))
     try:
@@ -218,15 +120,15 @@ def main(argv=None):
         parser.error(str(error))
     try:
         packs = open_splits(args.pack)
-        facts = {split: describe(pack, args.sample) for split, pack in packs.items()}
+        found = {split: facts.describe(pack, args.sample) for split, pack in packs.items()}
         for split, pack in packs.items() if args.verify else ():
             with Progress(f"verifying {split}", len(pack)) as progress:
-                facts[split]["verified"] = pack.verify(progress.add)
+                found[split]["verified"] = pack.verify(progress.add)
         if args.sheet:
-            write_new(args.sheet, sheet(packs["train"]))
+            write_picture(args.sheet, facts.sheet(packs["train"]))
         if args.plot:
             counts = {split: pack.class_counts for split, pack in packs.items()}
-            write_new(args.plot, pack_pictures.rank_frequency(counts))
+            write_picture(args.plot, plots.rank_frequency(counts))
     except PackError as error:
         parser.error(str(error), code=1 if args.verify and is_pack else 2)
     except OSError as error:
@@ -235,12 +137,12 @@ def main(argv=None):
         parser.exit(130, f"{parser.prog}: interrupted\n")
     with printing(parser):
         if args.json:
-            print(json.dumps(facts))
+            print(json.dumps(found))
             return
-        for split, of_split in facts.items():
+        for split, of_split in found.items():
             print_facts(split, of_split)
             if args.verify:
-                print(f"  verified: all {of_split['verified']} checksums are right")
+                print(f"  verified: all {of_split['verified']} checksums match")
 
 
 if __name__ == "__main__":

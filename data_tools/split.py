@@ -1,130 +1,22 @@
 """Splits a pack into training, validation and test data: python -m data_tools.split PACK OUT --test 0.01
 
-OUT is a folder of packs, OUT/train and OUT/test, OUT/val or both, with the records of PACK in their order and the
-class table of PACK in each, so labels stay what they are. OUT appears when it is whole, or not at all. The same PACK,
-shares and seed give the same bytes. Memory holds a shard of each split and some numbers for each class.
+OUT is a folder of packs: OUT/train, and OUT/test, OUT/val or both. Each has its records of PACK in their order and the
+class table of PACK, so labels do not change. OUT appears complete or not at all. The same PACK, shares and seed give
+the same bytes. Memory holds a shard of each split and some numbers for each class.
 
---by image  Of every class, its share of images, rounded down or up so that the share of all images is right. At least
+--by image  Every class gives its share of images, rounded down or up so that the share of all images is right. At least
             one image of every class stays in train, so a class of one image is not tested.
---by class  Whole classes, a share of those that have images. They keep their places in the class table, which all
-            splits have in common, as evaluation goes over all of it; but train has no image of them. A classifier
-            cannot learn what they are: such a split is for features, as those of retrieval, not for top-1.
+--by class  A share of the classes that have images goes there whole. All splits have the same class table, because
+            evaluation goes over all of it, but train has no image of these classes. A classifier cannot learn them:
+            such a split is for features, as those of retrieval, not for top-1.
 """
 
-import itertools
 import json
-import math
 import os
-import shutil
-import time
-import zlib
 
-import numpy as np
-
-from data_tools.class_table import ClassTable, names_of
-from data_tools.command import Parser, between, check_paths, new_folder, printing, stop_on_signals
-from data_tools.pack_writer import PackWriter
-from data_tools.progress import Progress
-from xc.pack import INDEX_FILE, SPLITS, Pack, PackError
-
-_TABLE_BYTES = 2**28  # of memory for the names of classes while they are sorted
-
-
-def rounded(counts, share, random):
-    """(C,) int64: a share of each of the counts (C,), each rounded down or up, the sum to within one of its share."""
-    order = random.permutation(len(counts))  # else neighbours in the class table would take turns
-    result = np.empty(len(counts), np.int64)
-    result[order] = np.diff(np.floor(np.cumsum(counts[order]) * share + random.random()), prepend=0)
-    return result
-
-
-def by_image(counts, shares, random):
-    """{split: (C,) int64 images that go there} of the shares {split: 0 … 1}, for classes with so many images."""
-    most, result = np.maximum(counts - 1, 0), {}  # what train can spare
-    for split, share in shares.items():
-        result[split] = np.minimum(rounded(np.where(counts > 1, counts, 0), share, random), most)
-        most = most - result[split]
-    return result
-
-
-def by_class(counts, shares, random):
-    """As by_image, for shares of the classes that have images."""
-    classes, result = random.permutation(np.flatnonzero(counts)), {}
-    sizes = [round(share * len(classes)) for share in shares.values()]
-    for split, chosen in zip(shares, np.split(classes, np.cumsum(sizes)), strict=False):
-        result[split] = np.zeros_like(counts)
-        result[split][chosen] = counts[chosen]
-    return result
-
-
-def drawn(left, label, place):
-    """The split of an image, taken off {split: (C,) images that it still gets}, the rest is for train.
-
-    place  a random number from 0 to the images of the class that are still to come: each of them has the same chance
-    """
-    for split, of_split in left.items():
-        if place < of_split[label]:
-            of_split[label] -= 1
-            return split
-        place -= of_split[label]
-    return "train"
-
-
-def split(src, out, *, test, val, by, seed, shard_mb):
-    """Splits the pack src into the new folder out; the parameters are the flags of the command.
-
-    returns  {split: {"records", "classes", "bytes", "shards"}, "seconds"}
-
-    PackError or OSError, with nothing left at out, for whatever the user can mend.
-    """
-    started = time.monotonic()
-    out = os.path.abspath(out)
-    if not os.path.exists(os.path.join(src, INDEX_FILE)) and os.path.isdir(os.path.join(src, "train")):
-        raise PackError(f"{src} has splits already; name one of its packs, as {os.path.join(src, 'train')}")
-    if not 0 < test + val < 1:
-        raise PackError(f"--test {test} and --val {val} must leave something for train and take something from it: "
-                        "their sum must lie between 0 and 1")
-    pack = Pack(src)
-    check_paths([src], out, None)
-    random, counts = np.random.default_rng(seed), pack.class_counts
-    shares = {name: share for name, share in (("test", test), ("val", val)) if share}
-    left = (by_image if by == "image" else by_class)(counts, shares, random)
-    for name, of_split in left.items():
-        if not of_split.any():
-            raise PackError(f"--{name} {shares[name]} of {pack.num_records} images of "
-                            f"{np.count_nonzero(counts)} classes comes to no {by}; give more")
-    if sum(of_split.sum() for of_split in left.values()) == pack.num_records:
-        raise PackError(f"--test {test} and --val {val} of {np.count_nonzero(counts)} classes leave none for train; "
-                        "give less")
-
-    with new_folder(out) as partial:
-        writers = {name: PackWriter(os.path.join(partial, name), shard_mb * 1e6, np.zeros_like(counts),
-                                    pack.has_weights) for name in SPLITS if name == "train" or name in left}
-        unread = counts.copy()
-        with Progress("splitting", len(pack)) as progress:
-            for start, stop in pack.ranges():
-                images, labels = pack.read(np.arange(start, stop))
-                weights = pack.weights(start, stop) if pack.has_weights else itertools.repeat(math.nan, stop - start)
-                chances = random.random(len(images))
-                for image, label, weight, chance in zip(images, labels, weights, chances, strict=True):
-                    name = drawn(left, label, chance * unread[label])
-                    unread[label] -= 1
-                    writers[name].add(image, zlib.crc32(image), label, weight)
-                progress.add(len(images))
-        if unread.any():
-            raise PackError(f"{src}: its class_counts are not those of its records; see data_tools.show --verify")
-        work = os.path.join(partial, "classes")
-        table = ClassTable(work, names_of(pack), _TABLE_BYTES)
-        for writer in writers.values():
-            writer.end_shard()
-        for writer in writers.values():  # last: a folder without an index is not a pack
-            writer.write_index(table, source=pack.source, seed=pack.seed, skipped=0)
-        shutil.rmtree(work)
-    facts = {name: {"records": sum(shard.records for shard in writer.shards),
-                    "classes": int(np.count_nonzero(writer.class_counts)),
-                    "bytes": sum(shard.num_bytes for shard in writer.shards), "shards": len(writer.shards)}
-             for name, writer in writers.items()}
-    return facts | {"seconds": round(time.monotonic() - started, 3)}
+from data_tools.common.command import Parser, between, printing, stop_on_signals
+from data_tools.packing.split import split
+from xc.pack import SPLITS, PackError
 
 
 def main(argv=None):
@@ -135,8 +27,8 @@ def main(argv=None):
     add("--test", type=between(0, 1, float), default=0, help="share that goes to test, as 0.01 (none)")
     add("--val", type=between(0, 1, float), default=0, help="share that goes to val (none)")
     add("--by", choices=("image", "class"), default="image",
-        help="image: of every class its share; class: whole classes, which train then lacks (%(default)s)")
-    add("--seed", type=between(0, 2**63 - 1), default=0, help="of the choice (%(default)s)")
+        help="image: every class gives its share; class: whole classes, which train then lacks (%(default)s)")
+    add("--seed", type=between(0, 2**63 - 1), default=0, help="of the random choice (%(default)s)")
     add("--shard-mb", type=between(1e-6, 2**20, float), default=256, help="most image data in one file (%(default)s)")
     add("--json", action="store_true", help="print one JSON object instead of text")
     args = vars(parser.parse_args(argv))
@@ -145,7 +37,7 @@ def main(argv=None):
         facts = split(**args)
     except PackError as error:
         parser.error(str(error))
-    except (OSError, RuntimeError) as error:  # h5py has either for a disk that refuses
+    except (OSError, RuntimeError) as error:  # h5py raises either for a full or broken disk
         parser.error(f"{args['out']}: {error}; nothing was kept")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted; nothing was kept\n")

@@ -427,7 +427,7 @@ def test_a_requeued_pack_goes_on(cluster, tiny_packs, tmp_path):
     until(lambda: list(tmp_path.glob(".packs.partial-pack/part-0/train/*")), "a shard")
     cluster.run("scontrol", "requeue", number)
     log = ended(cluster, number, restarts=1)
-    assert "going on behind" in log
+    assert "resuming after" in log
     assert open_splits(out)["train"].verify() == 120
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import xc.pack
-from data_tools.class_table import ClassTable
-from data_tools.pack_writer import PackWriter
+from data_tools.packing.class_table import ClassTable
+from data_tools.packing.writer import PackWriter
 from tests.support.commands import run_pack
 from tests.support.images import picture, write_tree
 from tests.support.packs import add_weights, write_pack

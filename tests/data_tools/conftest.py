@@ -2,7 +2,7 @@
 
 import pytest
 
-import data_tools.listing
+import data_tools.packing.catalogue
 from tests.support.commands import run_pack
 from tests.support.pack_jobs import FLAGS, LARGE_BYTES, ordered_records, write_source
 
@@ -17,7 +17,7 @@ def source(request, tmp_path_factory):
     write_source(request.param, folder / "src")
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "large":
-            patch.setattr(data_tools.listing, "LARGE_BYTES", LARGE_BYTES)
+            patch.setattr(data_tools.packing.catalogue, "LARGE_BYTES", LARGE_BYTES)
         run_pack(folder / "src", folder / "pack", *FLAGS)
         assert [len(images) for images in ordered_records(folder / "pack").values()] == [69, 24]
         yield folder / "src", folder / "pack"

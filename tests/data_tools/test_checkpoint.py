@@ -64,7 +64,7 @@ def test_reshard_writes_what_that_many_ranks_write(ranks, files, head, made, tmp
 
 @pytest.mark.parametrize("num_classes, block", [(61, 16), (61, 2**20)])
 def test_edges_of_the_graph_are_resharded_in_pieces(num_classes, block, made, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_tools.ranged._EDGES", block)
+    monkeypatch.setattr("data_tools.checkpoints.ranges._EDGES", block)
     monkeypatch.setattr("xc.tensor_file.PIECE", 2 * block)
     folder = made(3, head="knn", num_classes=num_classes)
     call(main, "reshard", folder, tmp_path / "out", "--files", 5)
@@ -96,7 +96,7 @@ def test_a_slice_of_missing_classes_is_refused(text, message, made, tmp_path, ca
 
 def test_rows_that_are_not_classes_are_not_sliced(made, tmp_path, capsys):
     line = refused(capsys, main, "slice", made(head="mach"), tmp_path / "out.safetensors", "--classes", "1")
-    assert "buckets of 2 hashes, none is that of one class" in line
+    assert "buckets of 2 hashes, none is the row of one class" in line
 
 
 def damage(path, how):
@@ -116,7 +116,7 @@ def test_every_damaged_file_is_named(how, made, tmp_path, capsys):
     folder = made(step=2)
     with pytest.raises(SystemExit) as end:
         call(main, "verify", folder.parent.parent)
-    assert end.value.code == 0 and capsys.readouterr().out.count(": whole, 5 files") == 2
+    assert end.value.code == 0 and capsys.readouterr().out.count(": valid, 5 files") == 2
     names = ["backbone.safetensors", "rows-000000000004-000000000007.safetensors"]
     for name in names:
         damage(folder / name, how)
@@ -124,7 +124,7 @@ def test_every_damaged_file_is_named(how, made, tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             call(main, "verify", what)
         out, err = capsys.readouterr()
-        assert end.value.code == 2 and out.count(": whole") == whole
+        assert end.value.code == 2 and out.count(": valid") == whole
         assert len(err.splitlines()) == 2
         assert all(name in line and "is damaged" in line for name, line in zip(names, err.splitlines(), strict=True))
     for command in ("merge", "out.safetensors"), ("reshard", "out", "--files", 2):
@@ -277,8 +277,8 @@ def test_nothing_is_replaced_without_force(made, tmp_path, capsys):
     (tmp_path / "precious").mkdir()
     error = refused(capsys, main, "reshard", folder, tmp_path / "precious", "--files", 3, "--force")
     assert "not a checkpoint" in error
-    assert "inside of the checkpoint" in refused(capsys, main, "reshard", folder, folder, "--files", 3, "--force")
-    assert "inside of" in refused(capsys, main, "merge", folder, folder / "backbone.safetensors", "--force")
+    assert "inside the checkpoint" in refused(capsys, main, "reshard", folder, folder, "--files", 3, "--force")
+    assert "lies inside" in refused(capsys, main, "merge", folder, folder / "backbone.safetensors", "--force")
     (tmp_path / "x.safetensors").mkdir()
     assert "not a file" in refused(capsys, main, "merge", folder, tmp_path / "x.safetensors", "--force")
     assert "ends in .safetensors" in refused(capsys, main, "merge", folder, tmp_path / "out")

@@ -11,9 +11,9 @@ import sys
 import pytest
 
 import data_tools.checkpoint
+import data_tools.common.progress
 import data_tools.export
 import data_tools.pack
-import data_tools.progress
 import data_tools.show
 import data_tools.split
 from tests.support.checkpoints import save
@@ -104,7 +104,7 @@ def test_a_result_that_cannot_be_printed(inputs, tmp_path, tool, output, code, s
                                          ("export", ["out", "--to", "folder"])])
 def test_progress_goes_to_stderr_and_the_result_to_stdout(inputs, tmp_path, monkeypatch, capsys, tool, flags):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data_tools.progress.Progress, "line_seconds", 0)
+    monkeypatch.setattr(data_tools.common.progress.Progress, "line_seconds", 0)
     call(importlib.import_module(f"data_tools.{tool}").main, inputs["packs"] / "train", *flags, "--json")
     said = capsys.readouterr()
     json.loads(said.out)

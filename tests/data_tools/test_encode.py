@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.encoding import FORMATS, Encoding
+from data_tools.packing.encode import FORMATS, Encoding
 from tests.support.commands import pack_fails, run_pack
 from tests.support.images import IMAGE_KINDS, picture, smooth
 from tests.support.packs import contents, file_hashes
@@ -129,9 +129,10 @@ def test_nothing_is_lost_with_any_number_of_workers(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--format", "png", "--quality", 9], "--quality is of jpeg and webp"),
-    (["--format", "raw", "--quality", 9], "--quality is of jpeg and webp"), (["--quality", 0], "not between 1 and 100"),
-    (["--format", "gif"], "invalid choice"), (["--resize", 0], "not between")])
+    (["--format", "png", "--quality", 9], "--quality is for jpeg and webp"),
+    (["--format", "raw", "--quality", 9], "--quality is for jpeg and webp"),
+    (["--quality", 0], "not between 1 and 100"), (["--format", "gif"], "invalid choice"),
+    (["--resize", 0], "not between")])
 def test_flags_that_make_no_sense(tmp_path, capsys, flags, words):
     (tmp_path / "src").mkdir()
     assert words in pack_fails(capsys, tmp_path / "src", tmp_path / "pack", *flags)

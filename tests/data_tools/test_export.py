@@ -9,12 +9,11 @@ import shutil
 import tarfile
 import tracemalloc
 from pathlib import Path
-from urllib.parse import unquote_to_bytes
 
 import pytest
 
 import data_tools.export
-from data_tools.export import MAX_FOLDERS, MAX_NAME, folder_of
+from data_tools.exports.folder import MAX_FOLDERS, MAX_NAME, folder_of
 from tests.support.commands import call, refused, run_pack
 from tests.support.images import picture, write_tree
 from tests.support.packs import file_hashes, records, write_pack
@@ -183,26 +182,23 @@ def test_no_class_is_lost_that_a_folder_would_hide(tmp_path):
         shutil.rmtree(tmp_path / "again")
 
 
-def unescaped(path):
-    return unquote_to_bytes(path.replace("%/", "")).decode()
-
-
-def test_folders_of_classes_are_tame_and_say_the_name():
+def test_folders_of_classes_are_safe_and_all_different():
     parts = ["/", ".", "%", "a", "ü", "\0", " ", "\n", "000000001.png", "list.csv", "__MACOSX", "train", "x" * 90, "..",
              "日" * 40]
     pick = random.Random(0)
-    names = HOSTILE + ["".join(pick.choices(parts, k=pick.randint(1, 9))) for _ in range(5000)]
+    names = sorted({*HOSTILE, *("".join(pick.choices(parts, k=pick.randint(1, 9))) for _ in range(5000)), "%3", "%7/a"})
     for shun_splits in (False, True):
-        for name in names:
-            path = folder_of(name, shun_splits)
-            assert unescaped(path) == name
+        paths = [folder_of(name, label, shun_splits) for label, name in enumerate(names)]
+        assert len(set(paths)) == len(names)
+        for label, (path, name) in enumerate(zip(paths, names, strict=True)):
+            assert path in (name, f"%{label}")
             for folder in path.split("/"):
                 assert folder and folder[0] != "." and len(folder.encode()) < 256
                 assert not any(ord(letter) < 32 for letter in folder)
                 assert folder not in ("list.csv", "000000001.png", "__MACOSX")
             assert not (shun_splits and path.split("/")[0] in ("train", "val", "test"))
-    for name in "plain", "a/x", "c 10", "ü", "a.b", "5", "train":
-        assert folder_of(name) == name
+    for name in "plain", "a/x", "c 10", "ü", "a.b", "5", "train", "100%", "a/%5":
+        assert folder_of(name, 3) == name
 
 
 @pytest.mark.parametrize("to", ["folder", "webdataset"])
@@ -220,7 +216,7 @@ def test_hostile_names_stay_inside(tmp_path, to):
     with open(inside / "out" / "list.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, strict=True))
     for row in rows:
-        assert unescaped(os.path.dirname(row["path"])) == row["label"]
+        assert os.path.dirname(row["path"]) in (row["label"], f"%{names.index(row['label'])}")
     run_pack(inside / "out" / "list.csv", tmp_path / "again", "--max-skipped", 0)
     assert same(tmp_path / "pack", tmp_path / "again")
     found = [path for path in (inside / "out").rglob("*") if path.is_file()]
@@ -232,9 +228,17 @@ def unname(line):
     return line.replace(r"\\", "\0\0").replace(r"\n", "\n").replace(r"\r", "\r").replace("\0\0", "\\")
 
 
-@pytest.mark.parametrize("name", ["", "x" * (MAX_NAME + 1), "%" * (MAX_NAME // 2), "a/" * MAX_FOLDERS + "b"])
-def test_names_that_no_folder_can_have(tmp_path, capsys, name):
+@pytest.mark.parametrize("name", ["x" * (MAX_NAME + 1), "%" * (MAX_NAME // 2), "a/" * MAX_FOLDERS + "b", "日" * 67])
+def test_names_that_no_folder_can_have(tmp_path, name):
     write_pack(tmp_path / "pack", ["good", name], [(picture(i), i) for i in range(2)])
+    export(tmp_path / "pack", tmp_path / "out", "--to", "folder")
+    assert (tmp_path / "out" / "%1" / "000000001.png").read_bytes() == picture(1)
+    run_pack(tmp_path / "out" / "list.csv", tmp_path / "again", "--classes", tmp_path / "pack", "--max-skipped", 0)
+    assert records(Pack(tmp_path / "again")) == records(Pack(tmp_path / "pack"))
+
+
+def test_a_class_without_a_name_is_no_folder(tmp_path, capsys):
+    write_pack(tmp_path / "pack", ["good", ""], [(picture(i), i) for i in range(2)])
     assert "record 1 of class 1: a" in export_fails(capsys, tmp_path / "pack", tmp_path / "out", "--to", "folder")
     export(tmp_path / "pack", tmp_path / "out", "--to", "webdataset")
     assert from_tars(tmp_path / "out")[0]["images"] == records(Pack(tmp_path / "pack"))
@@ -244,7 +248,7 @@ def test_names_that_no_folder_can_have(tmp_path, capsys, name):
     (("none", "out"), "none: not a pack"),
     (("packs", "there"), "there exists"),
     (("packs", "missing/out"), "no such folder, or not writable"),
-    (("packs", "packs/out"), "lies inside of"),
+    (("packs", "packs/out"), "lies inside"),
     (("packs", "out", "--split", "val"), "has train, test"),
     (("packs/train", "out", "--split", "train"), "no splits"),
     (("packs", "out", "--classes", "5-9"), "names 9, but the pack has the classes 0 to 6"),

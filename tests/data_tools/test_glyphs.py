@@ -14,11 +14,14 @@ from fontTools.ttLib.tables._c_m_a_p import CmapSubtable
 from PIL import Image
 
 from data_tools import glyphs
+from data_tools.fonts import classes as font_classes
+from data_tools.fonts import dataset
+from data_tools.fonts import faces as font_faces
 
-MATPLOTLIB_FONTS = glyphs.font_folders([], system=False)
+MATPLOTLIB_FONTS = font_faces.font_folders([], system=False)
 LATIN, GREEK, CYRILLIC = range(0x21, 0x7F), range(0x391, 0x3CA), range(0x410, 0x450)
 SOME = {*LATIN, *GREEK, *CYRILLIC, *range(0x2190, 0x21A0), *range(0x2800, 0x2810), 0xFFFC}
-find_all_faces = glyphs.find_faces
+find_all_faces = font_faces.find_faces
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,8 +34,8 @@ def few_code_points():
         return [dataclasses.replace(face, code_points=own) for face, own in zip(faces, few, strict=True)], skipped
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(glyphs, "find_faces", find_faces)
-        patch.setattr(glyphs, "JOB_GLYPHS", 90)  # so that a face is several jobs
+        patch.setattr(dataset, "find_faces", find_faces)
+        patch.setattr(font_faces, "JOB_GLYPHS", 90)  # so that a face is several jobs
         yield
 
 
@@ -45,7 +48,11 @@ def made(few_code_points, tmp_path_factory):
 
 
 def run(out, *options):
-    return glyphs.main([str(out), "--no-system-fonts", "--workers", "2", *map(str, options)])
+    try:
+        glyphs.main([str(out), "--no-system-fonts", "--workers", "2", *map(str, options)])
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
 def tree(folder):
@@ -103,7 +110,7 @@ def test_summary_counts_what_is_there(tmp_path, capsys):
     assert counts["faces"] == counts["test_faces"] + len(face_names(tmp_path / "out", "train"))
     for name, row in table(tmp_path / "out").items():
         assert (int(row["train_faces"]), int(row["test_faces"])) == (len(train[name]), len(test.get(name, ())))
-    assert Image.open(tmp_path / "sheet.png").height == 10 * len(list(train)[:: -(-len(train) // glyphs.SHEET_ROWS)])
+    assert Image.open(tmp_path / "sheet.png").height == 10 * len(list(train)[:: -(-len(train) // dataset.SHEET_ROWS)])
 
 
 def test_whole_typefaces_are_held_out(made):
@@ -140,8 +147,8 @@ def test_no_two_classes_look_the_same_in_every_face(made):
 
 
 def test_twins_share_a_class_and_sizes_tell_cases_apart(made):
-    sans = glyphs.draw_glyphs((f"{MATPLOTLIB_FONTS[0]}/DejaVuSans.ttf", 0, [0x41, 0x391, 0x410], 32))
-    assert glyphs.merge({"DejaVuSans": sans}, sorted(sans)) == {0x41: [0x41, 0x391, 0x410]}  # A of three scripts
+    sans = font_faces.draw_glyphs((f"{MATPLOTLIB_FONTS[0]}/DejaVuSans.ttf", 0, [0x41, 0x391, 0x410], 32))
+    assert font_classes.merge({"DejaVuSans": sans}, sorted(sans)) == {0x41: [0x41, 0x391, 0x410]}  # A of three scripts
     classes = table(made)
     assert classes["U+00048"]["characters"] == "H \u0397" and classes["U+00048"]["name"] == "LATIN CAPITAL LETTER H"
     assert "U+00397" not in classes
@@ -175,19 +182,20 @@ def test_last_resort_fonts_are_skipped(tmp_path):
 def test_missing_glyph_boxes_are_dropped(tmp_path):
     path = edited_font(tmp_path / "x.ttf", box_for_b)
     assert ord("B") in find_all_faces([tmp_path])[0][0].code_points
-    assert glyphs.draw_glyphs((str(path), 0, [ord("A"), ord("B"), 0x2800], 32)).keys() == {ord("A")}
+    assert font_faces.draw_glyphs((str(path), 0, [ord("A"), ord("B"), 0x2800], 32)).keys() == {ord("A")}
 
 
 def test_only_glyphs_that_are_too_large_are_shrunk():
-    font = glyphs.open_face(f"{MATPLOTLIB_FONTS[0]}/DejaVuSans.ttf", 0, glyphs.OVERSAMPLING * glyphs.inner_side(64))
+    em = font_faces.OVERSAMPLING * font_faces.inner_side(64)
+    font = font_faces.open_face(f"{MATPLOTLIB_FONTS[0]}/DejaVuSans.ttf", 0, em)
 
     def ink_box(character):
-        image = np.asarray(Image.open(io.BytesIO(glyphs.draw(font, character, 64)))) < 255
+        image = np.asarray(Image.open(io.BytesIO(font_faces.draw(font, character, 64)))) < 255
         return np.ptp(np.flatnonzero(image.any(1))) + 1, np.ptp(np.flatnonzero(image.any(0))) + 1
 
     assert max(ink_box(".")) < 10
     assert ink_box("x")[0] < 0.85 * ink_box("X")[0]
-    assert ink_box("\N{LONG LEFTWARDS ARROW}")[1] == glyphs.inner_side(64)
+    assert ink_box("\N{LONG LEFTWARDS ARROW}")[1] == font_faces.inner_side(64)
 
 
 def test_collections_count_by_face_and_equal_fonts_once(tmp_path):
@@ -209,7 +217,7 @@ def test_collections_count_by_face_and_equal_fonts_once(tmp_path):
     faces, skipped = find_all_faces([tmp_path])
     assert [face.name for face in faces] == ["DejaVuSans", "Other_Face"] and skipped == 1
     for face, has in zip(faces, [{"A", "B"}, {"A"}], strict=True):
-        assert set(map(chr, glyphs.draw_glyphs((face.path, face.index, [ord("A"), ord("B")], 32)))) == has
+        assert set(map(chr, font_faces.draw_glyphs((face.path, face.index, [ord("A"), ord("B")], 32)))) == has
 
 
 def test_merge_joins_the_first_founder_that_agrees_in_every_common_face():
@@ -217,17 +225,17 @@ def test_merge_joins_the_first_founder_that_agrees_in_every_common_face():
               "g": {1: b"a", 2: b"a", 3: b"c", 5: b"c"},
               "h": {6: b"a"}}
     # 3 differs from 1 in g; 5 looks like 3; 6 has no face in common with any
-    assert glyphs.merge(images, [1, 2, 3, 4, 5, 6]) == {1: [1, 2], 3: [3, 5], 4: [4], 6: [6]}
+    assert font_classes.merge(images, [1, 2, 3, 4, 5, 6]) == {1: [1, 2], 3: [3, 5], 4: [4], 6: [6]}
 
 
 def test_typefaces_join_families_and_faces_that_mostly_agree():
     def face(name, family):
-        return glyphs.Face(name, family, "", 0, ())
+        return font_faces.Face(name, family, "", 0, ())
 
     faces = [face("a", "A"), face("a2", "A"), face("b", "B"), face("c", "C")]
     images = {"a": {1: b"1", 2: b"2", 3: b"3"}, "a2": {1: b"4"}, "b": {1: b"1", 2: b"2", 3: b"0"},
               "c": {1: b"1", 2: b"5", 3: b"6"}}
-    assert sorted(map(sorted, glyphs.typefaces(faces, images))) == [["a", "a2", "b"], ["c"]]
+    assert sorted(map(sorted, font_classes.typefaces(faces, images))) == [["a", "a2", "b"], ["c"]]
 
 
 def test_hold_out_weighs_tested_classes_against_lost_ones():
@@ -239,11 +247,11 @@ def test_hold_out_weighs_tested_classes_against_lost_ones():
               "s": drawn("s", [0, 9]), "t": drawn("t", [0, *range(4, 9)]), "u": drawn("u", range(4, 9))}
     groups = [{name} for name in images]
     classes = {code: [code] for code in range(10)}
-    assert glyphs.hold_out(groups, classes, images, 1, 4) == {"t"}
+    assert font_classes.hold_out(groups, classes, images, 1, 4) == {"t"}
     images["t"] = {code: images["p"][code] for code in images["t"]}  # now t repeats what train has
-    assert glyphs.hold_out(groups, classes, images, 1, 4) != {"t"}
-    with pytest.raises(glyphs.GlyphError, match="at most 3"):
-        glyphs.hold_out(groups, classes, images, 4, 4)
+    assert font_classes.hold_out(groups, classes, images, 1, 4) != {"t"}
+    with pytest.raises(font_faces.GlyphError, match="at most 3"):
+        font_classes.hold_out(groups, classes, images, 4, 4)
 
 
 @pytest.mark.parametrize("options, says", [
@@ -255,7 +263,7 @@ def test_hold_out_weighs_tested_classes_against_lost_ones():
     (["--sheet", "nowhere/sheet.png"], "--sheet"), (["--sheet", "."], "--sheet"), (["--colour"], "--colour"),
 ])
 def test_bad_options_end_with_one_line_before_drawing(tmp_path, capsys, monkeypatch, options, says):
-    monkeypatch.setattr(glyphs, "draw_faces", None)
+    monkeypatch.setattr(dataset, "draw_faces", None)
     monkeypatch.chdir(tmp_path)
     assert run(tmp_path / "out", *options) == 2
     error = capsys.readouterr().err
@@ -277,7 +285,7 @@ def test_nothing_is_left_of_a_run_that_ends_early(tmp_path, monkeypatch, failure
     def fail(*_):
         raise failure
 
-    monkeypatch.setattr(glyphs, "class_table", fail)  # the images are written by then
+    monkeypatch.setattr(dataset, "class_table", fail)  # the images are written by then
     assert run(tmp_path / "out", "--classes", 5) == code
     assert not list(tmp_path.iterdir())
 
@@ -317,12 +325,12 @@ def test_fonts_that_never_end_or_claim_all_memory(tmp_path):
     count, length = 20_000, 60_000  # names that all lie in the same place: 1.2 GB in 300 kB
     names = b"".join(struct.pack(">6H", 3, 1, 0x409, number, length, 0) for number in range(count))
     a_font(tmp_path / "huge.ttf", name=struct.pack(">3H", 0, count, 6) + names)
-    faces, skipped = glyphs.find_faces([tmp_path])
+    faces, skipped = font_faces.find_faces([tmp_path])
     assert [os.path.basename(face.path) for face in faces] == ["good.ttf"] and skipped == 1
 
 
 def test_a_glyph_without_bounds_is_not_drawn(tmp_path):
-    good = glyphs.open_face(str(a_font(tmp_path / "good.ttf")), 0, 64)
-    assert glyphs.draw(good, "A", 32)
-    wide = glyphs.open_face(str(a_font(tmp_path / "wide.ttf", units=16, side=32767)), 0, 64)
-    assert glyphs.draw(wide, "A", 32) == b""
+    good = font_faces.open_face(str(a_font(tmp_path / "good.ttf")), 0, 64)
+    assert font_faces.draw(good, "A", 32)
+    wide = font_faces.open_face(str(a_font(tmp_path / "wide.ttf", units=16, side=32767)), 0, 64)
+    assert font_faces.draw(wide, "A", 32) == b""

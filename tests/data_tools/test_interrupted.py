@@ -14,10 +14,11 @@ from collections import Counter
 import psutil
 import pytest
 
-import data_tools.checking
-import data_tools.listing
-from data_tools.listing import zeros_file
-from data_tools.pack_writer import ShardWriter
+import data_tools.pack
+import data_tools.packing.catalogue
+import data_tools.packing.workers
+from data_tools.packing.catalogue import zeros_file
+from data_tools.packing.writer import ShardWriter
 from tests.support.commands import ended, pack_fails, run_pack, start_slow
 from tests.support.disks import small_disk
 from tests.support.images import write_tree
@@ -71,14 +72,14 @@ def test_an_interrupted_pack_says_what_it_keeps(tmp_path, number, send):
     send(process.pid, number)  # a terminal's Ctrl-C reaches the workers too
     code, _, error = ended(process)
     assert code == 130 and error == (
-        f"data_tools.pack: interrupted; {tmp_path}/.pack.partial-pack keeps what was done: the same command goes on "
+        f"data_tools.pack: interrupted; {tmp_path}/.pack.partial-pack keeps what was done: the same command resumes "
         "from there\n")
     assert sorted(os.listdir(tmp_path)) == [".pack.partial-pack", "src"]
 
 
 def test_a_dead_worker_is_one_line(tmp_path, capsys, monkeypatch):
     write_tree(tmp_path / "src")
-    monkeypatch.setattr(data_tools.checking, "_start_worker", os.abort)
+    monkeypatch.setattr(data_tools.packing.workers, "_start_worker", os.abort)
     assert "a worker died" in pack_fails(capsys, tmp_path / "src", tmp_path / "pack", "--workers", 1)
 
 
@@ -112,7 +113,7 @@ def test_a_pack_killed_again_and_again_equals_an_unbroken_one(source, tmp_path, 
     late = "pack is a pack: " if parts > 1 else "pack exists"  # one that began later
     assert all(code == 0 or late in error for code, _, error in results), results
     assert file_hashes(out) == file_hashes(tmp_path / "whole") and not kept(out).exists()
-    assert "going on behind" in told
+    assert "resuming after" in told
 
 
 @pytest.mark.parametrize("source, number", [("folder", signal.SIGINT), ("large", signal.SIGTERM)], indirect=["source"])
@@ -124,7 +125,7 @@ def test_an_interrupted_pack_resumes(source, tmp_path, number):
     assert ended(process)[0] == 130
     before = {path: path.stat().st_mtime_ns for path in kept(tmp_path / "pack").glob("part-0/*/shard-*.h5")}
     code, _, error = ended(start_pack(src, tmp_path / "pack"))
-    assert code == 0 and "going on behind" in error and "listing" not in error
+    assert code == 0 and "resuming after" in error and "listing" not in error
     assert file_hashes(tmp_path / "pack") == file_hashes(whole)
     moved = {path.stat().st_mtime_ns for path in (tmp_path / "pack").glob("*/shard-*.h5")}
     assert sum(time in moved for time in before.values()) >= len(before) - 1 > 3  # they were not written anew
@@ -141,9 +142,9 @@ def test_a_pack_does_not_show_which_images_were_large(tmp_path, monkeypatch, par
         packs.append(file_hashes(out))
 
     for most in 2**16, LARGE_BYTES, 0:
-        monkeypatch.setattr(data_tools.listing, "LARGE_BYTES", most)
+        monkeypatch.setattr(data_tools.packing.catalogue, "LARGE_BYTES", most)
         pack(tmp_path / f"{most}")
-    monkeypatch.setattr(data_tools.listing, "LARGE_BYTES", LARGE_BYTES)
+    monkeypatch.setattr(data_tools.packing.catalogue, "LARGE_BYTES", LARGE_BYTES)
     for stop in 3, 0, 5:
         calls = itertools.count()
 
@@ -155,7 +156,7 @@ def test_a_pack_does_not_show_which_images_were_large(tmp_path, monkeypatch, par
         monkeypatch.setattr(ShardWriter, "write", stopped)
         with pytest.raises(SystemExit):
             pack(tmp_path / "stopped")
-    large = (kept(tmp_path / "stopped") / "listing" / data_tools.listing.LARGE_FILE).stat().st_size
+    large = (kept(tmp_path / "stopped") / "listing" / data_tools.packing.catalogue.LARGE_FILE).stat().st_size
     assert LARGE_BYTES * 30 < large < sum(path.stat().st_size for path in src.iterdir()) / 3
     monkeypatch.setattr(ShardWriter, "write", write)
     pack(tmp_path / "stopped")
@@ -164,14 +165,14 @@ def test_a_pack_does_not_show_which_images_were_large(tmp_path, monkeypatch, par
 
 def test_a_list_that_lost_bytes_of_images_is_one_line(tmp_path, monkeypatch, capsys):
     src = write_source("webdataset", tmp_path / "src")
-    monkeypatch.setattr(data_tools.listing, "LARGE_BYTES", LARGE_BYTES)
+    monkeypatch.setattr(data_tools.packing.catalogue, "LARGE_BYTES", LARGE_BYTES)
     run_pack(src, tmp_path / "pack", *FLAGS, "--part", "0/2")
-    os.truncate(kept(tmp_path / "pack") / "listing" / data_tools.listing.LARGE_FILE, 1000)
+    os.truncate(kept(tmp_path / "pack") / "listing" / data_tools.packing.catalogue.LARGE_FILE, 1000)
     capsys.readouterr()
     with pytest.raises(SystemExit):
         run_pack(src, tmp_path / "pack", *FLAGS, "--part", "1/2")
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "inside of an image" in error and not (tmp_path / "pack").exists()
+    assert error.count("\n") == 1 and "inside an image" in error and not (tmp_path / "pack").exists()
 
 
 @pytest.mark.parametrize("source, kilobytes", [
@@ -218,9 +219,9 @@ def test_a_disk_that_fills_up_in_any_phase_is_one_line(tmp_path):
                 break
             *others, error = done.stderr.splitlines()
             assert done.returncode == 2 and "No space left on device" in error, (kilobytes, done.stderr)
-            assert all(line.startswith("going on behind ") for line in others)
+            assert all(line.startswith("resuming after ") for line in others)
             kept = os.listdir(disk)  # when all images are listed, and from then on
-            assert error.endswith("the same command goes on from there" if kept else "nothing was kept")
+            assert error.endswith("the same command resumes from there" if kept else "nothing was kept")
             assert kept == [".pack.partial-pack"] or not (kept or refused[True])
             assert sorted(os.listdir(tmp_path)) == before
             refused[bool(kept)] += 1

@@ -10,10 +10,10 @@ import h5py
 import numpy as np
 import pytest
 
-import data_tools.checking
-import data_tools.listing
-import data_tools.pack
-import data_tools.progress
+import data_tools.common.progress
+import data_tools.packing.catalogue
+import data_tools.packing.workers
+import data_tools.packing.write_part
 from tests.support.commands import pack_fails, run_pack
 from tests.support.images import CLASSES, by_class, picture, write_tree
 from tests.support.packs import contents, file_hashes
@@ -54,9 +54,9 @@ def test_every_format_is_kept_as_it_was(tmp_path):
 def test_small_chunks_lose_nothing(tmp_path, monkeypatch):
     files = write_tree(tmp_path / "src")
     run_pack(tmp_path / "src", tmp_path / "a")
-    for module in (data_tools.checking, data_tools.pack):
+    for module in (data_tools.packing.workers, data_tools.packing.write_part):
         monkeypatch.setattr(module, "CHUNK_BYTES", 200)  # the worker stops after every second image
-    monkeypatch.setattr(data_tools.pack, "CHUNK_RECORDS", 5)
+    monkeypatch.setattr(data_tools.packing.write_part, "CHUNK_RECORDS", 5)
     run_pack(tmp_path / "src", tmp_path / "b")
     assert contents(Pack(tmp_path / "b")) == by_class(files)
     assert file_hashes(tmp_path / "a") == file_hashes(tmp_path / "b")
@@ -76,9 +76,9 @@ def test_the_window_bounds_the_chunks_in_flight():
         under_way -= 1
         return [(path.encode(), 0) for path, _ in images[:1]]  # each time half of the chunk is left over
 
-    records = [data_tools.listing.Record("", f"{i}", 0, 0, None) for i in range(40)]
+    records = [data_tools.packing.catalogue.Record("", f"{i}", 0, 0, None) for i in range(40)]
     chunks = (records[i : i + 2] for i in range(0, 40, 2))
-    found = [(record, data) for record, data, _ in data_tools.checking.read_in_order(Pool(), 3, [""], chunks)]
+    found = [(record, data) for record, data, _ in data_tools.packing.workers.read_in_order(Pool(), 3, [""], chunks)]
     assert found == [(record, record.path.encode()) for record in records] and most == 3
 
 
@@ -180,7 +180,7 @@ def test_progress_in_plain_lines(tmp_path, capsys, monkeypatch):
     write_tree(tmp_path / "src")
     run_pack(tmp_path / "src", tmp_path / "a")
     assert capsys.readouterr().err == ""  # over before the first line is due
-    monkeypatch.setattr(data_tools.progress.Progress, "line_seconds", 0)
+    monkeypatch.setattr(data_tools.common.progress.Progress, "line_seconds", 0)
     run_pack(tmp_path / "src", tmp_path / "b")
     lines = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"listing: 1 images, [\d,.]+/s", lines[0])
@@ -192,11 +192,11 @@ def test_progress_in_plain_lines(tmp_path, capsys, monkeypatch):
     (["nowhere", "pack"], "nowhere: no such file or folder"),
     (["empty", "pack"], "no images"),
     (["src", "src2"], "src2 exists"),
-    (["src", "src/pack"], "inside of"),
+    (["src", "src/pack"], "lies inside"),
     (["src", "no/pack"], "no such folder"),
     (["src", "pack", "--root", "src"], "--root src"),
-    (["rooted", "pack"], "0.png: an image of no class"),
-    (["rooted-train", "pack"], "train/0.png: an image of no class"),
+    (["rooted", "pack"], "0.png: an image without a class"),
+    (["rooted-train", "pack"], "train/0.png: an image without a class"),
     (["src", "pack", "--classes", "src"], "src: not a pack"),
     (["src", "pack", "--workers", "-1"], "--workers: -1 is not between 0 and 4096"),
     (["src", "pack", "--seed", "x"], "--seed"),

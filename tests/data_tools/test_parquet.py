@@ -89,8 +89,8 @@ def test_rows_of_parquet_take_little_memory_however_large_they_are(tmp_path, kin
                                 dictionary_pagesize_limit=2**30 if kind in ("coded", "dictionary") else 1, **encoding)
     del images
     assert path.stat().st_size < 500_000
-    code = ("import sys; from data_tools.sources import parquet_source; "
-            "print(sum(len(image) for *_, image in parquet_source(sys.argv[1], None)) >> 20)")
+    code = ("import sys; from data_tools.sources.parquet import records; "
+            "print(sum(len(image) for *_, image in records(sys.argv[1], None)) >> 20)")
     peak, [megabytes, *_] = peak_kib(code, path)
     assert megabytes == "400" and peak < 250_000  # of which Python and its libraries take 60,000
 

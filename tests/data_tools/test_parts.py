@@ -10,9 +10,9 @@ from functools import partial
 
 import pytest
 
-import data_tools.claim
-import data_tools.pack
-import data_tools.progress
+import data_tools.common.progress
+import data_tools.packing.job
+import data_tools.packing.lease
 from tests.support.commands import ended, pack_fails, run_pack
 from tests.support.images import picture
 from tests.support.pack_jobs import FLAGS, entries, kept, ordered_records, start_pack, write_source
@@ -81,15 +81,15 @@ def test_a_part_takes_over_from_one_that_shows_no_life(source, tmp_path, capsys,
     wait_until(lambda: list(kept(tmp_path / "pack").glob("listing.claim")))
     process.kill()
     ended(process)
-    monkeypatch.setattr(data_tools.claim, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(data_tools.packing.lease, "PATIENCE_SECONDS", 0.3)
     run_pack(src, tmp_path / "pack", *FLAGS, "--part", "1/2")
-    assert "part-0 shows no life for 0.3 s" in capsys.readouterr().err
+    assert "part-0 gave no sign of life for 0.3 s" in capsys.readouterr().err
     run_pack(src, tmp_path / "pack", *FLAGS, "--part", "0/2")
     assert ordered_records(tmp_path / "pack") == ordered_records(whole)
 
 
 def test_one_of_several_works_and_shows_that_it_lives(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_tools.claim, "LIFE_SECONDS", 0.01)
+    monkeypatch.setattr(data_tools.packing.lease, "LIFE_SECONDS", 0.01)
     claim, made, workers, signs = tmp_path / "claim", tmp_path / "made", [], set()
 
     def work(name):
@@ -97,8 +97,8 @@ def test_one_of_several_works_and_shows_that_it_lives(tmp_path, monkeypatch):
         wait_until(lambda: signs.add(claim.read_text()) or len(signs) > 7)
         made.touch()
 
-    threads = [threading.Thread(target=data_tools.claim.by_one, args=(claim, name, made.exists, partial(work, name)))
-               for name in "abc"]
+    threads = [threading.Thread(target=data_tools.packing.lease.run_once,
+                                args=(claim, name, made.exists, partial(work, name))) for name in "abc"]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -124,11 +124,11 @@ def test_a_part_waits_as_long_as_another_lives(tmp_path, monkeypatch, capsys):
     """Here its last sign of life is in the minute 9; patience is of 90 s."""
     claim, worked = tmp_path / "claim", []
     clock = Clock(lambda minute: minute < 10 and claim.write_text(f"other {minute}"))
-    monkeypatch.setattr("data_tools.claim.time", clock)
+    monkeypatch.setattr("data_tools.packing.lease.time", clock)
     claim.write_text("other 0")
-    data_tools.claim.by_one(claim, "me", lambda: bool(worked), lambda: worked.append(clock.minutes))
+    data_tools.packing.lease.run_once(claim, "me", lambda: bool(worked), lambda: worked.append(clock.minutes))
     assert len(worked) == 1 and 9 + 1.5 < worked[0] <= 9 + 3 and not list(tmp_path.iterdir())
-    assert capsys.readouterr().err.count("other shows no life for 90 s: taken over") == 1
+    assert capsys.readouterr().err.count("other gave no sign of life for 90 s: taking over") == 1
 
 
 @pytest.mark.parametrize("source", ["folder"], indirect=True)
@@ -214,12 +214,12 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced(source, tmp_path, capsy
         run_pack(src, out, *FLAGS, "--part", "0/2")
     capsys.readouterr()
     with monkeypatch.context() as context:
-        write = data_tools.pack.write_part
-        context.setattr(data_tools.pack, "write_part", lambda *args: (write(*args), out.mkdir()))
+        write = data_tools.packing.job.write_part
+        context.setattr(data_tools.packing.job, "write_part", lambda *args: (write(*args), out.mkdir()))
         with pytest.raises(SystemExit) as exit:
             run_pack(src, out, *FLAGS, *part)
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and "pack has appeared meanwhile" in error and "the same command goes on" in error
+    assert exit.value.code == 2 and "pack has appeared meanwhile" in error and "the same command resumes" in error
     out.rmdir()
     run_pack(src, out, *FLAGS, *part)
     assert ordered_records(out) == ordered_records(whole)
@@ -234,14 +234,14 @@ def test_a_late_part_finds_the_pack(source, tmp_path, capsys):
     hashes = file_hashes(tmp_path / "pack")
     capsys.readouterr()
     error = pack_fails(capsys, src, tmp_path / "pack", *FLAGS, "--part", "0/2")
-    assert "if it is that of these parts, all is done" in error and "remove" not in error
+    assert "if these parts made it, all is done" in error and "remove" not in error
     assert file_hashes(tmp_path / "pack") == hashes
 
 
 @pytest.mark.parametrize("source", ["large"], indirect=True)
 def test_images_are_listed_once(source, tmp_path, capsys, monkeypatch):
     src, _ = source
-    monkeypatch.setattr(data_tools.progress.Progress, "line_seconds", 0)
+    monkeypatch.setattr(data_tools.common.progress.Progress, "line_seconds", 0)
     listed = []
     for i in range(2):
         run_pack(src, tmp_path / "pack", *FLAGS, "--part", f"{i}/2")

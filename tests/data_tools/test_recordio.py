@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import xc.pack
-from data_tools import recordio
+from data_tools.sources import recordio
 from tests.support.commands import pack_fails, run_pack
 from tests.support.images import picture
 from tests.support.packs import contents
@@ -19,15 +19,15 @@ def test_recordio_is_cut_at_the_magic_number_and_joined_again(tmp_path):
     cases += [b"".join(random.choice([recordio.MAGIC, b"abcd", b"x"], 9)) for _ in range(50)]
     path = write_rec(tmp_path / "a.rec", cases)
     assert sum(case.count(recordio.MAGIC) for case in cases) > 50
-    kinds = {path.read_bytes()[place + 7] >> 5 for place, _ in recordio.records(path)}
+    kinds = {path.read_bytes()[place + 7] >> 5 for place, _ in recordio.read_records(path)}
     assert kinds == {recordio.WHOLE, recordio.FIRST}
-    assert [data for _, data in recordio.records(path, tmp_path / "a.idx")] == cases
+    assert [data for _, data in recordio.read_records(path, tmp_path / "a.idx")] == cases
 
 
 def test_a_rec_that_is_cut_or_damaged_is_one_line(tmp_path, capsys):
     images = [image_record(1.0, picture(i)) for i in range(3)]
     whole = write_rec(tmp_path / "whole.rec", images, index=False).read_bytes()
-    second = [place for place, _ in recordio.records(tmp_path / "whole.rec")][1]
+    second = [place for place, _ in recordio.read_records(tmp_path / "whole.rec")][1]
     for length in (4, 7, 8, 100, second + 2, second + 8, len(whole) - 1):
         (tmp_path / "a.rec").write_bytes(whole[:length])
         assert "cut short" in pack_fails(capsys, tmp_path / "a.rec", tmp_path / "pack"), length

@@ -26,7 +26,7 @@ def test_a_share_of_the_images_is_held_out(tmp_path, capsys, kind):
     assert file_hashes(tmp_path / "a") == file_hashes(tmp_path / "b")
     assert contents(open_splits(tmp_path / "a")["test"]) != test
     assert " classes have images in test and none in train\n" in capsys.readouterr().err
-    assert "is of split t" in pack_fails(capsys, tmp_path / "a", tmp_path / "new", "--split", "val=0.5")
+    assert "has split t" in pack_fails(capsys, tmp_path / "a", tmp_path / "new", "--split", "val=0.5")
     for wrong in ("train=0.1", "test=1", "test=0", "test=nan", "test", "dev=0.1"):
         assert "is not like test=0.01" in pack_fails(capsys, source, tmp_path / "new", "--split", wrong)
 
@@ -111,7 +111,7 @@ def test_whole_classes_are_held_out(tmp_path, capsys, kind):
 
 @pytest.mark.parametrize("flags, words", [
     (["--min-images", 0], "not between"), (["--max-images-per-class", 0], "not between"),
-    (["--min-images", 12], "no class has so many images; the largest has 11"),
+    (["--min-images", 12], "no class has that many images; the largest has 11"),
     (["--split-by", "class"], "--split-by class says how --split draws"),
     (["--split", "test=0.000001"], "draws no image"),
     (["--split", "val=0.0001", "--split-by", "class"], "draws no class"),

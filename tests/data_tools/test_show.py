@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 import data_tools.show
-from data_tools import pack_pictures
-from data_tools.show import doubling, long_tail, sample, sheet
+from data_tools.reports import plots as pack_pictures
+from data_tools.reports.facts import doubling, long_tail, sample, sheet
 from tests.support.commands import call, refused, run_pack
 from tests.support.images import picture, write_tree
 from tests.support.packs import write_pack
@@ -134,7 +134,7 @@ def test_pictures_are_written(packs, tmp_path):
     (("packs", "--plot", "a.jpg"), "ends in .png"),
     (("packs", "--plot", "there.png"), "there.png exists"),
     (("packs", "--sheet", "there.png"), "there.png exists"),
-    (("packs", "--sheet", "no/a.png"), "no such folder as no"),
+    (("packs", "--sheet", "no/a.png"), "there is no folder no"),
     (("packs", "--sample", "0"), "not between"),
     (("broken",), "record 0: not an image"),
 ])

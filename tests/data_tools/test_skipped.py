@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import xc.pack
-from data_tools.checking import KEPT, check_images
+from data_tools.packing.workers import KEPT, check_images
 from tests.support.commands import pack_fails, peak_kib_of, run_pack
 from tests.support.images import BAD_IMAGES, by_class, picture, png, write_tree
 from tests.support.packs import contents

@@ -6,8 +6,8 @@ import random
 import numpy as np
 import pytest
 
-import data_tools.external_sort
-from data_tools.external_sort import Sorter, merged
+import data_tools.packing.external_sort
+from data_tools.packing.external_sort import Sorter, merged
 from tests.support.commands import run_pack
 from tests.support.images import write_tree
 from xc.pack import Pack
@@ -16,7 +16,7 @@ from xc.pack import Pack
 @pytest.mark.parametrize("unique", [False, True])
 @pytest.mark.parametrize("memory", [1, 300, 20_000, 10**9])
 def test_sorting_on_disk_is_sorting(tmp_path, monkeypatch, unique, memory):
-    monkeypatch.setattr(data_tools.external_sort, "MAX_RUNS", 3)
+    monkeypatch.setattr(data_tools.packing.external_sort, "MAX_RUNS", 3)
     random = np.random.default_rng(0)
     items = [random.bytes(random.integers(0, 5)) for _ in range(500)]
     assert len(set(items)) < len(items)

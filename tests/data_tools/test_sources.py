@@ -8,10 +8,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from data_tools import recordio, sources
-from data_tools.class_table import name_hash
-from data_tools.pack import names_in
-from data_tools.sources import KINDS
+from data_tools.packing.class_table import name_hash
+from data_tools.packing.select import names_in
+from data_tools.sources import detect, recordio
+from data_tools.sources.detect import KINDS
 from tests.support.commands import pack_fails, peak_kib_of, run_pack
 from tests.support.images import by_class, picture, png, write_tree
 from tests.support.packs import contents, file_hashes
@@ -31,7 +31,7 @@ def files(tmp_path):
 @pytest.mark.parametrize("kind", SOURCES)
 def test_every_kind_of_source_gives_the_same_records(tmp_path, files, kind):
     source = make_source(kind, tmp_path / "source", files)
-    assert sources.kind_of(str(source)) == kind.split()[0]
+    assert detect.kind_of(str(source)) == kind.split()[0]
     for name, args in {"whole": [], "spilled": ["--memory-mb", 1e-3, "--workers", 2], "shards": ["--shard-mb", 1e-3],
                        "named": ["--from", kind.split()[0]], "seed": ["--seed", 1]}.items():
         run_pack(source, tmp_path / name, *args)
@@ -106,7 +106,7 @@ def test_shards_are_of_the_split_they_are_named_after(tmp_path, capsys, names):
     for split, pack in open_splits(tmp_path / "again").items():
         assert contents(pack) == contents(packs[split])
     write_tar(tmp_path / "tars" / "more.tar", samples(made[0]))
-    assert "more.tar: of no split" in pack_fails(capsys, tmp_path / "tars", tmp_path / "new")
+    assert "more.tar: its name gives no split" in pack_fails(capsys, tmp_path / "tars", tmp_path / "new")
 
 
 @pytest.mark.parametrize("name", ["val", "validation", "valid"])
@@ -211,7 +211,7 @@ def test_another_kind_is_not_read_as_this_one(tmp_path, capsys, files, kind):
 
 def test_a_class_may_have_the_name_of_a_packs_index(tmp_path):
     files = write_tree(tmp_path / "src", {"index.h5": 2, "train/index.h5": 1})
-    assert sources.kind_of(str(tmp_path / "src")) == "folder"
+    assert detect.kind_of(str(tmp_path / "src")) == "folder"
     run_pack(tmp_path / "src", tmp_path / "pack")
     assert contents(Pack(tmp_path / "pack")) == by_class(files)
 
@@ -220,10 +220,10 @@ def test_a_folder_is_no_manifest_and_a_file_no_folder(tmp_path, capsys):
     write_tree(tmp_path / "src", {"a": 1})
     write_tar(tmp_path / "a.tar", [])
     error = pack_fails(capsys, tmp_path / "src", tmp_path / "pack", "--from", "manifest")
-    assert f"{tmp_path / 'src'}: a folder, but a manifest is a file" in error
+    assert f"{tmp_path / 'src'}: a folder, but --from manifest needs a file" in error
     for kind in "folder", "pack":
         error = pack_fails(capsys, tmp_path / "a.tar", tmp_path / "pack", "--from", kind)
-        assert f"{tmp_path / 'a.tar'}: a file, but the kind {kind} is of folders" in error
+        assert f"{tmp_path / 'a.tar'}: a file, but --from {kind} needs a folder" in error
 
 
 @pytest.mark.parametrize("name, words", [("a.tar", "cut short or not a tar file"), ("a.csv", "must name the columns"),

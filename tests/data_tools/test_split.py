@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import data_tools.split
+from data_tools.packing import split as splitting
 from tests.support.commands import call, refused
 from tests.support.packs import file_hashes, records, write_pack
 from xc.pack import Pack, open_splits
@@ -67,10 +68,10 @@ def test_a_long_tail_gets_its_share_of_all_images(share):
     counts = np.random.default_rng(0).zipf(1.5, 3001).clip(0, 500) + 1
     for seed in range(5):
         random = np.random.default_rng(seed)
-        of_split = data_tools.split.rounded(counts, share, random)
+        of_split = splitting.rounded(counts, share, random)
         assert abs(of_split.sum() - share * counts.sum()) <= 1
         assert (np.abs(of_split - share * counts) < 1).all()
-        of_split = data_tools.split.by_image(counts, {"val": share, "test": share}, random)
+        of_split = splitting.by_image(counts, {"val": share, "test": share}, random)
         for name in of_split:
             able = counts[counts > 1].sum()
             assert of_split[name].sum() <= share * able + 1
@@ -82,7 +83,7 @@ def test_every_image_has_the_same_chance(tmp_path):
     pack = make(tmp_path / "pack", [20, 3])
     first_half = 0
     for seed in range(30):
-        left = data_tools.split.by_image(np.array([20, 3]), {"test": 0.5}, np.random.default_rng(seed))
+        left = splitting.by_image(np.array([20, 3]), {"test": 0.5}, np.random.default_rng(seed))
         assert left["test"][0] == 10
         split(pack, tmp_path / f"{seed}", "--test", 0.5, "--seed", seed)
         chosen = {image for image, label, _ in records(Pack(tmp_path / f"{seed}" / "test")) if label == 0}
@@ -112,7 +113,7 @@ def test_json_says_what_became_of_it(whole, tmp_path, capsys):
     (("none", "out", "--test", 0.1), "none: no such folder"),
     (("packs", "out", "--test", 0.1), "packs has splits already; name one of its packs, as packs/train"),
     (("pack", "there", "--test", 0.1), "there exists"),
-    (("pack", "pack/out", "--test", 0.1), "lies inside of"),
+    (("pack", "pack/out", "--test", 0.1), "lies inside"),
     (("pack", "out"), "their sum must lie between 0 and 1"),
     (("pack", "out", "--test", 0.5, "--val", 0.5), "their sum must lie between 0 and 1"),
     (("pack", "out", "--test", "nan"), "not between"),

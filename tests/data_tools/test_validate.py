@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import data_tools.show
-from data_tools.image_check import CHECKS, _is_plain_png, check_image
+from data_tools.packing.validate import CHECKS, _is_plain_png, check_image
 from tests.support.commands import pack_fails, run_pack
 from tests.support.images import IMAGE_KINDS, picture, png, smooth, with_checksums
 from tests.support.packs import contents, file_hashes

@@ -7,8 +7,8 @@ import tracemalloc
 
 import pytest
 
-from data_tools import sources
-from data_tools.skipped import Skipped
+from data_tools.packing.skipped import Skipped
+from data_tools.sources import webdataset
 from tests.support.commands import pack_fails, run_pack
 from tests.support.images import by_class, picture, png, write_tree
 from tests.support.packs import contents
@@ -81,7 +81,7 @@ def test_a_tar_that_is_cut_anywhere_is_one_line(tmp_path, capsys):
 
 
 def test_a_tar_header_cannot_fill_the_memory(tmp_path, capsys):
-    for kind in sources.HEADERS:
+    for kind in webdataset.HEADERS:
         header = odd("x", kind, size=2**21).tobuf(tarfile.GNU_FORMAT)
         (tmp_path / "a.tar").write_bytes(header + b"1" * 2**21 + bytes(1024))
         assert "a header of 2097152 bytes" in pack_fails(capsys, tmp_path / "a.tar", tmp_path / "pack")
@@ -90,12 +90,12 @@ def test_a_tar_header_cannot_fill_the_memory(tmp_path, capsys):
 def test_a_tar_header_for_all_members_has_few_keys(tmp_path, capsys):
     """tarfile copies them for each member that has a header of its own."""
     files = write_tree(tmp_path / "src", {"0": 2})
-    for count in sources.MAX_GLOBAL_KEYS, sources.MAX_GLOBAL_KEYS + 1:
+    for count in webdataset.MAX_GLOBAL_KEYS, webdataset.MAX_GLOBAL_KEYS + 1:
         keys = {f"key{i}": "x" for i in range(count)}
         with tarfile.open(tmp_path / "a.tar", "w", pax_headers=keys) as tar:
             for name, data in samples(files):
                 tar.addfile(odd(name, size=len(data)), io.BytesIO(data))
-        if count == sources.MAX_GLOBAL_KEYS:
+        if count == webdataset.MAX_GLOBAL_KEYS:
             run_pack(tmp_path / "a.tar", tmp_path / "few")
             assert contents(Pack(tmp_path / "few")) == by_class(files)
     assert "a.tar: cut short or not a tar file: global headers of 257 keys" in pack_fails(capsys, tmp_path / "a.tar",
@@ -110,14 +110,14 @@ def test_a_chain_of_tar_headers_is_one_line(tmp_path, capsys, kind):
 
 
 @pytest.mark.parametrize("name, size, reason", [
-    ("a.png", 2**18, "several images"), ("a.cls", 2**16, f"more than {sources.MAX_LABELS} files with a label")])
+    ("a.png", 2**18, "several images"), ("a.cls", 2**16, f"more than {webdataset.MAX_LABELS} files with a label")])
 def test_a_sample_cannot_fill_the_memory(tmp_path, name, size, reason):
     image = picture(1)
     write_tar(tmp_path / "a.tar", [("a.jpg", image), *[(name, b"1" * size)] * 100, ("b.png", image), ("b.cls", b"1")])
     with Skipped(tmp_path / "skipped.tsv", "1") as skipped:
         tracemalloc.start()
         try:
-            records = list(sources.webdataset_source(str(tmp_path / "a.tar"), skipped))
+            records = list(webdataset.records(str(tmp_path / "a.tar"), skipped))
             assert tracemalloc.get_traced_memory()[1] < 10 * size + 2**20
         finally:
             tracemalloc.stop()
@@ -129,7 +129,7 @@ def test_a_tar_member_that_claims_more_than_the_file_is_one_line(tmp_path, capsy
     """tarfile looked for the end of it without end."""
     for name in "x.png", "x.txt":
         (tmp_path / "a.tar").write_bytes(odd(name, size=size).tobuf(tarfile.GNU_FORMAT) + bytes(2048))
-        assert f"ends inside of {name}" in pack_fails(capsys, tmp_path / "a.tar", tmp_path / "pack")
+        assert f"ends inside {name}" in pack_fails(capsys, tmp_path / "a.tar", tmp_path / "pack")
 
 
 def test_a_class_name_has_an_end(tmp_path, capsys):

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 import data_tools.pack
-from data_tools import encoding
-from data_tools.image_check import CHECKS, check_image
+from data_tools.packing import encode as encoding
+from data_tools.packing.validate import CHECKS, check_image
 from tests.fuzz.case import Finding, command
 from tests.fuzz.changes import TEXTS, change_bytes, one_of
 from tests.support.images import with_checksums

@@ -4,7 +4,7 @@ import json
 import os
 
 import data_tools.show
-from data_tools import glyphs
+from data_tools.fonts import faces as font_faces
 from tests.fuzz.case import command
 from tests.fuzz.changes import change_bytes, change_json_file, one_of
 
@@ -24,7 +24,7 @@ def change_timeline(random, folder):
 
 
 def read_timeline(folder, out):
-    command(data_tools.show.main, folder / "timeline.json", "--json", "--plot", out / "steps.png")
+    command(data_tools.show.main, folder / "timeline.json", "--json")
 
 
 def make_fonts(folder):
@@ -36,7 +36,7 @@ def make_fonts(folder):
         some.populate(text=text)
         some.subset(font)
         font.save(folder / f"{name}.ttf")
-    assert len(glyphs.find_faces([folder])[0]) == 2
+    assert len(font_faces.find_faces([folder])[0]) == 2
 
 
 def change_fonts(random, folder):
@@ -49,8 +49,8 @@ def change_fonts(random, folder):
 
 
 def read_fonts(folder, out):
-    faces, _ = glyphs.find_faces([folder])
+    faces, _ = font_faces.find_faces([folder])
     for face in faces:
-        font = glyphs.open_face(face.path, face.index, 64)
+        font = font_faces.open_face(face.path, face.index, 64)
         for code in face.code_points[:20]:
-            glyphs.draw(font, chr(code), 32)
+            font_faces.draw(font, chr(code), 32)

@@ -11,7 +11,7 @@ import pyarrow.parquet
 from PIL import Image
 
 import data_tools.pack
-from data_tools import recordio
+from data_tools.sources import recordio
 from tests.fuzz.case import command
 from tests.fuzz.changes import change_bytes, change_text, one_of
 from tests.fuzz.images import make_tree

@@ -2,7 +2,7 @@
 
 import shutil
 
-from data_tools import glyphs
+from data_tools.fonts import faces as font_faces
 from tests.fuzz.case import Target, attempt
 from tests.fuzz.checkpoints import change_meta, change_tables, make_runs, read_run
 from tests.fuzz.images import change_image, change_tree, make_images, make_tree, read_images, read_tree
@@ -49,7 +49,7 @@ TARGETS = {
     "arguments": Target(make_arguments, change_arguments, read_arguments, (ValueError,)),
     "synth": Target(make_synth, change_synth, read_synth, (config.UserError,)),
     "timeline": Target(make_timeline, change_timeline, read_timeline, (ValueError,)),
-    "fonts": Target(make_fonts, change_fonts, read_fonts, (), glyphs.FONT_BYTES >> 19),
+    "fonts": Target(make_fonts, change_fonts, read_fonts, (), font_faces.FONT_BYTES >> 19),
 }
 
 

@@ -4,7 +4,8 @@ import itertools
 
 import numpy as np
 
-import data_tools.listing
+import data_tools.packing.catalogue
+import data_tools.packing.lease
 from tests.support.commands import start
 from tests.support.images import picture
 from tests.support.sources import write_tar
@@ -35,9 +36,10 @@ def write_source(kind, folder):
 def start_pack(*args, seconds=0.0, patience=90):
     """Start a process that packs and whose fsync takes so many seconds."""
     return start(
-        f"import os, runpy, time, data_tools.claim, data_tools.listing; os.fsync = lambda fd: time.sleep({seconds}); "
-        f"data_tools.claim.LIFE_SECONDS = 0.1; data_tools.claim.PATIENCE_SECONDS = {patience}; "
-        f"data_tools.listing.LARGE_BYTES = {data_tools.listing.LARGE_BYTES}; "
+        "import os, runpy, time, data_tools.packing.lease, data_tools.packing.catalogue; "
+        f"os.fsync = lambda fd: time.sleep({seconds}); "
+        f"data_tools.packing.lease.LIFE_SECONDS = 0.1; data_tools.packing.lease.PATIENCE_SECONDS = {patience}; "
+        f"data_tools.packing.catalogue.LARGE_BYTES = {data_tools.packing.catalogue.LARGE_BYTES}; "
         "runpy.run_module('data_tools.pack', run_name='__main__', alter_sys=True)", *args, *FLAGS)
 
 

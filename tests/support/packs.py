@@ -9,8 +9,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from data_tools.class_table import ClassTable
-from data_tools.pack_writer import PackWriter
+from data_tools.packing.class_table import ClassTable
+from data_tools.packing.writer import PackWriter
 
 
 def write_pack(folder, names, images, shard_bytes=1000):

@@ -8,7 +8,7 @@ import tarfile
 import pyarrow as pa
 import pyarrow.parquet
 
-from data_tools import recordio
+from data_tools.sources import recordio
 from tests.support.commands import run_pack
 
 

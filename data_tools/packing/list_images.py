@@ -1,0 +1,136 @@
+"""Lists the images of all sources and decides which are packed: the first stage of a pack."""
+
+import os
+from collections import Counter
+
+import numpy as np
+
+from data_tools.common.progress import Progress, note
+from data_tools.packing.catalogue import CLASS_SPLITS, CatalogueWriter, Decision, zeros_file
+from data_tools.packing.class_table import BLOCK, names_of
+from data_tools.packing.duplicates import Duplicates
+from data_tools.packing.select import choose
+from data_tools.packing.skipped import Skipped
+from data_tools.packing.workers import worker_pool
+from data_tools.sources.detect import check_splits
+from xc.pack import PackError
+
+LEFT_OUT = {"repeat": "images that repeat others", "leak": "images of train that are in val or test too",
+            "conflict": "images with several labels", "few": "images of classes with fewer than --min-images",
+            "many": "images beyond --max-images-per-class"}
+
+
+def list_images(folder, src, sources, wanted, table_of, options):
+    """Writes a Catalogue of the records of all sources and of their classes into a folder.
+
+    wanted    array of the hashes of the class names to take; None: all
+    table_of  Pack whose class table is used; None: the names of the images make it
+    options   Options of the pack
+
+    PackError where the images do not make a pack.
+    """
+    check_splits(src)
+    catalogue = CatalogueWriter(folder, options.memory_bytes, options.seed, wanted, options.split, options.split_by,
+                                options.part[1])
+    skipped, repeated = _take_all(catalogue, folder, sources, options)
+    _check_splits_of(catalogue, src, skipped, options)
+    for what, count in sorted(skipped.ignored.items()):
+        note(f"ignored {count} {what}")
+    if repeats := catalogue.check_paths():
+        note(f"{repeats} rows name a path that an earlier row named; these images are packed once for each row")
+    has_weights, left_out = catalogue.has_weights, Counter()
+    if options.duplicates == "keep" and options.max_images_per_class is None:
+        decisions = np.broadcast_to(np.uint8(Decision.KEPT), len(catalogue))  # takes no memory
+    else:
+        decisions = zeros_file(os.path.join(folder, "decisions"), len(catalogue), np.uint8)
+    if options.duplicates != "keep":
+        left_out += _resolve(repeated, options.duplicates, decisions, os.path.join(folder, "duplicates.tsv"))
+    names, owner = catalogue.class_names(), "train"
+    if table_of is not None:
+        names, owner = names_of(table_of), "the pack of --classes"
+    choice = choose(catalogue, names, owner, decisions, folder, options.memory_bytes, options.min_images,
+                    options.max_images_per_class, options.split_by == "class")
+    left_out += choice.left_out
+    _report(catalogue, choice, left_out, wanted, options)
+    catalogue.finish(choice.table, has_weights, left_out, skipped.tally)
+
+
+def shown_path(path, root, data, sources):
+    """The path of an image for messages: the whole path if there are several sources and the image is a file."""
+    return os.path.join(os.path.abspath(root), path) if data is None and len(sources) > 1 else path
+
+
+def _take_all(catalogue, folder, sources, options):
+    """(Skipped, Duplicates) after all records of the sources are in the catalogue."""
+    find_duplicates = options.duplicates != "keep"
+    with (Skipped(os.path.join(folder, "skipped.tsv"), options.max_skipped) as skipped,
+          worker_pool(options.workers if find_duplicates else 0) as pool, Progress("listing") as progress):
+        repeated = Duplicates(os.path.join(folder, "duplicates"), options.memory_bytes // 8, pool,
+                              2 * options.workers + 1)
+        roots = [os.path.realpath(source.root) for source in sources]
+        for source, root in zip(sources, roots, strict=True):
+            number = roots.index(root)  # sources with the same root share its number: their files are the same
+            for record in source.records(skipped):
+                entry = catalogue.add(number, *record, may_repeat=source.may_repeat)
+                if entry is None:
+                    skipped.ignored[f"images of classes that {options.classes} does not name"] += 1
+                elif find_duplicates:
+                    _, path, name, data = record[:4]
+                    repeated.add(entry, source.root, shown_path(path, source.root, data, sources), name, data)
+                progress.add(1)
+        repeated.end()
+    return skipped, repeated
+
+
+def _check_splits_of(catalogue, src, skipped, options):
+    """PackError where the splits of the images do not make a pack."""
+    splits = catalogue.splits
+    if not CLASS_SPLITS & set(splits):
+        raise PackError(f"{', '.join(src)}: no images"
+                        f"{' of split train, which gives the classes' if splits else ''}{_reasons(skipped)}")
+    if "" in splits and len(splits) > 1:
+        raise PackError(f"{', '.join(src)}: some images have a split and others none; give all one, or none")
+    if options.split is not None and options.split[0] not in splits:
+        name, share = options.split
+        raise PackError(f"--split {name}={share} of {len(catalogue)} images draws no {options.split_by}; give more, "
+                        "or leave it out")
+
+
+def _reasons(skipped):
+    what = [f"{count} {what} ignored" for what, count in sorted(skipped.ignored.items())]
+    if skipped.tally.count:
+        what.append(f"{skipped.tally.count} skipped: {skipped.tally}")
+    return f" ({'; '.join(what)})" if what else ""
+
+
+def _resolve(repeated, rule, decisions, path):
+    """Writes the report of duplicates, notes what was found, and returns what was left out {reason: images}."""
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+        found, left_out = repeated.resolve(rule, decisions, file)
+    note(f"{found['contents']} images come several times: {found['repeats']} repeats of the same label, "
+         f"{found['leaks']} in train that are in val or test too, {found['conflicts']} with several labels")
+    return left_out
+
+
+def _report(catalogue, choice, left_out, wanted, options):
+    """Notes what was left out, and what may surprise about the labels."""
+    for reason, count in left_out.items():
+        note(f"left out {count} {LEFT_OUT[reason]}")
+    if choice.num_few:
+        note(f"{choice.num_few} classes have fewer than --min-images {options.min_images} and get no label; the labels "
+             f"of the others are 0, 1, 2, … {len(choice.table) - 1}")
+    if catalogue.has_gaps:
+        note("the class names are numbers with gaps: their labels are 0, 1, 2, … without gaps")
+    absent = 0 if wanted is None else len(wanted) - len(choice.table) - choice.num_few
+    if absent > 0:
+        note(f"{absent} classes of {options.classes} have no images and get no label")
+    for name in choice.counts:
+        if "train" in choice.counts and options.split_by == "image" and (count := _unseen(choice.counts, name)):
+            note(f"{count} classes have images in {name} and none in train")
+
+
+def _unseen(counts, split):
+    """Number of classes with images in a split and none in train, of {split: (C,) int64}."""
+    pairs = ((counts[name][first : first + BLOCK] for name in (split, "train"))
+             for first in range(0, len(counts["train"]), BLOCK))
+    return sum(np.count_nonzero((of_split > 0) & (train == 0)) for of_split, train in pairs)
