@@ -31,9 +31,8 @@ class Config:
     image_size: int = _flag(32, "side of the square images that the backbone sees, in pixels")
     channels: int = _flag(1, "1 grey, 3 colour", (1, 3))
 
-    head: str = _flag("full", "which classes take part in a step: full, knn, sampled, selective; or mach")
-    active_classes: float = _flag(0.1, "classes that take part in a step: a share of all up to 1, or a number; "
-                                       "mach: bucket rows")
+    head: str = _flag("full", "which classes take part in a step: full, knn, sampled, selective")
+    active_classes: float = _flag(0.1, "classes that take part in a step: a share of all up to 1, or a number")
     near_share: float = _flag(0.5, "knn, selective: share of the active classes, beyond the right ones, for the near "
                                    "ones; the rest is random")
     padding: str = _flag("corrected", "random active classes stand for all that are left out, or (plain) for "
@@ -45,7 +44,6 @@ class Config:
                                         "the first one the classes are random")
     graph_angle: float = _flag(0.0, "knn: degrees; above 0, a graph is only refreshed for rows that turned further")
     warmup_full_steps: int = _flag(0, "knn, sampled, selective: first steps, in which all classes take part")
-    repetitions: int = _flag(4, "mach: R; --active-classes are R hashes with as many buckets each")
     row_dtype: str = _flag("float32", "of the class rows and their momentum; bfloat16: half the memory, rounded at "
                                       "random", ("float32", "bfloat16"))
     logits: str = _flag("cosine", "cosine of feature and class row, times --scale; or their plain inner product",
@@ -144,7 +142,6 @@ class Config:
             ("neighbors", self.neighbors >= 0, "0 (chosen for you) or more"),
             ("graph_angle", 0 <= self.graph_angle < 180, "0 (always build anew) to below 180 degrees"),
             ("warmup_full_steps", self.warmup_full_steps >= 0, "0 or more"),
-            ("repetitions", self.repetitions >= 1, "at least 1"),
             ("logits_mb", self.logits_mb >= 0, "0 or more"),
             ("epochs", self.epochs > 0, "above 0"),
             ("steps", self.steps >= 0, "0 or more"),

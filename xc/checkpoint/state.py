@@ -134,8 +134,8 @@ def _numbers(state):
 
 
 def _shape(head):
-    return {"num_classes": head.num_classes, "feature_dim": head.feature_dim, "num_rows": head.num_rows,
-            "rows_are": head.rows_are, "row_dtype": str(head.weight.dtype).removeprefix("torch.")}
+    return {"num_classes": head.num_classes, "feature_dim": head.feature_dim, "num_rows": head.num_classes,
+            "rows_are": "classes", "row_dtype": str(head.weight.dtype).removeprefix("torch.")}
 
 
 def _row_tables(state):

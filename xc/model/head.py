@@ -33,20 +33,18 @@ class Head:
 
     The rest is written here, once:
 
-    weight    (S, D)  class rows of this shard, of `num_rows` in all; no autograd leaf, they have one owner and one
-                      optimizer (RowSGD)
+    weight    (S, D)  class rows of this shard; no autograd leaf, they have one owner and one optimizer (RowSGD)
     row_grad  (A, D)  gradient of the active rows, summed over micro-batches and, by `reduce`, over the replicas; None
                       before the first forward() of a step, complete after the last one. Rows that are not active have
                       none, not even zeros
     """
 
-    rows_are = "classes"  # what a row of `weight` stands for; a checkpoint of others is refused
     flags = ()  # fields of Config, of those that say which classes take part, that this head heeds
 
     def __init__(self, num_classes, feature_dim, world, *, cosine=True, scale=20.0, margin="none", margin_size=0.0,
                  logits_mb=0.0, seed=0, dtype=torch.float32):
         """dtype: of the class rows; gradients and logits of bfloat16 rows are float32."""
-        self.num_classes, self.num_rows, self.feature_dim = num_classes, num_classes, feature_dim
+        self.num_classes, self.feature_dim = num_classes, feature_dim
         self.world, self.seed = world, seed
         self.cosine, self.scale = cosine, scale if cosine else 1.0
         self.margin, self.margin_size = MARGINS[margin], margin_size

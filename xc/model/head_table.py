@@ -6,11 +6,10 @@ from xc.config import Config
 from xc.errors import UserError
 from xc.model.head import Head
 from xc.model.knn import KnnHead
-from xc.model.mach import MachHead
 from xc.model.sampled import SampledHead
 from xc.model.selective import SelectiveHead
 
-HEADS = {"full": Head, "knn": KnnHead, "sampled": SampledHead, "selective": SelectiveHead, "mach": MachHead}
+HEADS = {"full": Head, "knn": KnnHead, "sampled": SampledHead, "selective": SelectiveHead}
 
 
 def named(name):

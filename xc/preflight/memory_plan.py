@@ -4,7 +4,7 @@ Class rows, their momentum and the graph are exact; the other parts follow what 
 building a graph or an index, and of a backward pass, what measurements showed. The parts need not all be there at
 one moment, so their sum is a bound rather than an estimate: in the eight short runs on CPUs to which its constants
 were fitted (400 to 1,460 MiB; all heads, a ResNet-18 whole and in micro-batches with DGC) it was 2 to 10 % above the
-peak, 20 to 25 % for selective and mach, 36 % for knn with an approximate graph; in two that were not among them 5 %
+peak, 20 to 25 % for selective, 36 % for knn with an approximate graph; in two that were not among them 5 %
 (full, 500,000 x 96, with momentum) and 27 % (a ResNet-34). On a GPU it was not compared.
 """
 
@@ -107,7 +107,6 @@ class _Head:
 
     cfg: object
     num_shards: int
-    repetitions: int  # of MACH, 1 for others
     num_rows: int  # S
     num_active: int  # A
     num_classes: int
@@ -116,28 +115,24 @@ class _Head:
     @classmethod
     def of(cls, cfg, num_classes, num_shards):
         settings = heads.named(cfg.head).settings(cfg, num_classes)
-        num_rows = len(Shard.of(settings.get("buckets", num_classes), num_shards, 0))
+        num_rows = len(Shard.of(num_classes, num_shards, 0))
         quota = len(Shard.of(settings.get("active_classes", num_classes), num_shards, 0))
-        return cls(cfg, num_shards, settings.get("repetitions", 1), num_rows,
+        return cls(cfg, num_shards, num_rows,
                    num_rows if cfg.warmup_full_steps else min(num_rows, quota), num_classes,
                    settings.get("num_neighbors", 0))
 
     @property
-    def width(self):
-        return self.cfg.feature_dim * self.repetitions
-
-    @property
     def table(self):
-        return self.num_rows * self.width * getattr(torch, self.cfg.row_dtype).itemsize
+        return self.num_rows * self.cfg.feature_dim * getattr(torch, self.cfg.row_dtype).itemsize
 
     @property
     def momentum(self):
         return self.table if self.cfg.head_momentum else 0
 
     def gradients(self, most_rounds):
-        """float32; those of a step's rounds are added up over all their classes, MACH's repetitions joined."""
-        whole = min(self.num_rows, most_rounds * self.num_active) if most_rounds > 1 or self.repetitions > 1 else 0
-        return 4 * self.width * (self.num_active + whole)
+        """float32; those of a step's rounds are added up over all their classes."""
+        whole = min(self.num_rows, most_rounds * self.num_active) if most_rounds > 1 else 0
+        return 4 * self.cfg.feature_dim * (self.num_active + whole)
 
     def logits(self, group, on_cpu):
         """As `xc.heads.base` keeps them: what fits --logits-mb, but one block at least; and one that is not kept."""
@@ -145,7 +140,7 @@ class _Head:
         block = max(1, int((min(memory, 2**20) if on_cpu else memory) / (4 * group)))
         one = 4 * (group + self.cfg.feature_dim)
         kept = min(self.num_active, max(block, int(memory / one)))
-        return self.repetitions * one * kept + one * min(self.num_active, 2 * block)
+        return one * kept + one * min(self.num_active, 2 * block)
 
     @property
     def graph(self):
