@@ -43,7 +43,7 @@ from xc.run.trace import Timeline
 from xc.train import step as pipeline
 from xc.train.evaluate import evaluate
 
-_AUDITED = 4  # examples per rank that head.audit looks at, against all classes
+_AUDITED = 4  # examples per rank that head.selection_quality looks at, against all classes
 
 
 def main():
@@ -71,14 +71,14 @@ def main():
         head = heads.build(cfg, packs["train"].num_classes, world)
         exchange = exchanges.build(backbone, world, cfg)
     state = checkpoint.State(backbone, backbone_optimizer(backbone, cfg, exchange.keeps_momentum), head,
-                             RowSGD(head, cfg.head_momentum, cfg.head_weight_decay), exchange,
+                             RowSGD(head, cfg.head_momentum), exchange,
                              noise_scale.NoiseScale(), Losses(world.device))
 
     # --- resume: any number of ranks from any number of ranks ---
     position = Position()
     identity = {"seed": cfg.seed, "sampler": cfg.sampler, "logits": cfg.logits, "num_records": len(packs["train"]),
                 "data_seed": packs["train"].data_seed, "classes_digest": packs["train"].classes_digest,
-                "course": schedule.course}
+                "course": schedule.batch_schedule}
     folder = newest.to_resume(cfg.resume, cfg.out, world)
     with world.agreed():
         if folder:
@@ -145,7 +145,8 @@ def main():
                     saver.save(state, position, found and found["top1"])
                 if found:
                     metrics.log(position, **found, train_seconds=timer.total, bad_test_records=test.bad_records(),
-                                **(head.audit(features, labels[: len(features)]) if features is not None else {}))
+                                **(head.selection_quality(features, labels[: len(features)])
+                                   if features is not None else {}))
             if stopped:
                 saver.finish(last=True)
                 raise ExitRun(stop.EXIT_CODE, f"told to stop after {position.step} steps, all of which are saved; go on "
@@ -157,11 +158,11 @@ def main():
 
         # the step
         watchdog.at(position.step)
-        now = schedule.at(position, state.noise.grown)
-        set_lr(state.body_optimizer, now.lr)
+        now = schedule.plan(position, state.noise.grown)
+        set_lr(state.backbone_optimizer, now.lr)
         set_lr(state.head_optimizer, now.lr * cfg.head_lr_scale)
         with timer("refresh"), world.traffic.uncounted():
-            refreshed = head.refresh(now.round, schedule.due(position, cfg.graph_every))
+            refreshed = head.refresh(now.first_accumulation_step, schedule.due(position, cfg.graph_every))
         if refreshed:
             metrics.log(position, **refreshed)
         with timer("data"):
@@ -171,7 +172,7 @@ def main():
             continue
         with timer("select"):
             labels = torch.cat([labels for _, labels in batch])
-            head.select(labels, now.round, now.rounds)
+            head.select(labels, now.first_accumulation_step, now.accumulation_steps)
         watched = position.step % noise_scale.EVERY == 0 and schedule.is_warm(position)
         exchange.watched = position.step if watched else None
         loss, features = pipeline.run(backbone, head, exchange, batch, labels, now, timer, cfg.feature_bits)
@@ -179,10 +180,10 @@ def main():
             finite = exchange.reduce()
             head.reduce()
             if finite and (norms := exchange.norms(now)):
-                state.noise.look(*norms, grows_from=cfg.global_batch if schedule.grows(position) else 0)
+                state.noise.measure(*norms, grows_from=cfg.global_batch if schedule.grows(position) else 0)
         with timer("update"):
             if finite:  # or else losses were scaled too far up: on all ranks
-                state.body_optimizer.step()
+                state.backbone_optimizer.step()
                 state.head_optimizer.step()
             exchange.loss_scale.update(finite)
             exchange.zero_grad()

@@ -43,7 +43,7 @@ def main():
         linear.weight.copy_(initial_rows(Shard(0, num_classes), cfg.feature_dim, cfg.seed))
     criterion = nn.CrossEntropyLoss()
     optimizers = [backbone_optimizer(backbone, cfg), torch.optim.SGD(
-        linear.parameters(), cfg.lr, cfg.head_momentum, weight_decay=cfg.head_weight_decay)]
+        linear.parameters(), cfg.lr, cfg.head_momentum)]
 
     def logits_of(images):
         features = backbone(images)
@@ -54,7 +54,7 @@ def main():
     start = time.perf_counter()
     batches = data.Loader(packs["train"], cfg, World()).train(0, schedule.examples, cfg.global_batch)
     for position, now in steps_of(schedule):
-        images, labels = (torch.cat(parts) for parts in zip(*batches.take(now.rounds), strict=True))
+        images, labels = (torch.cat(parts) for parts in zip(*batches.take(now.accumulation_steps), strict=True))
         for optimizer, scale in zip(optimizers, (1.0, cfg.head_lr_scale), strict=True):
             set_lr(optimizer, now.lr * scale)
             optimizer.zero_grad()

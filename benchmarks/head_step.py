@@ -45,7 +45,7 @@ def main():
     parser.add_argument("--batch-per-rank", type=int, default=64)
     parser.add_argument("--active-ratio", type=float, default=0.1, help="of the classes; not heeded by --head full")
     parser.add_argument("--active", type=int, default=0, help="the same as a number of classes")
-    parser.add_argument("--logits-mb", type=float, default=0.0, help="as of train.py")
+    parser.add_argument("--logits-mb", type=float, default=0.0, help="memory for logits in MiB; 0: as train.py")
     parser.add_argument("--head-momentum", type=float, default=0.9, help="0.9: as the peers; train.py's default is 0")
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
@@ -67,9 +67,10 @@ def measure(args, world):
     idle = rss_mb()
 
     cfg = Config(data="-", out="-", head=args.head, feature_dim=args.dim, global_batch=global_batch,
-                 active_classes=float(args.active or args.active_ratio), logits_mb=args.logits_mb)
-    head = HEADS[args.head].of(cfg, args.classes, world)
-    optimizer = RowSGD(head, args.head_momentum, weight_decay=0.0)
+                 active_classes=float(args.active or args.active_ratio))
+    head = HEADS[args.head](args.classes, args.dim, world, logits_mb=args.logits_mb,
+                            **HEADS[args.head].settings(cfg, args.classes))
+    optimizer = RowSGD(head, args.head_momentum)
     optimizer.param_groups[0]["lr"] = 0.1
     kept = head.weight.nbytes + optimizer.momentum_rows.nbytes
     if args.head == "knn":

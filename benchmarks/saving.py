@@ -69,7 +69,7 @@ def measure(args, world):
     if args.head == "knn":
         head.graph = random_graph(head)
     net = backbones.build("mlp", (16,), args.dim, 0, world)
-    rows = RowSGD(head, 0.0, 0.0)
+    rows = RowSGD(head, 0.0)
     rows.param_groups[0]["lr"] = 0.1
     state = checkpoint.State(net, backbone_optimizer(net, cfg, True), head, rows, AllReduce(net, world), NoiseScale(),
                              Losses())

@@ -47,7 +47,7 @@ from xc.gradients import dgc
 from xc.gradients.topk import message_bytes
 from xc.model import backbone as backbones
 from xc.model.head_table import HEADS
-from xc.optim.schedule import Now
+from xc.optim.schedule import StepPlan
 from xc.run.metrics import Timer
 from xc.train import step as pipeline
 
@@ -170,8 +170,8 @@ def measure(args, settings):
             world.traffic.sent.clear()
             before = link_bytes()
             head.select(labels, 0)
-            pipeline.run(net, head, of_net, [(images, labels)], labels, Now(0.1, count * world.size, 1, args.density),
-                         Timer(), bits)
+            plan = StepPlan(0.1, count * world.size, 1, args.density)
+            pipeline.run(net, head, of_net, [(images, labels)], labels, plan, Timer(), bits)
             of_net.reduce()
             head.reduce()
             of_net.zero_grad()

@@ -53,7 +53,7 @@ from xc.gradients.dgc import Dgc
 from xc.model import backbone as backbones
 from xc.model import head_table as heads
 from xc.optim.optimizers import RowSGD, backbone_optimizer
-from xc.optim.schedule import Now
+from xc.optim.schedule import StepPlan
 from xc.run.metrics import Timer
 from xc.train import step as pipeline
 
@@ -127,8 +127,8 @@ def measure(args):
         of_backbone = exchange_of(backbone)
         return SimpleNamespace(
             backbone=backbone, head=of_head[head], exchange=of_backbone,
-            now=Now(cfg.lr, global_batch, num_parts, args.density),
-            optimizers=[backbone_optimizer(backbone, cfg, of_backbone.keeps_momentum), RowSGD(of_head[head], 0.0, 0.0)],
+            now=StepPlan(cfg.lr, global_batch, num_parts, args.density),
+            optimizers=[backbone_optimizer(backbone, cfg, of_backbone.keeps_momentum), RowSGD(of_head[head], 0.0)],
             steps=[])
 
     parts = args.micro_batches

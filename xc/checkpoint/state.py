@@ -37,7 +37,7 @@ class State:
     """All that training changes."""
 
     backbone: torch.nn.Module
-    body_optimizer: torch.optim.Optimizer
+    backbone_optimizer: torch.optim.Optimizer
     head: Head
     head_optimizer: RowSGD
     exchange: AllReduce
@@ -146,14 +146,14 @@ def _row_tables(state):
 
 
 def _momentum_by_name(state):
-    momentum = {name: state.body_optimizer.state[p].get("momentum_buffer")
+    momentum = {name: state.backbone_optimizer.state[p].get("momentum_buffer")
                 for name, p in state.backbone.named_parameters()}
     return {name: buffer for name, buffer in momentum.items() if buffer is not None}
 
 
 def _set_momentum_by_name(state, momentum):
     parameters = {name: p for name, p in state.backbone.named_parameters() if p.requires_grad}
-    kept = {id(p) for group in state.body_optimizer.param_groups if group["momentum"] for p in group["params"]}
+    kept = {id(p) for group in state.backbone_optimizer.param_groups if group["momentum"] for p in group["params"]}
     wanted = {name for name, p in parameters.items() if id(p) in kept}
     if momentum and not wanted <= momentum.keys() <= parameters.keys():
         raise ValueError(f"it has the momentum of {len(momentum)} tensors, this run keeps that of {len(wanted)}")
@@ -162,6 +162,6 @@ def _set_momentum_by_name(state, momentum):
             raise ValueError(f"momentum of {name} has shape {tuple(buffer.shape)}")
         if name not in wanted:
             continue
-        state.body_optimizer.state[parameters[name]]["momentum_buffer"] = buffer.to(parameters[name])
+        state.backbone_optimizer.state[parameters[name]]["momentum_buffer"] = buffer.to(parameters[name])
 
 

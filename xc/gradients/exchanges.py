@@ -19,7 +19,7 @@ def build(backbone, world, cfg):
     if cfg.exchange == "dgc-hier" and world.across is None:
         raise UserError("--exchange dgc-hier needs as many ranks on every host: launch so, or take --exchange dgc")
     dgc = Dgc(backbone, world, cfg.bucket_mb, cfg.gradient_bits, LossScale.of(cfg), momentum=cfg.momentum,
-              nesterov=bool(cfg.nesterov), clip=cfg.dgc_clip, two_level=cfg.exchange == "dgc-hier")
+              clip=cfg.dgc_clip, two_level=cfg.exchange == "dgc-hier")
     if dgc.outer.size == 1 and world.rank == 0:
         print(f"warning: --exchange {cfg.exchange} has nothing to send sparse on one "
               f"{'rank' if world.size == 1 else 'host'}: all is dense", file=sys.stderr)

@@ -16,6 +16,7 @@ import torch
 from xc.comm.shard import Shard
 from xc.comm.world import World
 from xc.data.augment import PIECE
+from xc.data.loader import PREFETCH
 from xc.model import backbone as backbones
 from xc.model import head_table as heads
 
@@ -93,7 +94,7 @@ class Plan:
             "class rows": head.table, "their momentum": head.momentum, "their gradients": head.gradients(most_rounds),
             "logits and active rows": head.logits(group, on_cpu), "graph": head.graph, "index": head.index,
             "building it": head.building, "features": 6 * under_way * group * cfg.feature_dim * 4,
-            "batches": (taken + max(taken, cfg.prefetch) + 4 * cfg.loader_threads) * batch + order_bytes,
+            "batches": (taken + max(taken, PREFETCH) + 4 * cfg.loader_threads) * batch + order_bytes,
             "inputs": 0 if on_cpu else taken * batch + 6 * min(batch, 4 * PIECE["cuda"]),
             "checkpoint copy": head.saved + 2 * sparse + backbone + momentum, "libraries": _LIBRARIES,
         }
@@ -118,7 +119,7 @@ class _Head:
         num_rows = len(Shard.of(num_classes, num_shards, 0))
         quota = len(Shard.of(settings.get("active_classes", num_classes), num_shards, 0))
         return cls(cfg, num_shards, num_rows,
-                   num_rows if cfg.warmup_full_steps else min(num_rows, quota), num_classes,
+                   min(num_rows, quota), num_classes,
                    settings.get("num_neighbors", 0))
 
     @property
@@ -135,8 +136,8 @@ class _Head:
         return 4 * self.cfg.feature_dim * (self.num_active + whole)
 
     def logits(self, group, on_cpu):
-        """As `xc.heads.base` keeps them: what fits --logits-mb, but one block at least; and one that is not kept."""
-        memory = (self.cfg.logits_mb or (64 if on_cpu else 256)) * 2**20
+        """As `ActiveRows` keeps them: what fits the memory for them, but one block at least; and one not kept."""
+        memory = (64 if on_cpu else 256) * 2**20
         block = max(1, int((min(memory, 2**20) if on_cpu else memory) / (4 * group)))
         one = 4 * (group + self.cfg.feature_dim)
         kept = min(self.num_active, max(block, int(memory / one)))

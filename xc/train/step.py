@@ -31,7 +31,7 @@ def run(backbone, head, exchange, batch, labels, now, timer, feature_bits=32):
     # The group's labels lie rank by rank, and of each rank micro-batch by micro-batch.
     pieces = head.gather_labels(labels)[1].split([count for count in counts for _ in range(num_parts)])
     scale = exchange.loss_scale.scale
-    per_selection = num_parts // head.num_selections
+    per_selection = num_parts // len(head.selections)
     features, gathered, gradients = {}, {}, {}  # by micro-batch, each until it is used up
     losses, of_first = [], None
 
@@ -48,7 +48,7 @@ def run(backbone, head, exchange, batch, labels, now, timer, feature_bits=32):
                 group_features = gathered.pop(j)().to(features[j].dtype).requires_grad_()  # (G, D)
             with timer("head"):
                 if j % per_selection == 0:
-                    head.turn_to(j // per_selection)
+                    head.use_selection(j // per_selection)
                 last = (j + 1) % per_selection == 0
                 loss = head.loss(group_features, torch.cat(pieces[j::num_parts]), now.global_batch, last)
                 loss.backward()
