@@ -43,7 +43,6 @@ class Config:
     graph_every: str = _flag("1epochs", "knn, selective: time between two builds of the graph or index; before "
                                         "the first one the classes are random")
     graph_angle: float = _flag(0.0, "knn: degrees; above 0, a graph is only refreshed for rows that turned further")
-    warmup_full_steps: int = _flag(0, "knn, sampled, selective: first steps, in which all classes take part")
     row_dtype: str = _flag("float32", "of the class rows and their momentum; bfloat16: half the memory, rounded at "
                                       "random", ("float32", "bfloat16"))
     logits: str = _flag("cosine", "cosine of feature and class row, times --scale; or their plain inner product",
@@ -51,8 +50,6 @@ class Config:
     scale: float = _flag(20.0, "factor on cosine logits")
     margin: str = _flag("none", "margin on the cosine of the right class", tuple(MARGINS))
     margin_size: float = _flag(0.0, "cosface: taken from the cosine; arcface: added to the angle, in radians")
-    logits_mb: float = _flag(0.0, "memory for logits on each rank; those beyond it are computed twice; "
-                                  "0: 64 on a CPU, 256 on a GPU")
 
     sampler: str = _flag("natural", "natural: every image once an epoch; balanced: every class equally often; "
                                     "sqrt: a class by the square root of its number of images; weighted: an image "
@@ -65,19 +62,14 @@ class Config:
     momentum: float = _flag(0.9, "momentum of the backbone")
     head_momentum: float = _flag(0.0, "momentum of the class rows, a tenth of --head-lr-scale goes with 0.9; 0: none, "
                                       "and no memory for it")
-    nesterov: int = _flag(0, "1: Nesterov's form of the backbone's momentum", (0, 1))
     optimizer: str = _flag("sgd", "of the backbone; lars: every layer's step in proportion to its weights",
                            ("sgd", "lars"))
-    lars_trust: float = _flag(0.001, "lars: length of a layer's step at --lr 1, as a share of its weights'")
     weight_decay: float = _flag(5e-4, "of backbone tensors with two or more dimensions")
-    head_weight_decay: float = _flag(0.0, "of the class rows")
     schedule: str = _flag("cosine", "course of the learning rate after the warm-up; fccs: the batch grows, and at the "
                                     "end the rate falls", SCHEDULES)
     warmup: str = _flag("0.5epochs", "linear warm-up of the learning rate: a time, as 0.5epochs, 500steps, "
                                      "64000examples or 5%% of the run; a bare number is epochs, and steps "
                                      "of a course have --global-batch examples")
-    lr_drops: tuple = _flag((0.5, 0.75), "--schedule step: shares of the run after which lr falls to a tenth")
-    poly_power: float = _flag(2.0, "--schedule poly: the rate falls as (1 - t) to this power")
     max_batch: int = _flag(0, "fccs: examples per step that the batch grows to, a multiple of --global-batch; 0: stays")
     hold: str = _flag("0", "fccs: time at the first batch, after the warm-up")
     growth: str = _flag("0", "fccs: time over which the batch grows; 0: until the tail")
@@ -108,7 +100,6 @@ class Config:
     device: str = _flag("auto", "auto: cuda where there is one", ("auto", "cpu", "cuda"))
     bucket_mb: float = _flag(4.0, "backbone gradients are exchanged in buckets of this size")
     loader_threads: int = _flag(1, "threads per rank that read and decode images")
-    prefetch: int = _flag(4, "batches per rank that are read ahead")
 
     seed: int = _flag(0, "of everything random")
     timeline_steps: int = _flag(0, "steps to draw into timeline.json in the run folder, after the first 10")
@@ -141,8 +132,6 @@ class Config:
             ("near_share", 0 <= self.near_share <= 1, "0 to 1"),
             ("neighbors", self.neighbors >= 0, "0 (chosen for you) or more"),
             ("graph_angle", 0 <= self.graph_angle < 180, "0 (always build anew) to below 180 degrees"),
-            ("warmup_full_steps", self.warmup_full_steps >= 0, "0 or more"),
-            ("logits_mb", self.logits_mb >= 0, "0 or more"),
             ("epochs", self.epochs > 0, "above 0"),
             ("steps", self.steps >= 0, "0 or more"),
             ("global_batch", self.global_batch >= 1, "at least 1"),
@@ -150,12 +139,8 @@ class Config:
             ("head_lr_scale", self.head_lr_scale >= 0, "0 or more"),
             ("momentum", 0 <= self.momentum < 1, "0 to below 1"),
             ("head_momentum", 0 <= self.head_momentum < 1, "0 to below 1"),
-            ("lars_trust", self.lars_trust > 0, "above 0"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
-            ("head_weight_decay", self.head_weight_decay >= 0, "0 or more"),
-            ("poly_power", self.poly_power > 0, "above 0"),
             ("max_batch", self.max_batch >= 0, "0, or a multiple of --global-batch"),
-            ("lr_drops", all(0 < drop < 1 for drop in self.lr_drops), "shares of the run between 0 and 1"),
             ("augment", 0 <= self.augment <= 2, "0 to 2"),
             ("micro_batches", self.micro_batches >= 1, "at least 1"),
             ("density", 0 < self.density <= 1, "a share above 0 and up to 1"),
@@ -164,7 +149,6 @@ class Config:
             ("timeline_steps", self.timeline_steps >= 0, "0 (none) or a number of steps"),
             ("bucket_mb", self.bucket_mb > 0, "above 0"),
             ("loader_threads", self.loader_threads >= 1, "at least 1"),
-            ("prefetch", self.prefetch >= 1, "at least 1"),
             ("seed", 0 <= self.seed < 2**32, "0 to 2**32 - 1"),
             ("log_steps", self.log_steps >= 1, "at least 1"),
             ("max_bad_records", self.max_bad_records >= 0, "0 or more"),
@@ -199,15 +183,12 @@ class Config:
                             "--micro-batches 2 or more")
         if self.logits == "inner" and self.margin != "none":
             raise UserError(f"--margin {self.margin} needs cosine logits: drop --logits inner or --margin")
-        if self.nesterov and not self.momentum:
-            raise UserError("--nesterov 1 is a form of momentum: give --momentum above 0")
         if self.margin == "none" and self.margin_size:
             raise UserError(f"--margin-size {self.margin_size} has no margin to size: give --margin cosface or arcface")
 
 
 # Flags that mean something with one value of another flag.
-_PARTS = {("schedule", "fccs"): ("max_batch", "hold", "growth", "tail", "fccs"), ("schedule", "step"): ("lr_drops",),
-          ("schedule", "poly"): ("poly_power",), ("optimizer", "lars"): ("lars_trust",)}
+_PARTS = {("schedule", "fccs"): ("max_batch", "hold", "growth", "tail", "fccs")}
 _TIMES = ("graph_every", "warmup", "hold", "growth", "tail", "density_warmup", "eval_every", "save_every")
 
 
