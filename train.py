@@ -59,9 +59,9 @@ def main():
     batches = loader.train(progress.examples, schedule.examples, schedule.micro_batch)
     while not schedule.done(progress):
         log.step_begins(progress)
-        plan = schedule.at(progress, state.noise.grown)
+        plan = schedule.plan(progress, state.noise.grown)
         with log.timer("refresh"), world.traffic.uncounted():
-            refreshed = state.head.refresh(plan.round, schedule.due(progress, cfg.graph_every))
+            refreshed = state.head.refresh(plan.first_accumulation_step, schedule.due(progress, cfg.graph_every))
         log.values(progress, refreshed)
         with log.timer("data"):
             batch = batches.take(plan.micro_batches)

@@ -25,7 +25,7 @@ from xc.model import backbone as backbones
 from xc.model import head_table as heads
 from xc.optim import noise_scale
 from xc.optim.optimizers import RowSGD, backbone_optimizer, set_lr
-from xc.optim.schedule import Position, Schedule
+from xc.optim.schedule import Progress, Schedule
 from xc.run.metrics import Timer
 from xc.train import step as pipeline
 
@@ -46,11 +46,11 @@ def main():
     backbone = backbones.build(args.backbone, (1, args.image_size, args.image_size), cfg.feature_dim, 0, world)
     head, exchange = heads.build(cfg, args.classes, world), AllReduce(backbone, world)
     optimizers = {name: backbone_optimizer(backbone, one) for name, one in cfgs.items()}
-    rows, schedule = RowSGD(head, 0.0, 0.0), Schedule.of(cfg, 10**6, 1)
+    rows, schedule = RowSGD(head, 0.0), Schedule.of(cfg, 10**6, 1)
     generator, noise = torch.Generator().manual_seed(0), noise_scale.NoiseScale()
     batch = [(torch.randn(args.batch // 2, 1, args.image_size, args.image_size, generator=generator),
               torch.randint(args.classes, (args.batch // 2,), generator=generator)) for _ in range(2)]
-    labels, now = torch.cat([part for _, part in batch]), schedule.at(Position())
+    labels, now = torch.cat([part for _, part in batch]), schedule.plan(Progress())
 
     def step(optimizer, watched=None):
         exchange.noise_seed = watched
@@ -59,7 +59,7 @@ def main():
         exchange.reduce()
         head.reduce()
         if norms := exchange.norms(now):
-            noise.look(*norms)
+            noise.measure(*norms)
         optimizer.step()
         rows.step()
         exchange.zero_grad()
@@ -67,8 +67,8 @@ def main():
 
     def plan():
         for _ in range(1000):
-            now = schedule.at(Position(5, 5 * args.batch, args.batch))
-            schedule.due(Position(5, 5 * args.batch, args.batch), "1epochs")
+            now = schedule.plan(Progress(5, 5 * args.batch, args.batch))
+            schedule.due(Progress(5, 5 * args.batch, args.batch), "1epochs")
             set_lr(optimizers["lars"], now.lr)
 
     def look():
@@ -76,7 +76,7 @@ def main():
         exchange.after_first_backward()
         for bucket in exchange._buckets:
             exchange.note(bucket)
-        noise.look(*exchange.norms(now))
+        noise.measure(*exchange.norms(now))
         exchange.zero_grad()
 
     def update(optimizer):

@@ -45,7 +45,7 @@ def main():
     parser.add_argument("--batch-per-rank", type=int, default=64)
     parser.add_argument("--active-ratio", type=float, default=0.1, help="of the classes; not heeded by --head full")
     parser.add_argument("--active", type=int, default=0, help="the same as a number of classes")
-    parser.add_argument("--logits-mb", type=float, default=0.0, help="as of train.py")
+    parser.add_argument("--logits-mb", type=float, default=0.0, help="memory for logits in MiB; 0: as train.py")
     parser.add_argument("--head-momentum", type=float, default=0.9, help="0.9: as the peers; train.py's default is 0")
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
@@ -67,9 +67,10 @@ def measure(args, world):
     idle = rss_mb()
 
     cfg = Config(data="-", out="-", head=args.head, feature_dim=args.dim, global_batch=global_batch,
-                 active_classes=float(args.active or args.active_ratio), logits_mb=args.logits_mb)
-    head = HEADS[args.head].of(cfg, args.classes, world)
-    optimizer = RowSGD(head, args.head_momentum, weight_decay=0.0)
+                 active_classes=float(args.active or args.active_ratio))
+    head = HEADS[args.head](args.classes, args.dim, world, logits_mb=args.logits_mb,
+                            **HEADS[args.head].settings(cfg, args.classes))
+    optimizer = RowSGD(head, args.head_momentum)
     optimizer.param_groups[0]["lr"] = 0.1
     kept = head.weight.nbytes + optimizer.momentum_rows.nbytes
     if args.head == "knn":
@@ -94,8 +95,8 @@ def measure(args, world):
     times = median_step(step, args.repeats, warmup=3)
     mine = torch.tensor([*times, peak_rss_mb() - idle, rss_mb() - idle, kept / 2**20,
                          roofline_ms(actives[-1], global_batch, args)])
-    step_ms, cpu_ms, peak, resident, kept, roofline = world.everyone.all_reduce(mine, "max").tolist()
-    active = world.shards.all_reduce(torch.tensor(actives[-1])).item() * (args.head != "mach" or cfg.repetitions)
+    step_ms, cpu_ms, peak, resident, kept, roofline = world.all_ranks.all_reduce(mine, "max").tolist()
+    active = world.shards.all_reduce(torch.tensor(actives[-1])).item()
     return {"head": args.head, "classes": args.classes, "dim": args.dim, "batch_per_rank": args.batch_per_rank,
             "ranks": world.size, "step_ms": step_ms, "cpu_ms": cpu_ms, "roofline_ms": roofline,
             "times_roofline": step_ms / roofline, "active": active, "peak_over_idle_mb": peak,

@@ -139,8 +139,8 @@ class Set:
     def pixels(self, workers):
         loader = data.Loader(self.split, self._config(workers), World())
         jobs = ((first, BATCH) for first in range(0, len(self.files), BATCH))
-        queue = data.Queue(jobs, lambda *places: self.split.examples(loader.order.records(*places)),
-                           lambda inputs, *_: inputs, loader.cfg, loader.world.device)
+        queue = data.BatchQueue(jobs, lambda *places: self.split.examples(loader.order.records(*places)),
+                                lambda inputs, *_: inputs, loader.cfg.loader_threads, loader.world.device)
         while batch := queue.take(1):
             yield batch[0]
 

@@ -28,7 +28,7 @@ from xc.data import loader as data
 from xc.model import head_table as heads
 
 ROOT = Path(__file__).parent.parent
-HEADS = ["full", *(f"{head}:{budget}" for budget in (0.1, 0.01) for head in ("knn", "sampled", "selective", "mach"))]
+HEADS = ["full", *(f"{head}:{budget}" for budget in (0.1, 0.01) for head in ("knn", "sampled", "selective"))]
 
 
 def main():

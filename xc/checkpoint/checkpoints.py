@@ -5,7 +5,7 @@ from xc.checkpoint.newest import to_resume
 from xc.checkpoint.rollback import Rollbacks
 from xc.checkpoint.state import load
 from xc.checkpoint.writer import CheckpointWriter
-from xc.optim.schedule import Position
+from xc.optim.schedule import Progress
 from xc.run.loss_meter import LossMeter
 
 
@@ -21,8 +21,9 @@ class Checkpoints:
         # What a run must have in common with a checkpoint to resume from it; these names are in meta.json.
         self._identity = {
             "seed": cfg.seed, "sampler": cfg.sampler, "logits": cfg.logits, "num_records": len(train_split),
-            "data_seed": train_split.data_seed, "classes_digest": train_split.classes_digest, "course": schedule.course}
-        self._writer = CheckpointWriter(cfg.out, world, self._identity, cfg.keep)
+            "data_seed": train_split.data_seed, "classes_digest": train_split.classes_digest,
+            "course": schedule.batch_schedule}
+        self._writer = CheckpointWriter(cfg.out, world, self._identity, cfg.keep_checkpoints)
         self._rollbacks = Rollbacks(cfg.max_rollbacks, cfg.out, world)
         self._resumed, self.lacks_scores = None, False
 
@@ -34,7 +35,7 @@ class Checkpoints:
         """Load the checkpoint that --resume means; returns its Progress, or that of a new run where there is none."""
         self._resumed = to_resume(self._cfg.resume, self._cfg.out, self._world)
         if self._resumed is None:
-            return Position()
+            return Progress()
         progress = self._load(self._resumed)
         top1 = self._world.all_ranks.all_gather_object(top1_of(self._resumed))[0]
         self.lacks_scores = self._cfg.resume == "auto" and top1 is None

@@ -15,7 +15,7 @@ from xc.gradients.allreduce import AllReduce
 from xc.model.head_table import Head
 from xc.optim.noise_scale import NoiseScale
 from xc.optim.optimizers import RowSGD
-from xc.optim.schedule import Position
+from xc.optim.schedule import Progress
 from xc.run import watchdog
 from xc.run.loss_meter import LossMeter
 
@@ -44,9 +44,9 @@ def files_of(state, world):
     return files
 
 
-def meta_of(state, position):
+def meta_of(state, progress):
     """The part of meta.json that describes the state."""
-    return {"format": FORMAT, "version": VERSION, **asdict(position), **_numbers(state), **_shape(state.head)}
+    return {"format": FORMAT, "version": VERSION, **asdict(progress), **_numbers(state), **_shape(state.head)}
 
 
 def load(folder, state, identity):
@@ -58,7 +58,7 @@ def load(folder, state, identity):
     does not fit.
     """
     folder, head = Path(folder), state.head
-    position, ranges, numbers = _fitting(folder, {**_shape(head), **identity}, state)
+    progress, ranges, numbers = _fitting(folder, {**_shape(head), **identity}, state)
     path = folder / "backbone.safetensors"
     watchdog.heartbeat("reading a checkpoint")
     try:
@@ -89,7 +89,7 @@ def load(folder, state, identity):
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as e:
         raise ValueError(f"checkpoint file {path} cannot be used ({' '.join(str(e).split())}): resume with the "
                          "settings it was written with, or take another checkpoint") from e
-    return position
+    return progress
 
 
 def _fitting(folder, expected, state):
@@ -103,15 +103,15 @@ def _fitting(folder, expected, state):
     unknown = {path.name for path in Path(folder).glob("*.safetensors")} - meta["files"].keys()
     if unknown:
         raise ValueError(f"checkpoint {folder} was written without {min(unknown)}: remove that file")
-    position = Position(*(meta.get(field.name) for field in fields(Position)))
-    if not all(type(n) is int and 0 <= n < 2**62 for n in asdict(position).values()):
-        raise ValueError(f"checkpoint {folder} names no position: take another checkpoint")
+    progress = Progress(*(meta.get(field.name) for field in fields(Progress)))
+    if not all(type(n) is int and 0 <= n < 2**62 for n in asdict(progress).values()):
+        raise ValueError(f"checkpoint {folder} names no progress: take another checkpoint")
     numbers = [meta.get(name) for name in _numbers(state)]
     for found, known in zip(numbers, _numbers(state).values(), strict=True):
         if not isinstance(found, dict) or types_of(found) != types_of(known):
             raise ValueError(f"checkpoint {folder} lacks the state of noise, loss scale and losses: take another "
                              "checkpoint")
-    return position, ranges, numbers
+    return progress, ranges, numbers
 
 
 def _number_owners(state):
@@ -124,8 +124,8 @@ def _numbers(state):
 
 
 def _shape(head):
-    return {"num_classes": head.num_classes, "feature_dim": head.feature_dim, "num_rows": head.num_rows,
-            "rows_are": head.rows_are, "row_dtype": str(head.weight.dtype).removeprefix("torch.")}
+    return {"num_classes": head.num_classes, "feature_dim": head.feature_dim, "num_rows": head.num_classes,
+            "rows_are": "classes", "row_dtype": str(head.weight.dtype).removeprefix("torch.")}
 
 
 def _row_tables(state):

@@ -47,13 +47,13 @@ class CheckpointWriter:
         self._copies = {}  # {file name: {name: tensor}} of the last save
         self._moved = 0, False  # blocks that the thread has done, and whether it waits for other ranks
 
-    def save(self, state, position, top1=None):
+    def save(self, state, progress, top1=None):
         """Begin to write the state at this progress, with the top-1 of its evaluation, if any. Collective."""
         self.finish()
         last = self._copies
         self._copies = {name: {key: _copied(tensor, last.get(name, {}).get(key)) for key, tensor in tables.items()}
                         for name, tables in checkpoint.files_of(state, self._world).items()}
-        meta = checkpoint.meta_of(state, position) | self._identity | {"top1": top1}
+        meta = checkpoint.meta_of(state, progress) | self._identity | {"top1": top1}
         self._moved = 0, False
         self._thread = threading.Thread(target=self._write, args=(self._copies, meta), name="checkpoint")
         self._thread.start()

@@ -1,4 +1,4 @@
-"""From decoded pixels to what a backbone takes: numbers, and a light distortion in training."""
+"""From decoded pixels to the input of a backbone: numbers, and in training a light distortion."""
 
 import math
 
@@ -6,21 +6,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from xc.data.hashing import GOLDEN, mix
+from xc.data.hashing import uniform
 
-# Values that are prepared at once. CPU: what they become on the way stays in caches, and memory is not new each time.
+# Values that are prepared at once. On a CPU the intermediate results stay in cache, in memory that is used again.
 PIECE = {"cpu": 2**20, "cuda": 2**24}
 
 
 def prepared(inputs, first_example=0, strength=0.0, seed=0):
-    """What a backbone takes: float32, pixels as numbers in [-1, 1].
+    """The input of a backbone, float32 (B, *shape), with pixels as numbers in [-1, 1].
 
-    inputs    (B, *shape), of `split.examples`; may be overwritten
-    strength  of `augment`, which images but no vectors get; first_example and seed are its as well
+    inputs                         (B, *shape), from `split.examples`; may be overwritten
+    first_example, strength, seed  of `augment`, which distorts images but not vectors
     """
     outputs, is_pixels = inputs, inputs.dtype == torch.uint8
     if is_pixels and inputs.device.type == "cpu":
-        outputs = torch.from_numpy(np.empty(inputs.shape, np.float32))  # numpy takes huge pages: a third of the time
+        outputs = torch.from_numpy(np.empty(inputs.shape, np.float32))  # numpy uses huge pages: a third of the time
     elif is_pixels:
         outputs = torch.empty(inputs.shape, device=inputs.device)
     size = max(1, PIECE[inputs.device.type] // math.prod(inputs.shape[1:]))
@@ -34,13 +34,13 @@ def prepared(inputs, first_example=0, strength=0.0, seed=0):
 
 
 def augment(images, first_example, strength, seed):
-    """Light distortion of every image: shift, scale, rotation, blur, contrast.
+    """Images (B, channels, size, size), each with a light random shift, scale, rotation, blur and contrast.
 
-    images         (B, channels, size, size)
-    first_example  place of the first image in the order; an example is distorted the same way on any rank of any world
+    first_example  place of the first image in the training sequence; on any rank of any world, the distortion of an
+                   example depends on its place and the seed alone
     strength       1: up to 8 % shift, 12 % scale, 8 degrees, half-weight 3x3 blur, 30 % contrast
     """
-    u = torch.from_numpy(_uniform(seed, first_example, len(images), 6)).to(images) * 2 - 1  # [-1, 1)
+    u = torch.from_numpy(uniform(seed, first_example, len(images), 6)).to(images) * 2 - 1  # [-1, 1)
     shift_x, shift_y, zoom, angle, soft, contrast = strength * u.T[:, :, None, None]  # (B, 1, 1) each
     zoom, angle = 1 + 0.12 * zoom, math.radians(8) * angle
     cos, sin = zoom * angle.cos(), zoom * angle.sin()
@@ -53,17 +53,6 @@ def augment(images, first_example, strength, seed):
     blurred = F.pad(images, (1, 1, 1, 1), mode="replicate")
     blurred = blurred[..., :-2, :] + blurred[..., 1:-1, :] + blurred[..., 2:, :]
     blurred = blurred[..., :-2] + blurred[..., 1:-1] + blurred[..., 2:]
-    weight = (0.5 * soft).clamp(0, 1)[:, None]  # every other image stays sharp
+    weight = (0.5 * soft).clamp(0, 1)[:, None]  # negative for half of the images, which stay sharp
     images = images + weight * (blurred / 9 - images)
     return images * (1 + 0.3 * contrast)[:, None]
-
-
-def _uniform(seed, first, count, width):
-    """(count, width) numbers in [0, 1) that depend on nothing but (seed, place in the order, column).
-
-    splitmix64 of a counter; numpy's generators cannot start at each example cheaply.
-    """
-    with np.errstate(over="ignore"):
-        x = np.arange(first * width, (first + count) * width, dtype=np.uint64) * GOLDEN
-        x = mix(x + np.uint64(seed) * np.uint64(0xD1B54A32D192ED03))
-    return ((x >> np.uint64(11)) * 2.0**-53).reshape(count, width)

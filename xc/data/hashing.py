@@ -1,32 +1,53 @@
-"""Numbers and permutations that depend on keys alone: any of them is made at once, without those before it."""
+"""Random numbers and permutations as functions of keys: any one is computed directly, without those before it."""
 
 import numpy as np
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's step from one number to the next
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # step from one number of splitmix64 to the next
+SIGNED_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the same bits as an int64
 
 
 def mix(x):
-    """splitmix64's output function (Steele et al. 2014) of a uint64 array: numbers one apart become unrelated."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """The output function of splitmix64 (Steele et al. 2014): makes numbers that are close together unrelated.
+
+    x  uint64 array of numpy, or int64 tensor of torch whose bits are taken as unsigned; the bits of the results agree
+    """
+    signed = not isinstance(x, np.ndarray)
+    for shift, factor in (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, None):
+        high = x >> shift
+        if signed:  # an arithmetic shift repeats the sign bit
+            high &= 2 ** (64 - shift) - 1
+        x = x ^ high
+        if factor:
+            x = x * (factor - 2**64 if signed else np.uint64(factor))
+    return x
 
 
 def keys_of(seed, stream, numbers):
-    """(n,) uint64 that depend on (seed, stream, number)."""
+    """(n,) uint64: hashes of (seed, stream, number). stream is a small integer that names what the numbers are for."""
     start = mix(np.array([(stream << 32) + seed], np.uint64))
     return mix(start + GOLDEN * np.asarray(numbers).astype(np.uint64))
 
 
-def shuffled(numbers, counts, keys):
-    """(n,) int64: where each key's permutation of 0 … count - 1 takes a number; nothing of size `count` is made.
+def uniform(seed, first, count, width):
+    """(count, width) float64 in [0, 1): hashes of (seed, first + row, column).
 
-    numbers  (n,)          integers
-    counts   one or (n,)   above each number
+    numpy's generators cannot start at every row cheaply.
+    """
+    with np.errstate(over="ignore"):
+        x = np.arange(first * width, (first + count) * width, dtype=np.uint64) * GOLDEN
+        x = mix(x + np.uint64(seed) * np.uint64(0xD1B54A32D192ED03))
+    return ((x >> np.uint64(11)) * 2.0**-53).reshape(count, width)
+
+
+def shuffled(numbers, counts, keys):
+    """(n,) int64: images of the numbers under random permutations of 0 … count - 1, one permutation per key.
+
+    numbers  (n,)          integers from 0 up, below the counts
+    counts   one or (n,)
     keys     (n,)          uint64
 
-    Four Feistel rounds permute the next power of 4; what falls outside is permuted on until it is inside (Black and
-    Rogaway 2002).
+    Needs no memory of size `count`: four Feistel rounds permute the next power of 4, and repeat until the result is
+    below the count (cycle walking, Black and Rogaway 2002).
     """
     result, outside = np.asarray(numbers).astype(np.uint64), np.ones(len(numbers), bool)
     counts = np.broadcast_to(np.asarray(counts, np.uint64), result.shape)
@@ -44,5 +65,5 @@ def shuffled(numbers, counts, keys):
 
 
 def _bit_length(numbers):
-    """(n,) of the lengths of numbers below 2**53 in bits, 0 of 0."""
+    """(n,) int: lengths in bits of numbers below 2**53, 0 for 0."""
     return np.frexp(numbers.astype(np.float64))[1]

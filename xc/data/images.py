@@ -1,7 +1,7 @@
-"""Decoding of encoded images: what a reader accepts, and pixels as arrays.
+"""Decoding of encoded images: the accepted formats, and pixels as arrays.
 
-Images are untrusted: the number of pixels is bounded before anything is decoded. Nothing here imports torch before
-`decode` has to resize, since packing uses this file and torch takes seconds to import.
+Images are untrusted: the number of pixels is checked before anything is decoded. torch is imported only when `decode`
+has to resize, since packing uses this file and importing torch takes seconds.
 """
 
 import io
@@ -16,9 +16,9 @@ from PIL import Image
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PPM: also PGM, of uncompressed grey
 MAX_PIXELS = 200_000_000  # of an image that a reader decodes: 600 MB as RGB
-# Of a JPEG. Progressive files have about 10, and libtiff takes 100 as well; of a plain image a scan can be some bytes
-# that cost as much as decoding all of it. The pattern is the begin of a scan's header: libjpeg fails at any other, and
-# compressed data cannot hold it.
+# Of a JPEG. Progressive files have about 10, and libtiff allows 100 as well. A scan of a few bytes can cost as much as
+# decoding the whole image. The pattern is the start of the header of a scan: libjpeg fails at any other, and compressed
+# data cannot contain it.
 MAX_SCANS = 100
 SCAN = re.compile(rb"\xff\xda\0[\x08\x0a\x0c\x0e][\1-\4]")
 TILE_WIDTH, TILE_HEIGHT = 322, 323  # tags of a TIFF
@@ -26,13 +26,13 @@ INTEGERS = {1: 1, 3: 2, 4: 4}  # bytes of the types of its numbers
 
 
 def open_header(data, max_pixels=MAX_PIXELS):
-    """The Pillow image in data (bytes), of which nothing is decoded yet; ValueError as for open_image."""
+    """The Pillow image in data (bytes), not decoded yet; ValueError as for open_image."""
     try:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    except Exception as error:  # plugins let all kinds of exception out of a bad header
+    except Exception as error:  # plugins raise all kinds of exceptions for a bad header
         raise ValueError("not an image of a known format, or its header is damaged") from error
     if image.format == "PPM" and (data[:2] not in (b"P5", b"P6") or image.tile[0][0] != "raw"):
-        # Pillow reads the others in Python, a number at a time: minutes for a hostile one.
+        # Pillow reads the other kinds in Python, number by number: a hostile one takes minutes.
         raise ValueError("a PPM that is not one of bytes with the maximum 255, or of 16 bits")
     if image.width * image.height > max_pixels:
         raise ValueError(f"{image.width}×{image.height} pixels, more than {max_pixels}")
@@ -48,10 +48,10 @@ def _has_many_scans(jpeg):
 
 
 def _tiled_pixels(tiff, image):
-    """How many pixels the tiles of a TIFF have; libtiff decodes them whole, however far they reach beyond the image.
+    """Number of pixels in the tiles of a TIFF; libtiff decodes whole tiles, however far they reach beyond the image.
 
-    ValueError where that cannot be told. Of a tag that comes twice Pillow takes the last, libtiff the first; here the
-    larger counts.
+    ValueError where the table of tags is damaged. If a tag comes twice, Pillow uses the last and libtiff the first;
+    here the larger one counts.
     """
     order, is_big = "<" if tiff[:2] == b"II" else ">", b"+" in tiff[2:4]
     count, entry = (struct.Struct(order + one) for one in (("Q", "HHQ8s") if is_big else ("H", "HHI4s")))
@@ -71,10 +71,10 @@ def _tiled_pixels(tiff, image):
 def open_image(data, max_pixels=MAX_PIXELS, only_check=False):
     """The decoded Pillow image in data (bytes).
 
-    only_check  the pixels are not wanted: of a JPEG all is read, but an eighth of the width and height computed
+    only_check  the pixels are not needed: a JPEG is read completely, but decoded at an eighth of its width and height
 
-    ValueError where it is not a whole PNG, JPEG, WebP, BMP, GIF, TIFF or PPM, or its header announces more than
-    max_pixels pixels (found out before anything is decoded). Of an animation, the first frame.
+    ValueError where it is not a complete PNG, JPEG, WebP, BMP, GIF, TIFF or PPM, or its header announces more than
+    max_pixels pixels; the header is checked before anything is decoded. Of an animation, the first frame is taken.
     """
     image = open_header(data, max_pixels)
     try:
@@ -89,12 +89,13 @@ def open_image(data, max_pixels=MAX_PIXELS, only_check=False):
 
 
 def decode(data, size, channels, max_pixels=MAX_PIXELS):
-    """(channels, size, size) uint8: the image in data, stretched to a square with antialiasing where it is not one.
+    """(channels, size, size) uint8: the image in data (bytes), resized to a square with antialiasing.
 
+    size      in pixels
     channels  1 (grey) or 3 (RGB); transparency is dropped, 16-bit grey keeps its upper 8 bits
 
-    Pixels are those of Pillow; stretched by bicubic sampling they differ from Pillow's by 1, seldom 3, of 255.
-    ValueError as for open_image.
+    The pixels are those of Pillow; after bicubic resizing they differ from Pillow's by 1, seldom 3, of 255. ValueError
+    as for open_image.
     """
     assert channels in (1, 3), channels
     pixels = _decode_jpeg(data, channels, max_pixels)
@@ -104,12 +105,12 @@ def decode(data, size, channels, max_pixels=MAX_PIXELS):
             image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
         pixels = _pixels(image, channels)
     if pixels.shape[:2] != (size, size):
-        return _stretch(pixels, size)
+        return _resize(pixels, size)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def _decode_jpeg(data, channels, max_pixels):
-    """(height, width, channels) uint8 of a JPEG without faults, None for all else."""
+    """(height, width, channels) uint8 of a JPEG without errors; None for any other image."""
     pixels = decode_plain_jpeg(data, max_pixels)
     if pixels is None or pixels.shape[2] == channels:
         return pixels
@@ -117,11 +118,11 @@ def _decode_jpeg(data, channels, max_pixels):
 
 
 def decode_plain_jpeg(data, max_pixels, only_check=False):
-    """(height, width, 1 or 3) uint8 of a grey or colour JPEG without faults, None for all else.
+    """(height, width, 1 or 3) uint8 of a grey or colour JPEG without errors; None for any other image.
 
-    only_check  the pixels are not wanted: all is read, but an eighth of the width and height computed, in grey
+    only_check  the pixels are not needed: all is read, but decoded in grey at an eighth of the width and height
 
-    libjpeg-turbo without what Pillow has around it, which takes longer than the decoding of a small image.
+    Calls libjpeg-turbo directly: Pillow's overhead takes longer than decoding a small image.
     """
     if data[:2] != b"\xff\xd8":
         return None
@@ -132,7 +133,7 @@ def decode_plain_jpeg(data, max_pixels, only_check=False):
         if only_check:
             return simplejpeg.decode_jpeg(data, "GRAY", min_height=-(-height // 8), min_width=-(-width // 8))
         return simplejpeg.decode_jpeg(data, "GRAY" if colours == "Gray" else "RGB")
-    except ValueError:  # also where libjpeg only warns: Pillow then decides, and has the words for it
+    except ValueError:  # also where libjpeg only warns: then Pillow decides, and its error says more
         return None
 
 
@@ -141,11 +142,11 @@ def _pixels(image, channels):
     return np.array(image.convert("L" if channels == 1 else "RGB")).reshape(image.height, image.width, channels)
 
 
-def _stretch(pixels, size):
-    """(channels, size, size) of (height, width, channels), uint8; a quarter of Pillow's time."""
-    import torch  # takes seconds, and packing needs no stretching
+def _resize(pixels, size):
+    """(height, width, channels) uint8 -> (channels, size, size), in a quarter of Pillow's time."""
+    import torch  # takes seconds, and packing does not resize here
 
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    if len(pixels) > size > pixels.shape[1]:  # rows are stretched first, which would make a tall image a huge one
+    if len(pixels) > size > pixels.shape[1]:  # torch resizes the rows first: a tall, narrow image would become huge
         image = torch.nn.functional.interpolate(image, (size, pixels.shape[1]), mode="bicubic", antialias=True)
     return torch.nn.functional.interpolate(image, (size, size), mode="bicubic", antialias=True)[0].numpy()

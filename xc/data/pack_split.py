@@ -6,19 +6,20 @@ import threading
 import numpy as np
 import torch
 
-from xc.data import images as packs
+from xc.data.images import decode
 from xc.data.sampler import ByClass, ByWeight, Natural
 from xc.errors import UserError
 
 
-class Images:
-    """The split of a pack, decoded.
+class PackSplit:
+    """The split of a pack, decoded; see loader.py for what a split offers.
 
-    A record that cannot be used is named. Training takes the next one that can be in its place, on any rank and any
-    number of threads the same one; a test does without.
+    A record that cannot be used is reported. Training uses the next good record instead, the same one on any rank with
+    any number of threads; a test leaves it out.
     """
 
     def __init__(self, pack, channels, image_size, max_bad_records=0, sampler="natural"):
+        """UserError where sampler is weighted and the pack has no weights."""
         self.pack, self.num_classes, self.classes_digest = pack, pack.num_classes, pack.classes_digest
         self.data_seed, self.input_shape = pack.seed, (channels, image_size, image_size)
         self.max_bad_records, self.bad_records, self._lock = max_bad_records, set(), threading.Lock()
@@ -32,11 +33,11 @@ class Images:
 
     @property
     def order_bytes(self):
-        """Memory that the order takes while it is made, about."""
+        """About how many bytes of memory `order` needs."""
         return {"natural": 0, "weighted": 16 * len(self)}.get(self.sampler, 8 * len(self) + 56 * self.num_classes)
 
     def order(self, seed):
-        """The order of examples by the sampler. PackError or ValueError where the pack's labels or weights are bad."""
+        """The order of the examples by the sampler. PackError or ValueError where labels or weights are damaged."""
         pack = self.pack
         if self.sampler == "natural":
             return Natural(len(self), seed)
@@ -49,6 +50,12 @@ class Images:
         return ByClass(pack.labels, pack.class_counts, class_weights, seed)
 
     def examples(self, records, replace=True):
+        """uint8 images (n, channels, size, size) and labels (n,) of record numbers, as tensors.
+
+        replace  whether other records replace those that cannot be used
+
+        ValueError where more records than max_bad_records cannot be used.
+        """
         try:
             return self._decoded(records)
         except ValueError:
@@ -63,14 +70,14 @@ class Images:
         images = np.empty((len(records), *self.input_shape), np.uint8)
         for i, record in enumerate(records):
             try:
-                images[i] = packs.decode(data[i], size, channels)
+                images[i] = decode(data[i], size, channels)
             except ValueError as e:
                 raise ValueError(f"record {record} of {self.pack.path}: {e}: pack the data again without it, or let "
                                  "the run leave out some by --max-bad-records") from e
         return torch.from_numpy(images), torch.from_numpy(labels)
 
     def _first_good(self, record, tries):
-        """Image and label of the first of so many records that can be used, none where none can be."""
+        """Image and label of the first usable record among `tries` from `record` on; empty tensors if there is none."""
         for tried in range(record, record + tries):
             tried %= len(self)
             if tried not in self.bad_records:
@@ -90,6 +97,7 @@ class Images:
         print(f"warning: left out: {error}", file=sys.stderr, flush=True)
 
 
-def too_many_bad(num_bad, most, which):
-    return (f"{num_bad} records cannot be used, --max-bad-records allows {most} ({which}): check the pack with "
+def too_many_bad(num_bad, max_bad, which):
+    """The message of a run that found too many bad records."""
+    return (f"{num_bad} records cannot be used, --max-bad-records allows {max_bad} ({which}): check the pack with "
             "python -m data_tools.show --verify")

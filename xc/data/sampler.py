@@ -1,11 +1,9 @@
 """The order of examples: endless sequences of record numbers, each a function of (seed, place) alone.
 
-A run's position is one number, the place; any number of ranks takes parts of such a sequence and goes on anywhere in
-it. An epoch is as many examples as there are records.
+The progress of a run is one number, the place. Any number of ranks takes parts of such a sequence and resumes anywhere
+in it. An epoch has as many examples as there are records. Threads may share an order.
 
     order.records(first, count)    record numbers of the examples first … first + count − 1, (count,) int64
-
-Threads may share an order.
 
 natural    every epoch has each record once
 balanced   every class comes equally often
@@ -19,19 +17,19 @@ import numpy as np
 
 from xc.data.hashing import keys_of, shuffled
 
-SAMPLERS = ("natural", "balanced", "sqrt", "weighted")
-CHUNK = 256  # neighbouring records that come near each other
-WINDOW = 256 * CHUNK  # examples among which these are mixed
-_CHUNKS, _POINTS, _RECORDS = range(1, 4)  # streams of numbers
-_UNIT_BITS = 20  # points lie on multiples of 2**-20 examples: float64 holds those below 2**33 examples
-_BLOCK = 2**18  # labels read at once
+CHUNK = 256  # neighbouring records that stay near each other in the order
+WINDOW = 256 * CHUNK  # examples that are mixed with each other
+_CHUNKS, _POINTS, _RECORDS = range(1, 4)  # streams of random numbers, see keys_of
+_UNIT_BITS = 20  # points are multiples of 2**-20 examples (units): float64 holds those below 2**33 examples
+_BLOCK = 2**18  # labels that are read at once
 
 
 class Natural:
-    """Every epoch in another order, which reads a pack in chunks of neighbours: packs are shuffled already.
+    """Every record once an epoch, in another order each time.
 
-    An epoch begins at a random record and takes the chunks from there on in random order. The records of 256
-    chunks, a window, are mixed; an epoch of no more is any permutation. Keeps the numbers of two windows.
+    Reads a pack in chunks of neighbours, which is fast and random enough, since packs are shuffled. An epoch starts at
+    a random record and takes the chunks from there on in random order. The records of a window of 256 chunks are mixed,
+    so an epoch that fits one window can be any permutation. Keeps the record numbers of two windows in memory.
     """
 
     def __init__(self, num_records, seed):
@@ -49,7 +47,7 @@ class Natural:
     def _make_window(self, epoch, window):
         begin, end = window * WINDOW, min((window + 1) * WINDOW, self.num_records)
         chunks = np.arange(begin // CHUNK, -(-end // CHUNK))
-        inside = chunks < self.num_records // CHUNK  # what is left over comes last
+        inside = chunks < self.num_records // CHUNK  # an incomplete chunk comes last
         keys = keys_of(self.seed, _CHUNKS, np.full(inside.sum(), epoch))
         chunks[inside] = shuffled(chunks[inside], self.num_records // CHUNK, keys)
         start = np.random.default_rng([self.seed, epoch]).integers(self.num_records)
@@ -60,14 +58,14 @@ class Natural:
 class ByWeight:
     """Records in proportion to their weights (systematic sampling, Madow 1949).
 
-    Records lie on a line, each as long as its weight. An epoch takes evenly spaced points of the line in random order;
-    in the next epoch these lie elsewhere between the same marks. So in every epoch a record comes as often as its
-    share says, rounded up or down, and over epochs that evens out.
+    The records lie on a line, each as long as its weight. An epoch takes evenly spaced points of the line in random
+    order; the next epoch shifts the points. So an epoch has every record as often as its share says, rounded up or
+    down, and over the epochs the rounding evens out.
 
-    weights       (n,)  finite, from 0 up, not all 0; less than a millionth of the mean may count as 0
+    weights       (n,)  finite, from 0 up, not all 0; a weight below a millionth of the mean may count as 0
     num_examples  of an epoch
 
-    Keeps 8 bytes a record.
+    Keeps 8 bytes per record.
     """
 
     def __init__(self, weights, num_examples, seed):
@@ -80,8 +78,10 @@ class ByWeight:
         return self.draw(first, count)[0]
 
     def draw(self, first, count):
-        """Record numbers of the examples, and of each a number: those of one record are 0, 1, 2, … in an epoch, and go
-        on in the next. Both (count,) int64."""
+        """Record numbers of the examples, and the example's number among those of its record: both (count,) int64.
+
+        The examples of one record in an epoch are numbered consecutively, in any order; the next epoch continues.
+        """
         epochs, places = np.divmod(np.arange(first, first + count), self.num_examples)
         marks = shuffled(places, self.num_examples, keys_of(self.seed, _POINTS, epochs))
         shifts, _ = _van_der_corput(epochs, epochs)
@@ -93,15 +93,16 @@ class ByWeight:
 
 
 class ByClass:
-    """Classes in proportion to their weights, as records `ByWeight`. By the end of every epoch the records of a class
-    have come equally often, give or take one.
+    """Classes in proportion to their weights, as `ByWeight` draws records; within a class all records equally often.
 
-    labels          labels(start, stop) are those of the records start … stop − 1, (stop − start,) int
+    At the end of every epoch the records of a class have come equally often, give or take one.
+
+    labels          labels(start, stop) returns those of the records start … stop − 1, (stop − start,) int
     class_counts    (C,) int, records of each class
     class_weights   (C,) finite, from 0 up; 0 for classes without records
 
-    Keeps a number for each record, of 4 bytes below 2**32 records, and 24 bytes a class. ValueError where class_counts
-    are not those of the labels.
+    Keeps 4 bytes per record below 2**32 records, else 8, and 24 bytes per class. ValueError where class_counts do not
+    match the labels.
     """
 
     def __init__(self, labels, class_counts, class_weights, seed):
@@ -109,7 +110,7 @@ class ByClass:
         num_records = int(class_counts.sum())
         self._classes = ByWeight(class_weights, num_records, seed)
         ends = np.cumsum(class_counts)
-        self._begins = ends - class_counts  # of classes in _by_class
+        self._begins = ends - class_counts  # of the classes in _by_class
         self._by_class = np.empty(num_records, np.min_scalar_type(num_records))
         free = self._begins.copy()
         for first in range(0, num_records, _BLOCK):
@@ -117,7 +118,7 @@ class ByClass:
             sorting = np.argsort(some, kind="stable")
             classes, begins, counts = np.unique(some[sorting], return_index=True, return_counts=True)
             if (free[classes] + counts > ends[classes]).any():
-                raise ValueError("class_counts are not those of the labels: check the pack with python -m "
+                raise ValueError("class_counts do not match the labels: check the pack with python -m "
                                  "data_tools.show --verify")
             places = np.repeat(free[classes] - begins, counts) + np.arange(len(some))
             self._by_class[places] = first + sorting
@@ -126,33 +127,32 @@ class ByClass:
     def records(self, first, count):
         classes, numbers = self._classes.draw(first, count)
         counts = self._counts[classes]
-        rounds, within = np.divmod(numbers, counts)
-        within = shuffled(within, counts, keys_of(self.seed, _RECORDS, (classes << 32) + rounds))
+        passes, within = np.divmod(numbers, counts)
+        within = shuffled(within, counts, keys_of(self.seed, _RECORDS, (classes << 32) + passes))
         return self._by_class[self._begins[classes] + within].astype(np.int64)
 
 
 def _marks_below(places):
-    """How many of the marks 0, 1, 2, … examples are below places in units."""
+    """How many of the marks at 0, 1, 2, … examples are below these places, in units."""
     return -(-places >> _UNIT_BITS)
 
 
 def _points_before(places, epochs):
-    """How many points all epochs before these have below these places, in units."""
+    """How many points below these places, in units, all epochs before these had."""
     marks, rests = np.divmod(places, 1 << _UNIT_BITS)
     return epochs * marks + _van_der_corput(epochs, rests)[1]
 
 
 def _van_der_corput(numbers, limits):
-    """Van der Corput's sequence, whose first n numbers lie about evenly in the unit, for any n: a number's bits, the
-    other way round.
+    """Van der Corput's sequence: the bits of a number in reverse. Its first n values are about evenly spaced.
 
     numbers   (n,) int64
     limits    (n,) int64 from 0 to 2**_UNIT_BITS
-    returns   (n,) the sequence at those numbers, in units; (n,) how many numbers before it are below the limit
+    returns   (n,) the values at these numbers, in units; (n,) how many earlier values are below the limit
     """
     values, below = np.zeros_like(numbers), (numbers >> _UNIT_BITS) * limits
     for bit in reversed(range(min(_UNIT_BITS, int(numbers.max(initial=0)).bit_length()))):
-        block = numbers >> bit & 1  # 2**bit numbers of the sequence, which are values, values + step, …
+        block = numbers >> bit & 1  # whether 2**bit earlier values are values, values + step, …
         step_bits = _UNIT_BITS - bit
         below += block * (((limits - values - 1) >> step_bits) + 1)
         values += block << (step_bits - 1)

@@ -1,17 +1,18 @@
-"""Data for scale: classes made on the fly from (seed, class id), nothing stored, any number of them.
+"""Synthetic classes for tests of scale: any number of them, computed from (seed, class id), nothing stored.
 
     --data synth:classes=1000000,dim=128       all keys: `Spec`
 
-A class is a point in R^dim, its prototype; an example is the prototype plus Gaussian noise. Prototypes lie in a
-hierarchy: `branching` classes make a cluster, `branching` clusters one of the next level and so on. A prototype is the
-sum of one Gaussian vector for the class and one for each cluster it is in, the smaller the lower the level, so classes
-of one cluster (siblings) are near each other and are what a classifier confuses. Class ids say nothing about clusters.
+A class is a point in R^dim, its prototype; an example is the prototype plus Gaussian noise. The prototypes form a
+hierarchy: `branching` classes make a cluster, `branching` clusters make a cluster of the next level, and so on. A
+prototype is the sum of a Gaussian vector for the class and one for each of its clusters; lower levels have smaller
+vectors. So the classes of one cluster (siblings) are near each other, and a classifier confuses them. Class ids tell
+nothing about clusters.
 
 Everything is a hash of numbers: the same in any batch, on any rank, in any thread, at a cost that does not grow with
-the number of classes. With equal priors and isotropic noise the nearest prototype is the best guess there is, so the
-best possible accuracy is known: `best_accuracy`.
+the number of classes. With equal priors and isotropic noise the nearest prototype is the best guess, so the best
+possible accuracy is known: `best_accuracy`.
 
-As images, the prototype is a coarse grid of greys, enlarged, and the noise is one of pixels.
+For images the prototype is a coarse grid of greys, enlarged, and the noise is added to the pixels.
 """
 
 import dataclasses
@@ -28,22 +29,22 @@ from xc.errors import UserError
 
 PREFIX = "synth:"
 MAX_CLASSES, MAX_IMAGE_CLASSES = 10**8, 10**5
-_PLACES, _TRAIN, _TEST, _LEVELS = 1, 2, 4, 16  # streams of numbers; a split has two, for labels and for noise
+_PLACES, _TRAIN, _TEST, _LEVELS = 1, 2, 4, 16  # streams of random numbers; a split has two, for labels and for noise
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What `synth:` may be followed by: key=value, separated by commas."""
+    """The keys that may follow `synth:`, as key=value, separated by commas."""
 
     classes: int
     dim: int = 64  # width of the vectors; for images, points of the coarse grid (a square number)
     levels: int = 3  # of the hierarchy, classes included; 1: no clusters
     branching: int = 10  # classes of a cluster, clusters of a cluster
-    spread: float = 0.7  # deviation within a cluster, as a multiple of that one level higher
-    noise: float = 0.6  # deviation of an example's numbers; the prototypes' is 1
-    examples: int = 10  # training examples of a class that make an epoch; every epoch has new ones
+    spread: float = 0.7  # standard deviation within a cluster, as a multiple of that one level higher
+    noise: float = 0.6  # standard deviation of the noise; that of the prototypes is 1
+    examples: int = 10  # training examples per class and epoch; every epoch has new ones
     test: int = 10000  # test examples; 0: no test split
-    seed: int = 0  # of the data; the order of a run's examples follows --seed
+    seed: int = 0  # of the data; --seed fixes the order of the examples
     images: int = 0  # 1: small images of --image-size and --channels
 
     @classmethod
@@ -83,22 +84,22 @@ class Spec:
 
 
 def open_splits(cfg):
-    """{"train": Split, "test": Split} of a Config whose `data` begins with synth:"""
+    """{"train": SyntheticSplit, "test": SyntheticSplit} of a Config whose `data` starts with synth:; UserError."""
     spec = Spec.parse(cfg.data)
     if cfg.sampler != "natural":
         raise UserError(f"--sampler {cfg.sampler} is for packs, the classes of --data {cfg.data} are balanced: leave "
                         "it out")
     shape = (cfg.channels, cfg.image_size, cfg.image_size) if spec.images else (spec.dim,)
-    splits = {"train": Split(spec, shape, spec.examples * spec.classes, _TRAIN),
-              "test": Split(spec, shape, spec.test, _TEST)}
+    splits = {"train": SyntheticSplit(spec, shape, spec.examples * spec.classes, _TRAIN),
+              "test": SyntheticSplit(spec, shape, spec.test, _TEST)}
     return {name: split for name, split in splits.items() if len(split)}
 
 
-class Split:
-    """An endless sequence of examples in random order; `len` of them make an epoch.
+class SyntheticSplit:
+    """An endless sequence of examples in random order; `len` of them make an epoch. See loader.py for splits.
 
-    Every num_classes examples have each class once, in another order each time, so classes are balanced and a batch
-    is as good as drawn at random. No noise ever comes twice.
+    Each class comes once in every num_classes examples, in another order each time, so the classes are balanced and a
+    batch is nearly a random sample. No noise is used twice.
 
     input_shape  (dim,) or (channels, size, size)
     """
@@ -116,22 +117,23 @@ class Split:
         return self._num_records
 
     def order(self, seed):
-        """The sequence as `data.Loader` asks for it: a seed is a place to begin."""
+        """The order of the examples for the Loader: the seed chooses the place to start."""
         return _Consecutive(int(mix(np.array([seed], np.uint64))[0] >> np.uint64(30)) * self.num_classes)
 
     def examples(self, records, replace=True):
-        """Inputs (n, *input_shape) float32 and labels (n,) int64, as tensors; records (n,) may be any from 0 up."""
+        """float32 inputs (n, *input_shape) and int64 labels (n,), as tensors. records: (n,) any numbers from 0 up."""
         labels = self.labels(records)
         noise = gaussians(keys_of(self.spec.seed, self._stream + 1, records), math.prod(self.input_shape))
         noise = torch.from_numpy(noise).view(-1, *self.input_shape)
         return self.means(labels).add_(noise, alpha=self.spec.noise), torch.from_numpy(labels)
 
     def labels(self, records):
-        rounds, places = np.divmod(np.asarray(records), self.num_classes)
-        return shuffled(places, self.num_classes, keys_of(self.spec.seed, self._stream, rounds))
+        """(n,) int64 class ids of the records (n,)."""
+        passes, places = np.divmod(np.asarray(records), self.num_classes)
+        return shuffled(places, self.num_classes, keys_of(self.spec.seed, self._stream, passes))
 
     def means(self, ids):
-        """(n, *input_shape) float32 tensor: the classes' examples without noise."""
+        """float32 tensor (n, *input_shape): examples of the classes without noise."""
         if not self.spec.images:
             return torch.from_numpy(self.prototypes(ids))
         channels, size, _ = self.input_shape
@@ -140,7 +142,7 @@ class Split:
         return F.interpolate(grids, (size, size), mode="bilinear", align_corners=False)
 
     def prototypes(self, ids, width=None):
-        """(n, dim) float32 of deviation 1 over the classes; a function of (seed, id) alone."""
+        """(n, dim) float32, a function of (seed, id) alone; the standard deviation over the classes is 1."""
         width = width or self.spec.dim
         deviations = self.spec.spread ** np.arange(self.spec.levels)[::-1]
         deviations /= np.linalg.norm(deviations)
@@ -151,14 +153,14 @@ class Split:
         return total
 
     def clusters(self, ids, level=1):
-        """(n,) int64: the cluster of each class at that level; siblings have one at level 1. Level 0: the class."""
+        """(n,) int64: the cluster of each class at a level. Siblings share one at level 1; at level 0 no classes do."""
         ids = np.asarray(ids)
         places = shuffled(ids, self.num_classes, keys_of(self.spec.seed, _PLACES, np.zeros_like(ids)))
         return places // min(self.spec.branching**level, MAX_CLASSES)
 
 
 class _Consecutive:
-    """Record numbers one after the other: they are in random order already, at any number of classes."""
+    """Consecutive record numbers: the records are in random order already."""
 
     def __init__(self, start):
         self.start = start
@@ -168,24 +170,24 @@ class _Consecutive:
 
 
 def best_accuracy(split, num_examples, block=2048):
-    """Accuracy of the best possible classifier on the split's first examples, and its standard error.
+    """Accuracy of the best possible classifier on the first examples of a SyntheticSplit, and its standard error.
 
-    It takes the nearest of all prototypes: num_examples * C * dim multiplications.
+    The classifier takes the nearest of all prototypes, with num_examples * C * dim multiplications.
     """
     inputs, labels = split.examples(np.arange(num_examples))
     inputs = inputs.flatten(1)
     best, guess = inputs.new_full((num_examples,), -torch.inf), torch.zeros_like(labels)
     for first in range(0, split.num_classes, block):
         means = split.means(np.arange(first, min(first + block, split.num_classes))).flatten(1)
-        score, place = torch.addmm(-means.square().sum(1) / 2, inputs, means.T).max(1)
-        guess = torch.where(score > best, place + first, guess)
+        score, index = torch.addmm(-means.square().sum(1) / 2, inputs, means.T).max(1)
+        guess = torch.where(score > best, index + first, guess)
         best = torch.maximum(score, best)
     accuracy = (guess == labels).double().mean().item()
     return accuracy, math.sqrt(accuracy * (1 - accuracy) / num_examples)
 
 
 def gaussians(keys, width):
-    """(n, width) float32 standard normal numbers; row i depends on keys[i] alone. Box and Muller 1958."""
+    """(n, width) float32 standard normal numbers (Box and Muller 1958); row i depends on keys[i] alone."""
     x = mix(keys[:, None] + GOLDEN * np.arange(1, (width + 1) // 2 + 1, dtype=np.uint64))
     u = x.view(np.uint32).astype(np.float32) * np.float32(2**-32)
     radius = np.sqrt(-2 * np.log(u[:, ::2] + np.float32(2**-33)))

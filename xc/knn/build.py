@@ -207,7 +207,7 @@ def _kmeans(weight, shard, num_classes, group, seed):
     sums[seeds] = rows[: len(seeds)].double()
     centroids = unit(group.all_reduce(sums))
     for _ in range(_ROUNDS_OF_KMEANS):
-        watchdog.note("k-means of the rows")
+        watchdog.heartbeat("k-means of the rows")
         # The order of summation does not matter in float64, so the cells are the same for every W.
         sums.zero_().index_add_(0, cells_of(rows, centroids).long(), rows.double())
         group.all_reduce(sums)

@@ -60,7 +60,7 @@ class RingSearch:
             best = torch.full((len(mine), K), EMPTY, device=rows.device)
             best_so_far = lambda best=best: best  # noqa: E731  # waits for it; each hop calls this once
             for hop in range(group.size):
-                watchdog.note("search of neighbours")
+                watchdog.heartbeat("search of neighbours")
                 coming = sizes[(group.rank - hop - 1) % group.size]
                 if hop + 1 < group.size:
                     next_rows, next_tags = group.shift_async(rows, coming), group.shift_async(tags, coming)

@@ -1,7 +1,4 @@
-"""Networks from images or vectors to features, by name.
-
-None of them ends in a classifier of its own; all end in `FeatureNorm`.
-"""
+"""Backbones by name: networks that turn images or vectors into features. All end in `FeatureNorm`."""
 
 import torch
 from torch import nn
@@ -11,28 +8,28 @@ from xc.errors import UserError
 
 
 class FeatureNorm(nn.Module):
-    """Batch norm of the features over the global batch, without scale and shift.
+    """Batch norm of the features over the global batch, without scale and shift: (B, D) -> (B, D).
 
-    Untrained features all point the same way. Without this, every right class's row is first pulled there, and a
-    cosine softmax over thousands of classes takes long to come out of it: in trials of 400 steps of 128 glyphs at the
-    same learning rates the loss ended at 2.6 with it, at 5.8 with norms of each example alone in its place. Over the
-    global batch, so that the result does not depend on the number of ranks; it costs a sum of 2 D + 1 numbers.
+    Untrained features all point the same way. Without this norm every target row is first pulled there, and a cosine
+    softmax over thousands of classes takes long to recover: in trials of 400 steps of 128 glyphs at the same learning
+    rates the loss ended at 2.6 with it, and at 5.8 with a norm of each example alone in its place. The statistics are
+    those of the global batch, so the result does not depend on the number of ranks; they cost a sum of 2 D + 1 numbers.
 
-    features (B, D) -> (B, D)
+    In training mode forward() is collective.
     """
 
     def __init__(self, feature_dim, world, momentum=0.1, eps=1e-5):
         super().__init__()
-        self._all_ranks, self._momentum, self._eps = world.all_ranks, momentum, eps
+        self._group, self._momentum, self._eps = world.all_ranks, momentum, eps
         self.register_buffer("mean", torch.zeros(feature_dim))
         self.register_buffer("variance", torch.ones(feature_dim))
 
     def forward(self, features):
         if not self.training:
             return (features - self.mean) / (self.variance + self._eps).sqrt()
-        x = features.double()  # mean of squares less square of the mean: too few digits in float32
+        x = features.double()  # E[x²] - E[x]² loses too many digits in float32
         count = x.new_tensor([len(x)])
-        sums = sum_over(torch.cat([count, x.sum(0), x.square().sum(0)]), self._all_ranks)
+        sums = sum_over(torch.cat([count, x.sum(0), x.square().sum(0)]), self._group)
         mean, square = (sums[1:] / sums[0]).chunk(2)
         variance = (square - mean.square()).clamp(min=0)
         with torch.no_grad():
@@ -42,17 +39,16 @@ class FeatureNorm(nn.Module):
 
 
 def _mlp(dim, feature_dim):
-    """vectors (B, dim) -> features (B, D)"""
+    """A perceptron with one hidden layer: vectors (B, dim) -> features (B, D)."""
     hidden = 2 * feature_dim
     return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, feature_dim))
 
 
 class SmallConvNet(nn.Module):
-    """Four convolutions for small images (32 x 32 greys), about 1 ms per image and core.
+    """Four convolutions for small images: (B, channels, size, size) -> (B, D).
 
-    Group norm, so that the result does not depend on how a batch is split over ranks.
-
-    images (B, channels, size, size) -> features (B, D)
+    It takes about 1 ms per grey image of 32 x 32 pixels and core. Group norm makes the result independent of how a
+    batch is split over ranks.
     """
 
     def __init__(self, channels, feature_dim, widths=(16, 32, 64, 128)):
@@ -75,14 +71,14 @@ def _conv_norm(inputs, outputs, kernel, stride=1):
 
 
 class _Residual(nn.Module):
-    """x -> relu(body(x) + shortcut(x))"""
+    """A residual block: x -> relu(body(x) + shortcut(x))."""
 
     def __init__(self, body, inputs, outputs, stride):
         super().__init__()
         self.body = body
         same = stride == 1 and inputs == outputs
         self.shortcut = nn.Identity() if same else _conv_norm(inputs, outputs, 1, stride)
-        nn.init.zeros_(body[-1][1].weight)  # every block begins as its shortcut (Goyal et al. 2017)
+        nn.init.zeros_(body[-1][1].weight)  # every block starts as its shortcut (Goyal et al. 2017)
 
     def forward(self, x):
         return torch.relu(self.body(x) + self.shortcut(x))
@@ -101,11 +97,10 @@ def _bottleneck(inputs, width, stride):
 
 
 class ResNet(nn.Module):
-    """He et al. 2016, with batch norm: statistics are those of each rank's own examples.
+    """ResNet (He et al. 2016): images (B, channels, size, size) -> features (B, D).
 
-    Images of up to 64 pixels get a stem that does not shrink them.
-
-    images (B, channels, size, size) -> features (B, D)
+    Batch norm uses the statistics of each rank's own examples. For images of up to 64 pixels the stem does not shrink
+    them.
     """
 
     def __init__(self, block, depths, channels, image_size, feature_dim):
@@ -131,7 +126,7 @@ _RESNETS = {"resnet18": (_basic, (2, 2, 2, 2)), "resnet34": (_basic, (3, 4, 6, 3
 
 
 class Backbone(nn.Sequential):
-    """A network, in 16 bits where `dtype` is given, and the norm of its features."""
+    """A network, computed in 16 bits where `dtype` is given, followed by the norm of its features."""
 
     def __init__(self, net, norm, dtype=None):
         super().__init__(net, norm)
@@ -150,10 +145,12 @@ _DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build(name, input_shape, feature_dim, seed, world, amp="off"):
-    """The network of that name, with the same weights on every rank for the same seed.
+    """The Backbone of that name, with the same weights on every rank for the same seed.
 
     input_shape  (channels, size, size) or (dim,), of one example
-    amp          off, or bf16 or fp16: parameters stay float32, what is computed of them is not
+    amp          off, bf16 or fp16; parameters stay float32, activations are in 16 bits
+
+    UserError where the name is not known or the network does not take such examples.
     """
     images = len(input_shape) == 3
     if name == "auto":
@@ -161,8 +158,8 @@ def build(name, input_shape, feature_dim, seed, world, amp="off"):
     if name not in ("mlp", "small", *_RESNETS) and not name.startswith("timm:"):
         raise UserError(f"--backbone {name} is not known: auto, mlp, small, {', '.join(_RESNETS)} or timm:NAME")
     if images == (name == "mlp"):
-        takes, has = ("vectors", "images") if images else ("images", "vectors")
-        raise UserError(f"--backbone {name} takes {takes}, but the data are {has}: leave it out, auto finds one")
+        takes, given = ("vectors", "images") if images else ("images", "vectors")
+        raise UserError(f"--backbone {name} takes {takes}, but the data are {given}: leave it out, auto finds one")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "mlp":
@@ -183,9 +180,10 @@ def build(name, input_shape, feature_dim, seed, world, amp="off"):
 
 
 def _from_timm(name, channels, feature_dim):
+    """A network of the package timm; UserError where there is none."""
     try:
         import timm
-    except Exception as e:  # a torchvision that does not fit torch fails with RuntimeError, not ImportError
+    except Exception as e:  # a torchvision that does not fit torch raises RuntimeError, not ImportError
         raise UserError(f"--backbone timm:{name} needs timm, which does not import here ({e}): pip install timm "
                         "beside a torchvision that fits torch, or take --backbone resnet50") from e
     if name not in timm.list_models():

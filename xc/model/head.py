@@ -1,9 +1,10 @@
-"""The classifier: class rows split over the shard group, and the exact softmax over those that take part in a step.
+"""The classifier: class rows split over the shard group, and the softmax over the classes that take part in a step.
 
-Hybrid parallel: every rank gathers the features of its shard group and scores them against the class rows that it
-owns; two small reductions join the shards' softmaxes. Song et al. 2020, hybrid parallel framework; the sequence is
-written out in `ShardedSoftmax`.
+Hybrid parallel (Song et al. 2020): every rank gathers the features of its shard group and scores them against its own
+class rows; two small reductions join the softmaxes of the shards. `softmax.ShardedSoftmax` has the steps.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,38 +16,48 @@ from xc.model.margin import MARGINS
 from xc.model.softmax import ShardedSoftmax
 from xc.run import watchdog
 
-_INIT_BLOCK = 4096  # class rows that share one random generator: a rank draws its own blocks alone
-_CACHE_BYTES = 2**20  # of logits that a CPU works on at a time: they are passed over several times
-_TOP = 100  # logits of an example that `audit` looks for among the active classes
+_INIT_BLOCK = 4096  # class rows per random generator; a rank draws only the blocks that it owns
+_CACHE_BYTES = 2**20  # logits that a CPU works on at a time: it reads them several times, so they should stay in cache
+_TOP = 100  # highest logits of an example that `selection_quality` looks for among the active classes
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The classes of this shard that take part in a step, or in one accumulation step of it.
+
+    active  (A,)  sorted, unique local ids; None: all S classes
+    offset  (A,)  added to the logits, 0 for target classes; None: nothing is added
+    """
+
+    active: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
 
 
 class Head:
     """Full softmax: all classes take part in every step.
 
-    A step calls `refresh`, `select`, `forward` (once, or for one micro-batch after the other), `reduce`, the row
-    optimizer and `zero_grad`; pipeline.py does what forward() does, `directions`, gathering and `loss`, in pieces. A
-    step of several rounds (schedule.py) may have several selections, each for the micro-batches after a `turn_to`.
-    Heads that leave classes out differ in how they set
+    A step calls `refresh`, `select`, `forward` (once per micro-batch), `reduce`, the row optimizer and `zero_grad`.
+    train/step.py calls the parts of `forward`, `directions`, a gather and `loss`, one by one, to overlap them. Heads
+    that leave classes out override `select`.
 
-    active    (A,)    sorted, unique local ids of the classes that take part; None: all of this shard
-    offset    (A,)    added to their logits; 0 for every class that is the right one of an example; None: nothing
-
-    The rest is written here, once:
-
-    weight    (S, D)  class rows of this shard, of `num_rows` in all; no autograd leaf, they have one owner and one
-                      optimizer (RowSGD)
-    row_grad  (A, D)  gradient of the active rows, summed over micro-batches and, by `reduce`, over the replicas; None
-                      before the first forward() of a step, complete after the last one. Rows that are not active have
-                      none, not even zeros
+    weight      (S, D)  class rows of this shard; no autograd leaf: RowSGD updates them
+    row_grad    (A, D)  gradient of the active rows, summed over the micro-batches and, by `reduce`, over the replicas;
+                        None before the first forward() of a step; inactive rows have no gradient
+    selections          list of Selection, one for each equal part of the step's micro-batches, set by `select`; None in
+                        the list: not chosen yet
+    selection           the Selection that `row_grad` and the next loss() belong to
+    step                number of the step, set by `select`; random choices depend on it
     """
 
-    rows_are = "classes"  # what a row of `weight` stands for; a checkpoint of others is refused
-    flags = ()  # fields of Config, of those that say which classes take part, that this head heeds
+    flags = ()  # names of the Config fields about the choice of classes that this head reads
 
     def __init__(self, num_classes, feature_dim, world, *, cosine=True, scale=20.0, margin="none", margin_size=0.0,
                  logits_mb=0.0, seed=0, dtype=torch.float32):
-        """dtype: of the class rows; gradients and logits of bfloat16 rows are float32."""
-        self.num_classes, self.num_rows, self.feature_dim = num_classes, num_classes, feature_dim
+        """
+        logits_mb  MiB for the logits that are kept; the others are computed twice; 0: 64 on a CPU, 256 on a GPU
+        dtype      of the class rows; gradients and logits of bfloat16 rows are float32
+        """
+        self.num_classes, self.feature_dim = num_classes, feature_dim
         self.world, self.seed = world, seed
         self.cosine, self.scale = cosine, scale if cosine else 1.0
         self.margin, self.margin_size = MARGINS[margin], margin_size
@@ -56,65 +67,65 @@ class Head:
         self.shard = Shard.of(num_classes, world.shards.size, world.shards.rank)
         self.weight = initial_rows(self.shard, feature_dim, seed, dtype).to(world.device)
         self.compute_dtype = torch.promote_types(dtype, torch.float32)
-        self.step, self.active, self.offset, self.row_grad = 0, None, None, None
-        self.num_selections = 1
-        self.rows_of_step = None  # the active rows as the logits use them, from the first forward() of a step on
+        self.step, self.selections, self.selection, self.row_grad = 0, [Selection()], Selection(), None
+        self.active_row_cache = None  # ActiveRows of the selection, made by its first loss()
         self._workspace, self._own_labels, self._reduced = {}, None, None
 
     @classmethod
     def of(cls, cfg, num_classes, world):
-        """The head that a Config asks for; ValueError where its settings do not fit the number of classes."""
+        """The head of a Config; UserError where its settings do not fit the number of classes."""
         return cls(num_classes, cfg.feature_dim, world, cosine=cfg.logits == "cosine", scale=cfg.scale,
-                   margin=cfg.margin, margin_size=cfg.margin_size, logits_mb=cfg.logits_mb, seed=cfg.seed,
+                   margin=cfg.margin, margin_size=cfg.margin_size, seed=cfg.seed,
                    dtype=getattr(torch, cfg.row_dtype), **cls.settings(cfg, num_classes))
 
     @classmethod
     def settings(cls, cfg, num_classes):
-        """What __init__ of this head takes beyond the others', from a Config."""
+        """The arguments that __init__ of this head takes beyond those of `Head`, from a Config."""
         return {}
 
     def refresh(self, step, due):
-        """Before a step: bring up to date what the choice of classes goes by, if that is due.
+        """Rebuild what the choice of classes depends on (a graph, an index) where `due`; called before every step.
 
-        Returns what there is to log of it, usually nothing. Collective.
+        Returns {name: number} to log, often empty. Collective.
         """
         return {}
 
-    def select(self, labels, step, num_rounds=1):
-        """Choose the classes that take part in a step. Needs no features, so it can run before the backbone.
+    def select(self, labels, step, accumulation_steps=1):
+        """Choose the classes that take part in a step: sets `selections` and returns it. Collective.
 
-        labels      (B,)  of all examples of this rank in this step, round by round, global class ids
-        step        rounds before this step, which is also its number while every step has one round
-        num_rounds  of this step, alike in length
-
-        Sets `num_selections`, into which the step's micro-batches fall. Collective.
+        labels              (B,)  global class ids of all examples of this rank in this step, in the order of the
+                                  accumulation steps
+        step                accumulation steps before this step; the number of the step where every step has one
+        accumulation_steps  of this step, of equal length
         """
-        self.step, self.rows_of_step, self.num_selections = step, None, 1
+        self.step, self.active_row_cache = step, None
+        self.selections, self.selection = [Selection()], Selection()
+        return self.selections
 
-    def turn_to(self, selection):
-        """The micro-batches that follow are of that selection, 0 first."""
+    def use_selection(self, i):
+        """Use selections[i] for the micro-batches that follow. A step with one selection need not call it."""
 
     def forward(self, features, labels, global_batch, last=True):
-        """Cross-entropy of this rank's examples and of all others', summed over them and divided by `global_batch`.
+        """Cross-entropy summed over the examples of all ranks, divided by `global_batch`. Collective.
 
-        features      (B, D)  this rank's, B may differ between ranks
+        features      (B, D)  of this rank; B may differ between ranks
         labels        (B,)    global class ids
         global_batch  examples of the whole step over all ranks and micro-batches
         last          no other micro-batch of this selection follows
         returns       ()      the same on every rank; its gradients are sums over all ranks, complete after `reduce`
 
-        Collective. The gradient of the class rows is taken here, not in backward(), and added to `row_grad`.
+        This call, not backward(), computes the gradient of the class rows and adds it to `row_grad`.
         """
         counts, labels = self.gather_labels(labels)  # (G,)
         features = gather_rows(self.directions(features), self.world.shards, counts)  # (G, D)
         return self.loss(features, labels, global_batch, last)
 
     def loss(self, features, labels, global_batch, last=True):
-        """The same of features that are gathered already, so that this can be done behind something else.
+        """`forward` of features that are gathered already. Collective.
 
-        features  (G, D)  as `directions` gives them, of all ranks of the shard group
+        features  (G, D)  of all ranks of the shard group, from `directions`
         labels    (G,)
-        returns   ()      its gradient of the features is this shard's part, yet to be summed over the group
+        returns   ()      its feature gradient is the part of this shard; the caller sums it over the group
         """
         return ShardedSoftmax.apply(features, labels, self, global_batch, last)
 
@@ -122,106 +133,107 @@ class Head:
         return self.forward(features, labels, global_batch, last)
 
     def reduce_async(self):
-        """Begin what `reduce` waits for, after the last forward() of a step. Collective."""
+        """Start the sum that `reduce` waits for, after the last forward() of a step. Collective."""
         self._reduced = self.world.replicas.all_reduce_async(self.row_grad)
 
     def reduce(self):
-        """Sum the row gradients over the copies of this shard, which have the same active rows. Collective."""
+        """Sum the row gradients over the replicas of this shard, which have the same active rows. Collective."""
         if self._reduced is None:
             self.reduce_async()
         self._reduced()
         self._reduced = None
 
     def zero_grad(self):
-        self.row_grad = self.rows_of_step = None
+        """Forget the row gradients of the step."""
+        self.row_grad = self.active_row_cache = None
 
     @property
     def num_active(self):
-        """Rows of this shard that take part in the step."""
-        return len(self.weight) if self.active is None else len(self.active)
+        """A: rows of this shard in the current selection."""
+        return self._num_active(self.selection)
+
+    def _num_active(self, selection):
+        return len(self.weight) if selection.active is None else len(selection.active)
 
     def active_rows(self, block):
-        """Where a slice of the active rows lies in `weight`: a slice, or local ids."""
-        return block if self.active is None else self.active[block]
+        """Indices in `weight` of a slice of the active rows: a slice or local ids."""
+        return block if self.selection.active is None else self.selection.active[block]
 
     def blocks(self, num_rows, num_examples):
-        """Slices of so many rows, each of whose logits fit the cache and the memory for them."""
+        """Slices that cover `num_rows` rows; the logits of each fit the cache and the memory for them."""
         size = max(1, int(self._block_bytes / (max(1, num_examples) * self.compute_dtype.itemsize)))
         return [slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size)]
 
     @torch.no_grad()
-    def label_places(self, features, labels):
-        """How many classes score above the right one: 0 is a top-1 hit. Of equal scores the lower class id wins.
+    def num_scores_above_target(self, features, labels):
+        """How many of all classes score above the target class; 0 is a top-1 hit. Collective.
 
-        features  (B, D)  this rank's
+        features  (B, D)  of this rank
         labels    (B,)    global class ids
-        returns   (B,)    int64, exact over all classes
-
-        Collective.
+        returns   (B,)    int64; of equal scores the lower class id wins, and a NaN score wins over any other
         """
         group = self.world.shards
         features, labels, mine = self._gathered(features, labels)
         own = self.shard.owns(labels)
-        score = features.new_zeros(len(labels))  # of the right class, known to its owner
-        score[own] = (features[own] * self._unit(self.weight[labels[own] - self.shard.first])).sum(1)
-        score = group.all_reduce(score)[:, None]  # (G, 1)
-        places = torch.zeros_like(labels)
+        target = features.new_zeros(len(labels))  # score of the target class; its owner fills it in
+        target[own] = (features[own] * self._unit(self.weight[labels[own] - self.shard.first])).sum(1)
+        target = group.all_reduce(target)[:, None]  # (G, 1)
+        above = torch.zeros_like(labels)
         for block in self.blocks(len(self.weight), len(labels)):
             scores = features @ self._unit(self.weight[block]).T  # (G, block)
             ids = torch.arange(block.start, block.stop, device=labels.device) + self.shard.first
-            behind = (scores < score) | ((scores == score) & (ids > labels[:, None]))  # which no nan is
-            places += (~behind & (ids != labels[:, None])).sum(1)
-        return group.all_reduce(places)[mine]
+            below = (scores < target) | ((scores == target) & (ids > labels[:, None]))  # False where a score is NaN
+            above += (~below & (ids != labels[:, None])).sum(1)
+        return group.all_reduce(above)[mine]
 
     @torch.no_grad()
-    def audit(self, features, labels):
-        """What the choice of classes costs, on a few examples of the last step; nothing where all take part.
+    def selection_quality(self, features, labels):
+        """Compare the first selection of the last step with all classes, on a few examples. Collective.
 
-        features  (B, D)  this rank's, of classes that `select` was given
+        features  (B, D)  of this rank, of classes that `select` was given
         labels    (B,)    global class ids
-        returns   active, of all shards; top100_covered, the share of the examples' 100 highest logits of all classes
-                  that are among the active; loss_gap, their mean loss less that of the full softmax, without margins
-
-        Collective.
+        returns   active, classes of all shards that took part; and, where some did not,
+                  top100_covered, the share of the examples' 100 highest logits over all classes that are active;
+                  loss_gap, the mean loss less that of the full softmax, without margins
         """
-        group = self.world.shards
-        num_active = group.all_reduce(torch.tensor([self.num_active], device=labels.device)).item()
-        if self.active is None:
+        group, selection = self.world.shards, self.selections[0]
+        num_active = group.all_reduce(torch.tensor([self._num_active(selection)], device=labels.device)).item()
+        if selection.active is None:
             return {"active": num_active}
         features, labels, _ = self._gathered(features, labels)
         top = min(_TOP, self.num_classes)
         is_active = torch.zeros(len(self.weight), dtype=torch.bool, device=labels.device)
-        is_active[self.active] = True
+        is_active[selection.active] = True
         offset = torch.full((len(self.weight),), -torch.inf, dtype=features.dtype, device=labels.device)
-        offset[self.active] = 0.0 if self.offset is None else self.offset
+        offset[selection.active] = 0.0 if selection.offset is None else selection.offset
 
-        full = features.new_full((len(labels),), -torch.inf)
-        chosen = full.clone()
+        full_lse = features.new_full((len(labels),), -torch.inf)
+        active_lse = full_lse.clone()
         best = features.new_full((len(labels), top), -torch.inf)  # highest logits so far, and whether they are active
         covered = torch.zeros_like(best, dtype=torch.bool)
         for block in self.blocks(len(self.weight), len(labels)):
             logits = self.scale * features @ self._unit(self.weight[block]).T  # (G, block)
-            full = torch.logaddexp(full, logits.logsumexp(1))
-            chosen = torch.logaddexp(chosen, (logits + offset[block]).logsumexp(1))
-            best, places = torch.cat([best, logits], 1).topk(top)
-            covered = torch.cat([covered, is_active[block].expand(len(labels), -1)], 1).gather(1, places)
-        best = group.all_gather(best[None]).transpose(0, 1).flatten(1)  # (G, W top)
+            full_lse = torch.logaddexp(full_lse, logits.logsumexp(1))
+            active_lse = torch.logaddexp(active_lse, (logits + offset[block]).logsumexp(1))
+            best, indices = torch.cat([best, logits], 1).topk(top)
+            covered = torch.cat([covered, is_active[block].expand(len(labels), -1)], 1).gather(1, indices)
+        best = group.all_gather(best[None]).transpose(0, 1).flatten(1)  # (G, shards * top)
         covered = group.all_gather(covered[None].byte()).transpose(0, 1).flatten(1)
-        gap = group_logsumexp(chosen, group) - group_logsumexp(full, group)
-        among_top = covered.gather(1, best.topk(top).indices)
-        totals = torch.stack([among_top.sum() / top, gap.sum(), gap.new_tensor(len(gap))]).float()
+        gap = group_logsumexp(active_lse, group) - group_logsumexp(full_lse, group)
+        covered_of_top = covered.gather(1, best.topk(top).indices)
+        totals = torch.stack([covered_of_top.sum() / top, gap.sum(), gap.new_tensor(len(gap))]).float()
         share, gap, examples = self.world.replicas.all_reduce(totals).tolist()
         return {"active": num_active, "top100_covered": share / max(1, examples), "loss_gap": gap / max(1, examples)}
 
     def files(self):
-        """{file name: {name: tensor}} of what the choice of classes goes by, for a checkpoint of this shard."""
+        """{file name: {name: tensor}} for a checkpoint: what the choice of classes of this shard depends on."""
         return {}
 
     def load(self, folder):
-        """Read what `files` had, on any number of ranks. Not collective; ValueError names what does not fit."""
+        """Read the files that `files` gave, written by any number of ranks. ValueError where they do not fit."""
 
     def _gathered(self, features, labels):
-        """Features (G, D), as the logits use them, and labels (G,) of the shard group; the slice of this rank."""
+        """Of the shard group: features (G, D) from `directions`, labels (G,), and the slice that is this rank's."""
         group = self.world.shards
         counts, labels = self.gather_labels(labels)
         first = sum(counts[: group.rank])
@@ -229,7 +241,7 @@ class Head:
         return features, labels, slice(first, first + counts[group.rank])
 
     def gather_labels(self, labels):
-        """Numbers of labels of the shard group's ranks, and all of these labels (G,); those last asked for are kept."""
+        """Numbers of labels of the shard group's ranks and all their labels (G,); keeps the last result. Collective."""
         if labels is not self._own_labels:
             counts = self._counts(labels, self.world.shards)
             self._own_labels, self._group_labels = labels, (counts, self.world.shards.all_gather(labels, counts))
@@ -240,14 +252,14 @@ class Head:
         return group.all_gather(torch.tensor([len(labels)], device=labels.device)).tolist()
 
     def directions(self, features):
-        """Features or rows (N, D) as the logits use them: of length 1 for cosine logits."""
+        """Features or rows (N, D) as the logits use them: scaled to length 1 for cosine logits."""
         return F.normalize(features) if self.cosine else features
 
     def _unit(self, rows):
         return self.directions(rows.to(self.compute_dtype))
 
-    def _with_margin(self, logits):
-        """Right classes' logits with the margin, and d(with) / d(without), both (N,)."""
+    def with_margin(self, logits):
+        """Target logits (N,) with the margin, and d(with margin) / d(without) (N,)."""
         with torch.enable_grad():
             cosine = (logits / self.scale).requires_grad_()
             shifted = self.margin(cosine, self.margin_size)
@@ -255,7 +267,7 @@ class Head:
         return shifted.detach() * self.scale, slope
 
     def memory(self, name, num_rows, width):
-        """(num_rows, width) of memory that is kept from step to step: fresh pages cost more than what is put there."""
+        """An uninitialized tensor (num_rows, width) in memory that stays from step to step: fresh pages are slow."""
         size, memory = num_rows * width, self._workspace.get(name)
         if memory is None or not size <= len(memory) <= 2 * size:
             memory = torch.empty(size, dtype=self.compute_dtype, device=self.weight.device)
@@ -264,15 +276,15 @@ class Head:
 
 
 def initial_rows(shard, feature_dim, seed, dtype=torch.float32):
-    """Random class rows, (S, D); a class gets the same row in any shard of any world.
+    """Random class rows (S, D); a class gets the same row in any shard of any world.
 
-    Of the length that torch's nn.Linear starts with, 1/sqrt(3): the longer a row, the less a step turns it.
+    Their length is about 1/sqrt(3), as in torch's nn.Linear: a step turns a longer row less.
     """
     rows = torch.empty(len(shard), feature_dim, dtype=dtype)
     for block in range(shard.first // _INIT_BLOCK, -(-shard.last // _INIT_BLOCK)):
-        watchdog.note("making the class rows")
+        watchdog.heartbeat("making the class rows")
         first = block * _INIT_BLOCK
-        # numpy's: torch's generator heeds 32 bits of its seed only.
+        # numpy's generator, since torch's uses only 32 bits of its seed
         drawn = np.random.default_rng([seed, block]).standard_normal((_INIT_BLOCK, feature_dim), np.float32)
         drawn = torch.from_numpy(drawn).div_((3 * feature_dim) ** 0.5)
         start, stop = max(first, shard.first), min(first + _INIT_BLOCK, shard.last)

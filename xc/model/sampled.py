@@ -1,4 +1,4 @@
-"""Softmax over a part of the classes: what the heads that leave classes out have in common."""
+"""Sampled softmax: what the heads have in common that leave classes out of a step."""
 
 import math
 
@@ -6,183 +6,163 @@ import numpy as np
 import torch
 
 from xc.comm.shard import Shard
+from xc.data.hashing import SIGNED_GOLDEN, mix
 from xc.errors import UserError
-from xc.model.head import Head
-
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2**64 over the golden ratio, as a signed number; products wrap
+from xc.model.head import Head, Selection
 
 
 class SampledHead(Head):
-    """Softmax over the right classes of a step, classes near them, and random others: a budget of M classes in all.
+    """Softmax over the target classes of a step, classes near them, and random others: M classes in all.
 
-    Which classes of a shard are active, from `candidates` of a subclass:
+    The active classes of a shard, with the `candidates` of a subclass:
 
-    1. The quota of a shard is its near-equal part of M, the same every step. Where its right classes need more, it is
-       raised for this step, with corrected padding to one class more than them.
-    2. All right classes of the global batch, of all copies of the classifier.
-    3. Near classes, at most `near_share` of what is left of the quota; too many: by best place, and of one place by a
-       hash of id and step (ours: by id alone, neighbours of low ids would always take part and the others never).
-    4. Random ones up to the quota: one from each of R equal stretches of the shard's other classes, drawn anew each
-       step from (seed, step, shard).
+    1. The quota of a shard is its near-equal part of M. A shard with more target classes raises it for this step; with
+       the sampling correction, to one class more than its target classes.
+    2. All target classes of the global batch, of all replicas, are active.
+    3. Near classes follow, at most `near_share` of the rest of the quota. If there are more, the nearest are taken; a
+       hash of id and step decides between equally near ones, so that each has its turn (ours).
+    4. Random classes fill the quota: the shard's other classes are cut into equal strata, and one class of each is
+       drawn from (seed, step, shard).
 
-    Places and hashes know nothing of shards, so the order in which classes are taken does not depend on the number of
-    ranks; how many of it a shard takes (1), and the stretches (4), do.
+    Neighbour ranks and hashes do not depend on the shards, so the order of the near classes does not depend on the
+    number of ranks. How many of them a shard takes (1), and the strata (4), do.
 
-    A step of several rounds chooses for each of them anew: the budget is for the examples of a round, so that an
-    example's cost does not grow with the batch. The gradients of the rounds are added up over all their classes.
+    With several accumulation steps each has its own selection: the budget M is for the examples of one accumulation
+    step, so that the cost of an example does not grow with the batch. The row gradients of the selections are added up.
 
-    Plain padding: a class that is left out counts as probability zero, so the loss is never above the full one.
-    Corrected padding (ours): a random class stands for the n classes of its stretch, log n is added to its logit. Then
-    the expected partition function is that of the full softmax; near classes count once, as themselves. It is the
-    correction of sampled softmax (Bengio and Senecal 2003), for the far classes alone.
+    Without the sampling correction a class that is left out has probability 0, so the loss is never above the full one.
+    With it (ours) log n is added to the logit of a random class that was drawn from a stratum of n classes, which makes
+    the expected partition function that of the full softmax. This is the log-count correction of sampled softmax
+    (Bengio and Senecal 2003), for the random classes alone.
     """
 
-    flags = ("active_classes", "padding", "warmup_full_steps")
+    flags = ("active_classes", "sampling_correction")
 
-    def __init__(self, *args, active_classes, padding="corrected", near_share=0.0, warmup_full_steps=0, **kwargs):
-        """active_classes M; near_share 0 to 1; warmup_full_steps: first steps, in which all classes take part."""
+    def __init__(self, *args, active_classes, sampling_correction=True, near_share=0.0, **kwargs):
+        """active_classes: M; near_share: 0 to 1."""
         super().__init__(*args, **kwargs)
-        self.corrected, self.near_share, self.warmup_full_steps = padding == "corrected", near_share, warmup_full_steps
+        self.sampling_correction, self.near_share = sampling_correction, near_share
         group = self.world.shards
         self.quota = len(Shard.of(active_classes, group.size, group.rank))
+        self._current = 0  # index in `selections` of `selection`
+        self._summed, self._sum = None, None  # active rows (A,) of all selections so far; the sum of their gradients
 
     @classmethod
     def settings(cls, cfg, num_classes):
-        return {"active_classes": budget(cfg, num_classes), "padding": cfg.padding,
-                "warmup_full_steps": cfg.warmup_full_steps}
+        return {"active_classes": budget(cfg, num_classes), "sampling_correction": cfg.sampling_correction}
 
-    def select(self, labels, step, num_rounds=1):
-        super().select(labels, step, num_rounds)
-        self.active = self.offset = None
-        self._chosen, self._all_active, self._total = [], labels.new_zeros(0), None
-        if step >= self.warmup_full_steps:
-            self.num_selections = num_rounds
-            self.select_rounds(self.labels_of_rounds(labels, num_rounds))
+    def select(self, labels, step, accumulation_steps=1):
+        super().select(labels, step, accumulation_steps)
+        self._current, self._summed, self._sum = 0, labels.new_zeros(0), None
+        self.selections = self._select(self._labels_by_accumulation_step(labels, accumulation_steps))
+        self.selection = self.selections[0]
+        return self.selections
 
-    def select_rounds(self, labels):
-        """Choose for every round. labels: [(G,), …]"""
-        for i, of_round in enumerate(labels):
-            self.choose(i, of_round, *self.candidates(of_round))
-        self._all_active = torch.unique(torch.cat([active for active, _ in self._chosen]))
+    def _select(self, labels):
+        """[Selection] of the accumulation steps with these labels, [(G,), …]."""
+        selections = [self.choose(of_one, self.step + i, *self.candidates(of_one)) for i, of_one in enumerate(labels)]
+        self._summed = torch.unique(torch.cat([selection.active for selection in selections]))
+        return selections
 
-    def choose(self, selection, labels, candidates, places):
-        """`activate` for that round of the step."""
-        first = self.step
-        self.step += selection
-        self.activate(labels, candidates, places)
-        self.step = first
-        self._chosen.append((self.active, self.offset))
+    def use_selection(self, i):
+        if len(self.selections) > 1:
+            self._add_row_gradients()
+            self._current, self.selection, self.active_row_cache = i, self.selections[i], None
 
-    def turn_to(self, selection):
-        if self.num_selections > 1:
-            self._add_up()
-            self.rows_of_step = None
-            if selection < len(self._chosen):
-                self.active, self.offset = self._chosen[selection]
-
-    def _add_up(self):
-        """Add the row gradients of the selection that is over to those of the whole step."""
+    def _add_row_gradients(self):
+        """Add the row gradients of the current selection to the sum of the step."""
         if self.row_grad is None:
             return
-        union = torch.unique(torch.cat([self._all_active, self.active]))
-        if self._total is None:
-            self._all_active, self._total = union, self.memory("total", len(union), self.feature_dim).zero_()
-        elif len(union) > len(self._all_active):  # classes that are chosen by feature are not known before
-            known, self._all_active = self._all_active, union
-            total = self._total.new_zeros(len(union), self.feature_dim)
-            self._total = total.index_copy_(0, torch.searchsorted(union, known), self._total)
-        self._total.index_add_(0, torch.searchsorted(self._all_active, self.active), self.row_grad)
+        active = self.selection.active
+        union = torch.unique(torch.cat([self._summed, active]))
+        if self._sum is None:
+            self._summed, self._sum = union, self.memory("sum", len(union), self.feature_dim).zero_()
+        elif len(union) > len(self._summed):  # the classes of a later selection were not known before
+            known, self._summed = self._summed, union
+            larger = self._sum.new_zeros(len(union), self.feature_dim)
+            self._sum = larger.index_copy_(0, torch.searchsorted(union, known), self._sum)
+        self._sum.index_add_(0, torch.searchsorted(self._summed, active), self.row_grad)
         self.row_grad = None
 
     def reduce_async(self):
-        if self.num_selections > 1:
-            self._add_up()
-            self.active, self.offset, self.row_grad = self._all_active, None, self._total
+        if len(self.selections) > 1:
+            self._add_row_gradients()
+            self.selection, self.row_grad = Selection(self._summed), self._sum
         super().reduce_async()
 
-    def zero_grad(self):
-        super().zero_grad()
-        if self.num_selections > 1:  # as `audit` looks at them: of the first examples
-            self.active, self.offset = self._chosen[0]
-
-    def labels_of_rounds(self, labels, num_rounds):
-        """[labels (G,) of a round, …] over all copies: all must choose alike. Collective."""
-        everyone = self.world.all_ranks
+    def _labels_by_accumulation_step(self, labels, accumulation_steps):
+        """[labels (G,) of all replicas, …] of each accumulation step: all replicas choose alike. Collective."""
+        all_ranks = self.world.all_ranks
         if self.world.replicas.size == 1:
             counts, labels = self.gather_labels(labels)
         else:
-            counts = self._counts(labels, everyone)
-            labels = everyone.all_gather(labels, counts)
-        pieces = labels.split([count // num_rounds for count in counts for _ in range(num_rounds)])
-        return [torch.cat(pieces[i::num_rounds]) for i in range(num_rounds)]
+            counts = self._counts(labels, all_ranks)
+            labels = all_ranks.all_gather(labels, counts)
+        pieces = labels.split([count // accumulation_steps for count in counts for _ in range(accumulation_steps)])
+        return [torch.cat(pieces[i::accumulation_steps]) for i in range(accumulation_steps)]
 
     def candidates(self, labels):
-        """Classes of this shard that are near the right ones: local ids (E,) and places (E,), the best place is 0.
+        """Classes of this shard near the target classes: local ids (E,) and neighbour ranks (E,), 0 the nearest.
 
-        labels  (G,)  of the whole step
+        labels  (G,)  of an accumulation step
 
-        A class may come several times, and may be a right one. Not collective.
+        A class may come several times, and may be a target class.
         """
         none = labels.new_zeros(0)
         return none, none
 
-    def activate(self, labels, candidates, places):
-        """Set `active` and `offset` for a step: the rules of this class.
+    def choose(self, labels, step, candidates, neighbor_ranks):
+        """The Selection of a step by the rules of this class.
 
-        labels              (G,)  of the whole step
-        candidates, places  (E,)  as `candidates` returns them
+        labels                      (G,)  of the accumulation step
+        step                        seeds the random choices
+        candidates, neighbor_ranks  (E,)  from `candidates`
         """
         num_rows = len(self.weight)
-        right = torch.unique(labels[self.shard.owns(labels)] - self.shard.first)
-        quota = max(self.quota, min(num_rows, len(right) + self.corrected))
-        room = quota - len(right)
-        keep_one = self.corrected and quota < num_rows  # random class, to stand for the others
-        near = self._best(candidates, places, right, min(int(self.near_share * room), room - keep_one))
-        chosen = torch.cat([right, near]).sort().values
-        far, stands_for = self._random(chosen, quota - len(chosen))
-        self.active, order = torch.cat([chosen, far]).sort()
-        self.offset = None
-        if self.corrected:
-            offset = torch.cat([torch.zeros(len(chosen), device=far.device), stands_for.log()])
-            self.offset = offset.to(self.compute_dtype)[order]
+        targets = torch.unique(labels[self.shard.owns(labels)] - self.shard.first)
+        quota = max(self.quota, min(num_rows, len(targets) + self.sampling_correction))
+        room = quota - len(targets)
+        one_random = self.sampling_correction and quota < num_rows  # at least one, which stands for the others
+        num_near = min(int(self.near_share * room), room - one_random)
+        near = self._nearest(candidates, neighbor_ranks, targets, num_near, step)
+        chosen = torch.cat([targets, near]).sort().values
+        drawn, sizes = self._draw(chosen, quota - len(chosen), step)
+        active, order = torch.cat([chosen, drawn]).sort()
+        if not self.sampling_correction:
+            return Selection(active)
+        offset = torch.cat([torch.zeros(len(chosen), device=drawn.device), sizes.log()])
+        return Selection(active, offset.to(self.compute_dtype)[order])
 
-    def _best(self, candidates, places, right, count):
-        """Up to `count` different candidates (N,) that are not right classes: by best place, then by hash.
+    def _nearest(self, candidates, neighbor_ranks, targets, count, step):
+        """Up to `count` different candidates (N,) that are not targets, by lowest neighbour rank, then by hash.
 
-        candidates, places  (E,)
-        right               (N,)  local ids of the right classes, unique
+        candidates, neighbor_ranks  (E,)
+        targets                     (N,)  local ids of the target classes, unique
         """
         candidates, which = torch.unique(candidates, return_inverse=True)
-        best = torch.empty_like(candidates).scatter_reduce_(0, which, places, "amin", include_self=False)
-        others = ~torch.isin(candidates, right, assume_unique=True)
-        candidates, best = candidates[others], best[others]
-        by_hash = _mix((candidates + self.shard.first) * _GOLDEN + self.step).sort().indices
-        return candidates[by_hash][best[by_hash].sort(stable=True).indices[:count]]
+        lowest = torch.empty_like(candidates).scatter_reduce_(0, which, neighbor_ranks, "amin", include_self=False)
+        others = ~torch.isin(candidates, targets, assume_unique=True)
+        candidates, lowest = candidates[others], lowest[others]
+        by_hash = mix((candidates + self.shard.first) * SIGNED_GOLDEN + step).sort().indices
+        return candidates[by_hash][lowest[by_hash].sort(stable=True).indices[:count]]
 
-    def _random(self, chosen, count):
-        """One class from each of `count` stretches of the classes not chosen: ids (R,), sorted, and stretches' sizes.
+    def _draw(self, chosen, count, step):
+        """One class from each of `count` strata of the classes that are not chosen (N,), sorted.
 
-        chosen  (N,)  sorted
+        Returns local ids (R,), ascending, and the sizes of the strata (R,).
         """
-        others = len(self.weight) - len(chosen)
-        edges = torch.arange(count + 1) * others // max(1, count)
+        num_others = len(self.weight) - len(chosen)
+        edges = torch.arange(count + 1) * num_others // max(1, count)
         sizes = edges.diff()
-        drawn = torch.from_numpy(np.random.default_rng([self.seed, self.step, self.shard.first]).random(count))
-        rank = (edges[:-1] + (drawn * sizes).long()).to(chosen.device)  # among the classes not chosen
-        before = torch.searchsorted(chosen - torch.arange(len(chosen), device=chosen.device), rank, right=True)
-        return rank + before, sizes.to(chosen.device)
-
-
-def _mix(x):
-    """splitmix64's output function (Steele et al. 2014) of int64: numbers one apart become unrelated."""
-    for shift, factor in (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB):
-        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * (factor - 2**64)
-    return x ^ ((x >> 31) & (2**33 - 1))
+        uniform = torch.from_numpy(np.random.default_rng([self.seed, step, self.shard.first]).random(count))
+        index = (edges[:-1] + (uniform * sizes).long()).to(chosen.device)  # among the classes not chosen
+        before = torch.searchsorted(chosen - torch.arange(len(chosen), device=chosen.device), index, right=True)
+        return index + before, sizes.to(chosen.device)
 
 
 def budget(cfg, num_classes):
-    """M of a Config: --active-classes as a number of classes; UserError if it cannot be."""
-    active = share_of(cfg.active_classes, num_classes)
+    """M of a Config: --active-classes as a number of classes; UserError where the classes or the batch forbid it."""
+    active = number_of_classes(cfg.active_classes, num_classes)
     needed = min(cfg.global_batch, num_classes)
     if active < needed:
         raise UserError(f"--active-classes {cfg.active_classes:g} is {active} of {num_classes} classes, but a batch of "
@@ -191,11 +171,11 @@ def budget(cfg, num_classes):
     return active
 
 
-def share_of(given, num_classes):
-    """A number of classes given as such, or as a share of all; UserError if it is neither."""
+def number_of_classes(given, num_classes):
+    """--active-classes, a share of all classes up to 1 or a number of them, as a number; UserError if it is neither."""
     if given > 1 and given != int(given):
-        raise UserError(f"--active-classes {given} is not allowed: a share of the classes above 0 and up to 1, or a "
-                        "whole number of classes")
+        raise UserError(f"--active-classes {given} is not allowed: give a share of the classes above 0 and up to 1, or "
+                        "a whole number of classes")
     active = int(given) if given > 1 else max(1, math.ceil(round(given * num_classes, 6)))
     if active > num_classes:
         raise UserError(f"--active-classes {active} is more than the {num_classes} classes: take fewer, or --head full")

@@ -1,7 +1,7 @@
 """The exact softmax over class rows that are split over ranks, in blocks of classes.
 
-Hybrid parallel: every rank gathers the features of its shard group and scores them against the class rows that it
-owns; two small reductions join the shards' softmaxes. Song et al. 2020, hybrid parallel framework.
+Hybrid parallel (Song et al. 2020): the features of the shard group are gathered, every rank scores them against its
+own class rows, and two small reductions join the softmaxes of the shards.
 """
 
 import torch
@@ -10,77 +10,45 @@ from xc.comm.autograd import group_logsumexp
 
 
 class ShardedSoftmax(torch.autograd.Function):
-    """Loss, feature gradient and row gradients of one batch against this shard's active rows, in blocks of classes.
+    """Loss, feature gradient and row gradients of one batch against the active rows of this shard.
 
-    1. logits of each block -> log-sum-exp of this shard, logit of the right class where this shard owns it
-    2. both are joined over the group: log-sum-exp by max and sum, right logits by sum
-    3. logits of each block again -> softmax - one-hot -> gradients of features and rows
+    1. Each block of classes gives logits, the log-sum-exp of this shard, and the target logits that it owns.
+    2. The group joins them: the log-sum-exp by maximum and sum, the target logits by sum.
+    3. The logits of each block give softmax - one-hot, and that gives the gradients of features and rows.
 
-    Everything is known for the gradients when the loss is, so they are taken in forward(): beyond the memory for them
-    logits are not kept but computed again. The feature gradient that leaves here is this shard's part; whoever gathered
-    the features sums the shards'. The chain rule through the rows' length is written out, since autograd would
-    go over every block of logits five times more.
+    forward() computes the gradients too, since it has all they need. Logits beyond the memory for them are computed
+    twice rather than kept. The feature gradient is the part of this shard; whoever gathered the features sums the
+    parts. The chain rule through the length of the rows is written out: autograd would read every block five times
+    more.
     """
 
     @staticmethod
     def forward(ctx, features, labels, head, global_batch, last):
-        group, shard = head.world.shards, head.shard
-        example = shard.owns(labels).nonzero().squeeze(1)
-        place = labels[example] - shard.first  # of the right classes that live here, among the active rows
-        if head.active is not None:
-            place = torch.searchsorted(head.active, place)
-        scaled = features * head.scale
-        if head.rows_of_step is None:
-            head.rows_of_step = ActiveRows(head, len(labels))
-        active = head.rows_of_step
-        logits_memory = head.memory("logits", active.num_kept, len(labels))
-
-        def logits_of(i, block):
-            """Rows (A, D), their lengths, logits (G, A) with margin, the right ones' (examples, columns), slopes."""
-            rows, length = active.block(i)
-            logits = logits_memory[block].view(len(labels), len(rows)) if block.stop <= active.num_kept else None
-            if head.offset is None:
-                logits = torch.mm(scaled, rows.T, out=logits)
-            else:
-                logits = torch.addmm(head.offset[block], scaled, rows.T, out=logits)
-            here = (place >= block.start) & (place < block.stop)
-            right = example[here], place[here] - block.start
-            logits[right], slope = head._with_margin(logits[right])
-            return rows, length, logits, right, slope
-
-        lse = features.new_full((len(labels),), -torch.inf)
-        right_logit = features.new_zeros(len(labels))
-        kept = []
-        for i, block in enumerate(active.blocks):
-            rows, length, logits, right, slope = logits_of(i, block)
-            right_logit[right[0]] = logits[right]
-            top = logits.amax(1, keepdim=True)
-            share = logits.sub_(top).exp_()  # of the softmax, but for a factor of each example
-            lse = torch.logaddexp(lse, share.sum(1).log_().add_(top[:, 0]))
-            if block.stop <= active.num_kept:
-                kept.append((rows, length, share, top, right, slope))
-        lse, right_logit = group_logsumexp(lse, group, right_logit)
-        loss = head.world.replicas.all_reduce((lse - right_logit).sum() / global_batch)
+        """loss () of features (G, D) and labels (G,); adds to head.row_grad. See Head.forward. Collective."""
+        blocks = _LogitBlocks(features * head.scale, labels, head)
+        lse, target_logit, kept = _log_sum_exp(blocks, head)
+        lse, target_logit = group_logsumexp(lse, head.world.shards, target_logit)
+        loss = head.world.replicas.all_reduce((lse - target_logit).sum() / global_batch)
         if not ctx.needs_input_grad[0]:
             return loss
 
         feature_grad = torch.zeros_like(features)
-        scaled_mean = scaled / global_batch
+        scaled_mean = blocks.scaled / global_batch
         first = head.row_grad is None
         if first:
             head.row_grad = head.memory("row_grad", head.num_active, head.feature_dim)
-        for i, block in enumerate(active.blocks):
+        for i, block in enumerate(blocks.rows.blocks):
             if i < len(kept):
-                rows, length, share, top, right, slope = kept[i]
+                rows, length, share, top, target, slope = kept[i]
                 error = share.mul_((top - lse[:, None]).exp_())  # softmax
             else:
-                rows, length, logits, right, slope = logits_of(i, block)
+                rows, length, logits, target, slope = blocks.logits(i)
                 error = logits.sub_(lse[:, None]).exp_()
-            error[right] = (error[right] - 1) * slope
+            error[target] = (error[target] - 1) * slope
             feature_grad.addmm_(error, rows)
             rows_grad = head.row_grad[block]
             torch.addmm(rows_grad, error.T, scaled_mean, beta=0 if first else 1, out=rows_grad)
-            if head.cosine and last:  # a row's length changes no logit: only the part across the row counts
+            if head.cosine and last:  # the length of a row changes no logit: drop the gradient along the row
                 rows_grad.sub_(rows * (rows * rows_grad).sum(1, keepdim=True)).div_(length)
         ctx.save_for_backward(feature_grad.mul_(head.scale / global_batch))
         return loss
@@ -91,11 +59,67 @@ class ShardedSoftmax(torch.autograd.Function):
         return grad * feature_grad, None, None, None, None
 
 
-class ActiveRows:
-    """The active rows of a step in blocks of classes, of length 1 for cosine logits.
+def _log_sum_exp(blocks, head):
+    """Log-sum-exp (G,) and target logits (G,) of this shard; [(rows, length, share, top, target, slope)] of the blocks
+    whose logits are kept. share (G, A) is exp(logits - top), top (G, 1) the highest logit of the block."""
+    scaled, num_kept = blocks.scaled, blocks.rows.num_kept
+    lse = scaled.new_full((len(scaled),), -torch.inf)
+    target_logit = scaled.new_zeros(len(scaled))
+    kept = []
+    for i, block in enumerate(blocks.rows.blocks):
+        rows, length, logits, target, slope = blocks.logits(i)
+        target_logit[target[0]] = logits[target]
+        top = logits.amax(1, keepdim=True)
+        share = logits.sub_(top).exp_()
+        lse = torch.logaddexp(lse, share.sum(1).log_().add_(top[:, 0]))
+        if block.stop <= num_kept:
+            kept.append((rows, length, share, top, target, slope))
+    return lse, target_logit, kept
 
-    As many as fit the memory for them are gathered once, for both passes and all micro-batches of the step; one block
-    always is.
+
+class _LogitBlocks:
+    """The logits of a batch, block by block.
+
+    scaled  (G, D)  features times the scale of the logits
+    rows            ActiveRows of the head's selection
+    """
+
+    def __init__(self, scaled, labels, head):
+        self.scaled, self._head = scaled, head
+        self._examples = head.shard.owns(labels).nonzero().squeeze(1)  # whose target class this shard owns
+        self._columns = labels[self._examples] - head.shard.first  # of their target classes among the active rows
+        if head.selection.active is not None:
+            self._columns = torch.searchsorted(head.selection.active, self._columns)
+        if head.active_row_cache is None:
+            head.active_row_cache = ActiveRows(head, len(labels))
+        self.rows = head.active_row_cache
+        self._memory = head.memory("logits", self.rows.num_kept, len(labels))
+
+    def logits(self, i):
+        """Of block i: rows (A, D), their lengths (A, 1), logits (G, A) with the margin, the target logits' indices
+        (examples, columns), and the slope of the margin at these."""
+        head, block = self._head, self.rows.blocks[i]
+        rows, length = self.rows.block(i)
+        num_examples, kept = len(self.scaled), block.stop <= self.rows.num_kept
+        logits = self._memory[block].view(num_examples, len(rows)) if kept else None
+        if head.selection.offset is None:
+            logits = torch.mm(self.scaled, rows.T, out=logits)
+        else:
+            logits = torch.addmm(head.selection.offset[block], self.scaled, rows.T, out=logits)
+        here = (self._columns >= block.start) & (self._columns < block.stop)
+        target = self._examples[here], self._columns[here] - block.start
+        logits[target], slope = head.with_margin(logits[target])
+        return rows, length, logits, target, slope
+
+
+class ActiveRows:
+    """The active rows of a selection in blocks of classes, scaled to length 1 for cosine logits.
+
+    As many blocks as fit the memory for them, at least one, are gathered once and kept for both passes and all
+    micro-batches of the selection.
+
+    blocks    slices of the active rows
+    num_kept  rows in the blocks that are kept
     """
 
     def __init__(self, head, num_examples):
@@ -103,11 +127,11 @@ class ActiveRows:
         rows = self.blocks[0].stop if self.blocks else 1
         block_bytes = rows * (num_examples + head.feature_dim) * head.compute_dtype.itemsize
         kept = self.blocks[: max(1, int(head.memory_bytes / max(1, block_bytes)))]
-        self.num_kept = kept[-1].stop if kept else 0  # rows
+        self.num_kept = kept[-1].stop if kept else 0
         self._memory, self._kept = head.memory("rows", self.num_kept, head.feature_dim), {}
 
     def block(self, i):
-        """Rows (A, D) of block i and their lengths (A, 1), None for logits that heed them."""
+        """Rows (A, D) of block i and their lengths (A, 1); None for inner-product logits."""
         if i in self._kept:
             return self._kept[i]
         head, block = self._head, self.blocks[i]

@@ -1,4 +1,4 @@
-"""Loss scaling, without which small gradients vanish in float16."""
+"""Loss scaling for float16, in which small gradients become zero."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ _LARGEST = 2.0**24
 
 @dataclass
 class LossScale:
-    """What feature gradients are multiplied by before they enter the backbone, and its gradients divided by again.
+    """Factor on the feature gradients before they enter the backbone; its gradients are divided by it afterwards.
 
-    Dynamic (Micikevicius et al. 2018): halved by a step whose gradients overflow, which is skipped on all ranks;
-    doubled after 2,000 steps without one. With anything but fp16 it is 1 for ever, and nobody looks for overflows.
+    Dynamic (Micikevicius et al. 2018): a step whose gradients overflow halves the factor and is skipped on all ranks;
+    2,000 steps without an overflow double it. Without fp16 the factor stays 1 and nothing is checked for overflows.
     """
 
     active: bool = False
@@ -20,10 +20,11 @@ class LossScale:
 
     @classmethod
     def of(cls, cfg):
+        """The LossScale of a Config."""
         return cls(True, 2.0**16) if cfg.amp == "fp16" else cls()
 
     def update(self, finite):
-        """After every step. finite: whether its gradients were, the same on every rank."""
+        """Call after every step. finite: whether its gradients were finite, the same on every rank."""
         if not finite:
             self.scale, self.good_steps = max(1.0, self.scale / 2), 0
         elif self.active:

@@ -1,44 +1,48 @@
-"""Optimizers: torch's SGD or LARS for the backbone, our own for the class rows."""
+"""Optimizers: torch's SGD or LARS for the backbone, RowSGD for the class rows."""
 
 import numpy as np
 import torch
 
-_BLOCK_BYTES = 2**22  # of gathered rows at a time
+_BLOCK_BYTES = 2**22  # rows that are gathered at a time
+_LARS_TRUST = 0.001  # length of a layer's step at learning rate 1, as a share of its weights' (You et al. 2017)
 
 
 def backbone_optimizer(backbone, cfg, keeps_momentum=False):
-    """SGD or LARS with momentum; biases and norm scales are not decayed.
+    """SGD or LARS with momentum, for a Config. Biases and norm scales have no weight decay.
 
-    keeps_momentum: the exchange takes the momentum of tensors of two dimensions and more. There is none here then, and
-    their decay, which momentum would sum up, is 1/(1 - momentum) times stronger for that.
+    keeps_momentum  the gradient exchange applies the momentum of tensors with two or more dimensions. This optimizer
+                    then has none for them, and their weight decay is 1/(1 - momentum) times stronger, since momentum
+                    would have summed it up.
     """
     parameters = [p for p in backbone.parameters() if p.requires_grad]
     matrices = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": cfg.weight_decay}
     others = {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}
     if keeps_momentum:
-        matrices |= {"momentum": 0.0, "nesterov": False, "weight_decay": cfg.weight_decay / (1 - cfg.momentum)}
+        matrices |= {"momentum": 0.0, "weight_decay": cfg.weight_decay / (1 - cfg.momentum)}
     groups = [g for g in (matrices, others) if g["params"]]
-    options = {"lr": cfg.lr, "momentum": cfg.momentum, "nesterov": bool(cfg.nesterov), "fused": True}
+    options = {"lr": cfg.lr, "momentum": cfg.momentum, "fused": True}
     if cfg.optimizer == "lars":
-        return Lars(groups, cfg.lars_trust, cfg.momentum if keeps_momentum else 0.0, **options)
+        return Lars(groups, cfg.momentum if keeps_momentum else 0.0, **options)
     return torch.optim.SGD(groups, **options)
 
 
 class Lars(torch.optim.SGD):
-    """Layer-wise adaptive rate scaling (You et al. 2017): every layer moves in proportion to its weights' length.
+    """Layer-wise adaptive rate scaling (You et al. 2017): every layer moves in proportion to the length of its weights.
 
         λ = trust |w| / (|g| + β |w|)     v ← m v + γ λ (g + β w)     w ← w - v
 
-    γ the learning rate, β the weight decay. λ = 1 for tensors of fewer than two dimensions, and where w or g is 0.
+    γ is the learning rate, m the momentum, β the weight decay, trust 0.001. λ = 1 for tensors of fewer than two
+    dimensions, and where w or g is 0.
 
-    taken: the momentum m of an exchange that takes it, 0 without. Gradients arrive summed up then: λ takes their norm
-    times sqrt(1 - m²), which is a gradient's own where gradients are mostly noise, and β times 1 - m (ours). Layers
-    move about as far as without such an exchange, and less far where gradients stay the same for long.
+    exchange_momentum: m where the gradient exchange applies the momentum, else 0. Gradients then arrive summed up, so
+    λ uses their norm times sqrt(1 - m²), which is the norm of one gradient if gradients are mostly noise, and β times
+    1 - m (ours). Layers move about as far as without such an exchange, and less far where gradients stay the same for
+    long.
     """
 
-    def __init__(self, groups, trust, taken=0.0, **options):
+    def __init__(self, groups, exchange_momentum=0.0, **options):
         super().__init__(groups, **options)
-        self.trust, self.taken = trust, taken
+        self.exchange_momentum, self.trust = exchange_momentum, _LARS_TRUST
 
     @torch.no_grad()
     def step(self):
@@ -51,46 +55,45 @@ class Lars(torch.optim.SGD):
             if decay:
                 torch._foreach_add_(grads, weights, alpha=decay)
             torch._foreach_mul_(grads, rate)
-            group["lr"], group["weight_decay"] = 1.0, 0.0  # SGD's own factor is outside of the momentum
+            group["lr"], group["weight_decay"] = 1.0, 0.0  # SGD would apply its rate outside of the momentum
         super().step()
         for group, (rate, decay) in zip(self.param_groups, given, strict=True):
             group["lr"], group["weight_decay"] = rate, decay
 
     def _trust(self, weight, grad, group):
-        """λ of a layer with these norms, as a tensor: nothing waits for a GPU."""
-        grad, decay = grad * (1 - self.taken**2) ** 0.5, group["weight_decay"] * (1 - self.taken)
+        """λ of a layer with these norms, as a tensor, so that nothing waits for a GPU."""
+        momentum = self.exchange_momentum
+        grad, decay = grad * (1 - momentum**2) ** 0.5, group["weight_decay"] * (1 - momentum)
         ratio = self.trust * weight / (grad + decay * weight)
         return torch.where((weight > 0) & (grad > 0), ratio, torch.ones_like(ratio))
 
 
 class RowSGD:
-    """SGD with momentum for the active rows of a head: gather, update, scatter, in blocks of rows.
+    """SGD with momentum for the active rows of a head: gather, update and scatter, in blocks of rows.
 
-    Lazy: a row that is not active keeps its place, its momentum and its length; its next active step goes on from
-    there, as if the steps between had not been. With all rows active in each step the numbers are torch.optim.SGD's.
+    An inactive row and its momentum do not change; its next active step continues from there. With all rows active in
+    every step the numbers are those of torch.optim.SGD.
 
-    Rows in bfloat16 are updated in float32 and rounded to one of their two neighbours at random, so that steps
-    smaller than the spacing of bfloat16 are not lost but right on average; their momentum is kept the same way.
+    Rows in bfloat16 are updated in float32 and then rounded up or down at random, so that steps smaller than the
+    spacing of bfloat16 are right on average. Their momentum is rounded in the same way.
 
-    momentum_rows  (S, D) in the rows' own type; (0, D) without momentum
+    momentum_rows  (S, D) in the dtype of the rows; (0, D) without momentum
     """
 
-    def __init__(self, head, momentum, weight_decay):
-        self.head, self.momentum, self.weight_decay = head, momentum, weight_decay
+    def __init__(self, head, momentum=0.0):
+        self.head, self.momentum = head, momentum
         self.momentum_rows = torch.zeros_like(head.weight if momentum else head.weight[:0])
-        self.param_groups = [{"lr": 0.0}]  # as torch's optimizers have it, for set_lr
+        self.param_groups = [{"lr": 0.0}]  # as in torch's optimizers, for set_lr
 
     @torch.no_grad()
     def step(self):
         head, lr = self.head, self.param_groups[0]["lr"]
         row_grad = head.row_grad
-        self._random = None  # anew each step: the same on all copies of a shard, and after a resume
+        self._random = None  # a new generator each step: the same on all replicas of a shard, and after a resume
         size = max(1, _BLOCK_BYTES // (head.weight.shape[1] * head.compute_dtype.itemsize))
         for first in range(0, head.num_active, size):
             block = slice(first, min(first + size, head.num_active))
             grad, ids = row_grad[block], head.active_rows(block)
-            if self.weight_decay:
-                grad.add_(self._take(head.weight, ids), alpha=self.weight_decay)
             if self.momentum:
                 momentum = self._take(self.momentum_rows, ids)
                 grad = momentum.mul_(self.momentum).add_(grad)
@@ -98,14 +101,15 @@ class RowSGD:
             if isinstance(ids, slice) or head.weight.dtype == torch.bfloat16:
                 self._put(head.weight, ids, self._take(head.weight, ids).add_(grad, alpha=-lr))
             else:
-                head.weight.index_add_(0, ids, grad, alpha=-lr)  # without a copy of the rows
+                head.weight.index_add_(0, ids, grad, alpha=-lr)  # needs no copy of the rows
 
     def _take(self, table, ids):
-        """Rows to compute with: a view of the table where that is possible."""
+        """Rows of a table to compute with: a view where that is possible, else a copy."""
         rows = table[ids] if isinstance(ids, slice) else table.index_select(0, ids)
         return rows.to(self.head.compute_dtype)
 
     def _put(self, table, ids, rows):
+        """Write back rows of `_take`; a float32 view is up to date already."""
         if table.dtype == torch.bfloat16:
             rows = self._rounded(rows)
         if not isinstance(ids, slice):
@@ -114,10 +118,10 @@ class RowSGD:
             table[ids] = rows
 
     def _rounded(self, rows):
-        """float32 -> bfloat16, up or down at random so that the mean is the number itself.
+        """float32 -> bfloat16, rounded up or down at random; the mean is the number itself.
 
-        bfloat16 is the upper half of a float32: a random number of 16 bits added to the lower half carries over as
-        often as the lower half is large.
+        bfloat16 is the upper half of a float32. A random number of 16 bits added to the lower half carries over with
+        a probability in proportion to the lower half.
         """
         if self._random is None:
             head = self.head
@@ -126,9 +130,10 @@ class RowSGD:
         noise = torch.randint(2**16, rows.shape, dtype=torch.int32, device=rows.device, generator=self._random)
         bits = rows.view(torch.int32) + noise
         rounded = bits.bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
-        return torch.where(rows.isfinite(), rounded, rows.to(torch.bfloat16))  # noise would make a number of a NaN
+        return torch.where(rows.isfinite(), rounded, rows.to(torch.bfloat16))  # noise would turn a NaN into a number
 
 
 def set_lr(optimizer, lr):
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -4,7 +4,7 @@ Class rows, their momentum and the graph are exact; the other parts follow what 
 building a graph or an index, and of a backward pass, what measurements showed. The parts need not all be there at
 one moment, so their sum is a bound rather than an estimate: in the eight short runs on CPUs to which its constants
 were fitted (400 to 1,460 MiB; all heads, a ResNet-18 whole and in micro-batches with DGC) it was 2 to 10 % above the
-peak, 20 to 25 % for selective and mach, 36 % for knn with an approximate graph; in two that were not among them 5 %
+peak, 20 to 25 % for selective, 36 % for knn with an approximate graph; in two that were not among them 5 %
 (full, 500,000 x 96, with momentum) and 27 % (a ResNet-34). On a GPU it was not compared.
 """
 
@@ -16,6 +16,7 @@ import torch
 from xc.comm.shard import Shard
 from xc.comm.world import World
 from xc.data.augment import PIECE
+from xc.data.loader import PREFETCH
 from xc.model import backbone as backbones
 from xc.model import head_table as heads
 
@@ -93,7 +94,7 @@ class Plan:
             "class rows": head.table, "their momentum": head.momentum, "their gradients": head.gradients(most_rounds),
             "logits and active rows": head.logits(group, on_cpu), "graph": head.graph, "index": head.index,
             "building it": head.building, "features": 6 * under_way * group * cfg.feature_dim * 4,
-            "batches": (taken + max(taken, cfg.prefetch) + 4 * cfg.loader_threads) * batch + order_bytes,
+            "batches": (taken + max(taken, PREFETCH) + 4 * cfg.loader_threads) * batch + order_bytes,
             "inputs": 0 if on_cpu else taken * batch + 6 * min(batch, 4 * PIECE["cuda"]),
             "checkpoint copy": head.saved + 2 * sparse + backbone + momentum, "libraries": _LIBRARIES,
         }
@@ -107,7 +108,6 @@ class _Head:
 
     cfg: object
     num_shards: int
-    repetitions: int  # of MACH, 1 for others
     num_rows: int  # S
     num_active: int  # A
     num_classes: int
@@ -116,45 +116,42 @@ class _Head:
     @classmethod
     def of(cls, cfg, num_classes, num_shards):
         settings = heads.named(cfg.head).settings(cfg, num_classes)
-        num_rows = len(Shard.of(settings.get("buckets", num_classes), num_shards, 0))
+        num_rows = len(Shard.of(num_classes, num_shards, 0))
         quota = len(Shard.of(settings.get("active_classes", num_classes), num_shards, 0))
-        return cls(cfg, num_shards, settings.get("repetitions", 1), num_rows,
-                   num_rows if cfg.warmup_full_steps else min(num_rows, quota), num_classes,
+        return cls(cfg, num_shards, num_rows,
+                   min(num_rows, quota), num_classes,
                    settings.get("num_neighbors", 0))
 
     @property
-    def width(self):
-        return self.cfg.feature_dim * self.repetitions
-
-    @property
     def table(self):
-        return self.num_rows * self.width * getattr(torch, self.cfg.row_dtype).itemsize
+        return self.num_rows * self.cfg.feature_dim * getattr(torch, self.cfg.row_dtype).itemsize
 
     @property
     def momentum(self):
         return self.table if self.cfg.head_momentum else 0
 
     def gradients(self, most_rounds):
-        """float32; those of a step's rounds are added up over all their classes, MACH's repetitions joined."""
-        whole = min(self.num_rows, most_rounds * self.num_active) if most_rounds > 1 or self.repetitions > 1 else 0
-        return 4 * self.width * (self.num_active + whole)
+        """float32; those of a step's rounds are added up over all their classes."""
+        whole = min(self.num_rows, most_rounds * self.num_active) if most_rounds > 1 else 0
+        return 4 * self.cfg.feature_dim * (self.num_active + whole)
 
     def logits(self, group, on_cpu):
-        """As `xc.heads.base` keeps them: what fits --logits-mb, but one block at least; and one that is not kept."""
-        memory = (self.cfg.logits_mb or (64 if on_cpu else 256)) * 2**20
+        """As `ActiveRows` keeps them: what fits the memory for them, but one block at least; and one not kept."""
+        memory = (64 if on_cpu else 256) * 2**20
         block = max(1, int((min(memory, 2**20) if on_cpu else memory) / (4 * group)))
         one = 4 * (group + self.cfg.feature_dim)
         kept = min(self.num_active, max(block, int(memory / one)))
-        return self.repetitions * one * kept + one * min(self.num_active, 2 * block)
+        return one * kept + one * min(self.num_active, 2 * block)
 
     @property
     def graph(self):
-        """What is kept between two builds; --graph-angle keeps what the rows were, too."""
+        """What is kept between two builds; --graph-refresh-angle keeps codes of the rows as well."""
         edges = -(-self.num_classes * self.num_neighbors // self.num_shards)
         if not edges:
             return 0
         offsets = (4 if edges < 2**31 else 8) * (self.num_classes + 1)
-        return offsets + edges * (5 if self.num_neighbors <= 256 else 6) + self._codes * bool(self.cfg.graph_angle)
+        codes = self._codes if self.cfg.graph_refresh_angle else 0
+        return offsets + edges * (5 if self.num_neighbors <= 256 else 6) + codes
 
     @property
     def _codes(self):

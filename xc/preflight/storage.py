@@ -10,7 +10,7 @@ from pathlib import Path
 
 from xc.data import loader
 from xc.data.augment import prepared
-from xc.data.pack_split import Images
+from xc.data.pack_split import PackSplit
 from xc.errors import UserError
 from xc.optim.schedule import Schedule
 from xc.preflight.report import MIB, of_all, of_first, shown, size_text
@@ -39,8 +39,8 @@ def data_set(report, cfg, world):
     def opened():
         splits.update(loader.open_splits(cfg))
         train = splits["train"]
-        order_bytes = train.order_bytes if isinstance(train, Images) else 0
-        most_rounds = Schedule.of(cfg, len(train), world.size).most
+        order_bytes = train.order_bytes if isinstance(train, PackSplit) else 0
+        most_rounds = Schedule.of(cfg, len(train), world.size).max_accumulation_steps
         return Examples(train.num_classes, len(train), train.input_shape, order_bytes, most_rounds,
                         train.classes_digest)
 
@@ -78,7 +78,7 @@ def run_folder(report, cfg, world, plan):
     report.judge("run folder", value, shown(problems), "take a folder on a file system that all hosts share, and may "
                  "write to", "wrong")
     if plan:
-        count = cfg.keep + 2  # the best one, and one that is being written
+        count = cfg.keep_checkpoints + 2  # the best one, and one that is being written
         value = f"{count} of {size_text(plan.on_disk)} at most, {plan.on_disk / rate:,.1f} s each if one rank wrote all"
         fault = count * plan.on_disk > free + kept and f"more than the {size_text(free)} free"
         report.judge("checkpoints", value, fault, "another --out, or a lower --keep", "wrong")

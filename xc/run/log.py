@@ -25,7 +25,7 @@ class RunLog:
         self._cfg, self._world, self._logged = cfg, world, progress
         self.timer = Timer()
         self._metrics = Metrics(cfg.out, world.rank, progress, schedule.num_steps, schedule.examples)
-        self._trace = Trace(cfg.timeline_steps, progress.step, schedule.least_steps, cfg.out, world, self.timer)
+        self._trace = Trace(cfg.trace_steps, progress.step, schedule.least_steps, cfg.out, world, self.timer)
 
     def step_begins(self, progress):
         """Before every step, and once after the last one. Collective where a trace begins or ends."""

@@ -59,12 +59,12 @@ class Metrics:
     """Writes the metrics on rank 0; on other ranks all calls do nothing.
 
     folder      the run folder: gets metrics.jsonl (one object a line) and tensorboard/
-    position    where this launch begins. Lines of later steps, written by a launch that failed, are dropped
+    progress    where this launch begins. Lines of later steps, written by a launch that failed, are dropped
     num_steps   of the whole run; None where it is not known
     examples    of the whole run, for the progress bar
     """
 
-    def __init__(self, folder, rank, position, num_steps, examples):
+    def __init__(self, folder, rank, progress, num_steps, examples):
         self._active = rank == 0
         if not self._active:
             return
@@ -73,18 +73,18 @@ class Metrics:
         from tqdm import tqdm
 
         self._path = Path(folder) / "metrics.jsonl"
-        self._lines = _open_after(self._path, position.step)
-        self._board = SummaryWriter(Path(folder) / "tensorboard", purge_step=position.step + 1)
+        self._lines = _open_after(self._path, progress.step)
+        self._board = SummaryWriter(Path(folder) / "tensorboard", purge_step=progress.step + 1)
         self._terminal, self._warned = sys.stderr.isatty(), False
-        self._bar = tqdm(initial=position.examples, total=examples, unit="img", unit_scale=True,
+        self._bar = tqdm(initial=progress.examples, total=examples, unit="img", unit_scale=True,
                          disable=not self._terminal)
         self._of_all = f"/{num_steps}" if num_steps else ""
 
-    def log(self, position, **values):
+    def log(self, progress, **values):
         """Write one line of metrics. A value of None is left out."""
         if not self._active:
             return
-        step, values = position.step, {name: value for name, value in values.items() if value is not None}
+        step, values = progress.step, {name: value for name, value in values.items() if value is not None}
         with self._tolerating_full_disk(f"step {step}"):
             self._lines.write(json.dumps({"step": step} | {k: _rounded(v) for k, v in values.items()}) + "\n")
         with self._tolerating_full_disk(f"step {step}"):
@@ -92,7 +92,7 @@ class Metrics:
                 self._board.add_scalar(name, value, step)
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name in _SHOWN)
         if self._terminal:
-            self._bar.update(position.examples - self._bar.n)
+            self._bar.update(progress.examples - self._bar.n)
             if "top1" in values:
                 self._bar.write(f"step {step}  {text}", file=sys.stderr)
             else:
@@ -112,12 +112,12 @@ class Metrics:
                 print(f"warning: metrics of {when} and later ones may be missing ({e}); training goes on",
                       file=sys.stderr, flush=True)
 
-    def rewind(self, position):
+    def rewind(self, progress):
         """The run went back to this progress: drop the lines of later steps."""
         if self._active:
             self._lines.close()
-            self._lines = _open_after(self._path, position.step)
-            self._bar.update(position.examples - self._bar.n)
+            self._lines = _open_after(self._path, progress.step)
+            self._bar.update(progress.examples - self._bar.n)
 
     def close(self):
         if self._active:

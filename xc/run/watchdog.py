@@ -148,4 +148,3 @@ def _ranks(ranks):
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{more}"
 
 
-note, at = heartbeat, at_step

@@ -41,7 +41,7 @@ class Evaluator:
         if self.examples is not None:
             features, labels = self.examples
             features = features[:_NUM_EXAMPLES]
-            quality = self._state.head.audit(features, labels[: len(features)])
+            quality = self._state.head.selection_quality(features, labels[: len(features)])
         return {"bad_test_records": self._loader.bad_records(), **quality}
 
 
@@ -65,8 +65,8 @@ def evaluate(backbone, head, batches, world, stopped=lambda: False):
             return None
         # Not every network takes an empty batch.
         features = backbone(images) if len(images) else torch.zeros(0, head.feature_dim, device=world.device)
-        places = head.label_places(features, labels)
-        hits += torch.tensor([(places < 1).sum(), (places < 5).sum(), len(places)])
+        above = head.num_scores_above_target(features, labels)
+        hits += torch.tensor([(above < 1).sum(), (above < 5).sum(), len(above)])
     backbone.train(training)
     top1, top5, examples = world.all_ranks.all_reduce(hits).tolist()
     return {"top1": top1 / max(1, examples), "top5": top5 / max(1, examples), "examples": examples}

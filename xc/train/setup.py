@@ -32,7 +32,7 @@ def state(cfg, train_split, world):
         head = head_table.build(cfg, train_split.num_classes, world)
         exchange = exchanges.build(backbone, world, cfg)
     return State(backbone, backbone_optimizer(backbone, cfg, exchange.keeps_momentum), head,
-                 RowSGD(head, cfg.head_momentum, cfg.head_weight_decay), exchange, NoiseScale(),
+                 RowSGD(head, cfg.head_momentum), exchange, NoiseScale(),
                  LossMeter(world.device))
 
 

@@ -33,7 +33,7 @@ def run(backbone, head, exchange, batch, labels, now, timer, feature_bits=32):
     # The group's labels lie rank by rank, and of each rank micro-batch by micro-batch.
     pieces = head.gather_labels(labels)[1].split([count for count in counts for _ in range(num_parts)])
     scale = exchange.loss_scale.scale
-    per_selection = num_parts // head.num_selections
+    per_selection = num_parts // len(head.selections)
     features, gathered, gradients = {}, {}, {}  # by micro-batch, each until it is used up
     losses, of_first = [], None
 
@@ -50,7 +50,7 @@ def run(backbone, head, exchange, batch, labels, now, timer, feature_bits=32):
                 group_features = gathered.pop(j)().to(features[j].dtype).requires_grad_()  # (G, D)
             with timer("head"):
                 if j % per_selection == 0:
-                    head.turn_to(j // per_selection)
+                    head.use_selection(j // per_selection)
                 last = (j + 1) % per_selection == 0
                 loss = head.loss(group_features, torch.cat(pieces[j::num_parts]), now.global_batch, last)
                 loss.backward()
@@ -83,7 +83,7 @@ def train_step(state, batch, plan, progress, schedule, cfg, timer):
     set_lr(state.head_optimizer, plan.lr * cfg.head_lr_scale)
     with timer("select"):
         labels = torch.cat([labels for _, labels in batch])
-        head.select(labels, plan.round, plan.rounds)
+        head.select(labels, plan.first_accumulation_step, plan.accumulation_steps)
     measured = progress.step % noise_scale.EVERY == 0 and schedule.is_warm(progress)
     exchange.noise_seed = progress.step if measured else None
     loss, features = run(state.backbone, head, exchange, batch, labels, plan, timer, cfg.feature_bits)
@@ -91,7 +91,7 @@ def train_step(state, batch, plan, progress, schedule, cfg, timer):
         finite = exchange.reduce()
         head.reduce()
         if finite and (norms := exchange.norms(plan)):
-            state.noise.look(*norms, grows_from=cfg.global_batch if schedule.grows(progress) else 0)
+            state.noise.measure(*norms, grows_from=cfg.global_batch if schedule.grows(progress) else 0)
     with timer("update"):
         if finite:  # fp16: gradients overflow on all ranks alike, and the step is skipped
             state.backbone_optimizer.step()
