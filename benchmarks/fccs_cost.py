@@ -27,7 +27,7 @@ from xc.optim import noise_scale
 from xc.optim.optimizers import RowSGD, backbone_optimizer, set_lr
 from xc.optim.schedule import Progress, Schedule
 from xc.run.metrics import Timer
-from xc.train import step as pipeline
+from xc.train import pipeline
 
 
 def main():
@@ -55,7 +55,7 @@ def main():
     def step(optimizer, watched=None):
         exchange.noise_seed = watched
         head.select(labels, 0)
-        pipeline.run(backbone, head, exchange, batch, labels, now, timer)
+        pipeline.forward_backward(backbone, head, exchange, batch, labels, now, timer)
         exchange.reduce()
         head.reduce()
         if norms := exchange.norms(now):

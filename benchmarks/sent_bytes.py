@@ -49,7 +49,7 @@ from xc.model import backbone as backbones
 from xc.model.head_table import HEADS
 from xc.optim.schedule import StepPlan
 from xc.run.metrics import Timer
-from xc.train import step as pipeline
+from xc.train import pipeline
 
 SETTINGS = {"dense": ("dense", 32), "dense16": ("dense", 16), "dgc": ("dgc", 32), "dgc16": ("dgc", 16),
             "hier": ("hier", 32)}
@@ -171,7 +171,7 @@ def measure(args, settings):
             before = link_bytes()
             head.select(labels, 0)
             plan = StepPlan(0.1, count * world.size, 1, args.density)
-            pipeline.run(net, head, of_net, [(images, labels)], labels, plan, Timer(), bits)
+            pipeline.forward_backward(net, head, of_net, [(images, labels)], labels, plan, Timer(), bits)
             of_net.reduce()
             head.reduce()
             of_net.zero_grad()

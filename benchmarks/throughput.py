@@ -55,7 +55,7 @@ from xc.model import head_table as heads
 from xc.optim.optimizers import RowSGD, backbone_optimizer
 from xc.optim.schedule import StepPlan
 from xc.run.metrics import Timer
-from xc.train import step as pipeline
+from xc.train import pipeline
 
 STAGES = ["full", "knn", "overlap", "dgc"]
 
@@ -167,7 +167,7 @@ def one_step(one, args, world, generator, step):
     one.timer = Timer()
     before, start, cpu = link_bytes(), time.perf_counter(), time.process_time()
     one.head.select(labels, step)
-    pipeline.run(one.backbone, one.head, one.exchange, batch, labels, one.now, one.timer)
+    pipeline.forward_backward(one.backbone, one.head, one.exchange, batch, labels, one.now, one.timer)
     with one.timer("exchange"):
         one.exchange.reduce()
         one.head.reduce()

@@ -37,7 +37,7 @@ class Head:
     """Full softmax: all classes take part in every step.
 
     A step calls `refresh`, `select`, `forward` (once per micro-batch), `reduce`, the row optimizer and `zero_grad`.
-    train/step.py calls the parts of `forward`, `directions`, a gather and `loss`, one by one, to overlap them. Heads
+    train/pipeline.py calls the parts of `forward`, `directions`, a gather and `loss`, one by one, to overlap them. Heads
     that leave classes out override `select`.
 
     weight      (S, D)  class rows of this shard; no autograd leaf: RowSGD updates them
