@@ -271,8 +271,8 @@ class Pack:
         begins = np.flatnonzero(first)
         counts = np.diff(begins, append=len(numbers))
         scattered = 2 * len(begins) > len(numbers)
-        runs = zip(shards[begins].tolist(), indices[begins].tolist(), counts.tolist(), strict=True)
-        for number, start, count in runs:
+        owners, starts = shards[begins].tolist(), indices[begins].tolist()
+        for number, start, count in zip(owners, starts, counts.tolist(), strict=True):
             yield self._run(number, start, start + count, scattered)
 
     def _run(self, number, start, stop, scattered):
@@ -344,7 +344,6 @@ def _open(path, tables):
 def classes_digest(*parts):
     """Hex SHA-256 of iterables of arrays, one after the other; identifies a class table."""
     digest = hashlib.sha256()
-    for part in parts:
-        for block in part:
-            digest.update(block)
+    for block in itertools.chain(*parts):
+        digest.update(block)
     return digest.hexdigest()
