@@ -53,7 +53,7 @@ def main():
 
     start = time.perf_counter()
     batches = data.Loader(packs["train"], cfg, World()).train(0, schedule.examples, cfg.global_batch)
-    for position, now in steps_of(schedule):
+    for progress, now in steps_of(schedule):
         images, labels = (torch.cat(parts) for parts in zip(*batches.take(now.accumulation_steps), strict=True))
         for optimizer, scale in zip(optimizers, (1.0, cfg.head_lr_scale), strict=True):
             set_lr(optimizer, now.lr * scale)
@@ -62,8 +62,8 @@ def main():
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-        if position.step < 3 or (position.step + 1) % 500 == 0:
-            print(f"step {position.step + 1}/{schedule.num_steps}  loss {loss.item():.6f}", flush=True)
+        if progress.step < 3 or (progress.step + 1) % 500 == 0:
+            print(f"step {progress.step + 1}/{schedule.num_steps}  loss {loss.item():.6f}", flush=True)
 
     backbone.eval()
     hits = torch.zeros(2)

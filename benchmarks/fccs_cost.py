@@ -25,9 +25,9 @@ from xc.model import backbone as backbones
 from xc.model import head_table as heads
 from xc.optim import noise_scale
 from xc.optim.optimizers import RowSGD, backbone_optimizer, set_lr
-from xc.optim.schedule import Position, Schedule
+from xc.optim.schedule import Progress, Schedule
 from xc.run.metrics import Timer
-from xc.train import step as pipeline
+from xc.train import pipeline
 
 
 def main():
@@ -50,12 +50,12 @@ def main():
     generator, noise = torch.Generator().manual_seed(0), noise_scale.NoiseScale()
     batch = [(torch.randn(args.batch // 2, 1, args.image_size, args.image_size, generator=generator),
               torch.randint(args.classes, (args.batch // 2,), generator=generator)) for _ in range(2)]
-    labels, now = torch.cat([part for _, part in batch]), schedule.plan(Position())
+    labels, now = torch.cat([part for _, part in batch]), schedule.plan(Progress())
 
     def step(optimizer, watched=None):
-        exchange.watched = watched
+        exchange.noise_seed = watched
         head.select(labels, 0)
-        pipeline.run(backbone, head, exchange, batch, labels, now, timer)
+        pipeline.forward_backward(backbone, head, exchange, batch, labels, now, timer)
         exchange.reduce()
         head.reduce()
         if norms := exchange.norms(now):
@@ -67,13 +67,13 @@ def main():
 
     def plan():
         for _ in range(1000):
-            now = schedule.plan(Position(5, 5 * args.batch, args.batch))
-            schedule.due(Position(5, 5 * args.batch, args.batch), "1epochs")
+            now = schedule.plan(Progress(5, 5 * args.batch, args.batch))
+            schedule.due(Progress(5, 5 * args.batch, args.batch), "1epochs")
             set_lr(optimizers["lars"], now.lr)
 
     def look():
-        exchange.watched = 0
-        exchange.first_passed()
+        exchange.noise_seed = 0
+        exchange.after_first_backward()
         for bucket in exchange._buckets:
             exchange.note(bucket)
         noise.measure(*exchange.norms(now))

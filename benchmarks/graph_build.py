@@ -65,13 +65,13 @@ def gemm_seconds(dim, world):
     """Time of a multiply-add of a rank in a large float32 GEMM while all ranks compute; of the slowest rank."""
     left, right = torch.ones(4096, dim), torch.ones(4096, dim)
     out = left @ right.T
-    world.everyone.all_reduce(torch.zeros(1))
+    world.all_ranks.all_reduce(torch.zeros(1))
     start, done = time.perf_counter(), 0
     while time.perf_counter() - start < 2:
         torch.mm(left, right.T, out=out)
         done += 1
     seconds = torch.tensor([(time.perf_counter() - start) / (done * 4096**2 * dim)], dtype=torch.float64)
-    return world.everyone.all_reduce(seconds, "max").item()
+    return world.all_ranks.all_reduce(seconds, "max").item()
 
 
 def main():
@@ -113,13 +113,13 @@ def main():
             cpu.append(time.process_time())
             times.append(again["graph_seconds"])
         spent = torch.tensor([stop - start for start, stop in zip(cpu[::2], cpu[1::2], strict=True)])
-        build_cpu, *refresh_cpu = world.everyone.all_reduce(spent, "max").tolist()
+        build_cpu, *refresh_cpu = world.all_ranks.all_reduce(spent, "max").tolist()
         values |= {"refresh_seconds": statistics.median(times),
                    "refresh_speedup": stats["graph_seconds"] / statistics.median(times),
                    "cpu_speedup": build_cpu / statistics.median(refresh_cpu),
                    "refresh_recall": again["graph_recall"], "requeried": again["graph_requeried"]}
     values |= {"bytes_per_class": stats["graph_bytes_per_class"],
-               "peak_rss_mb": world.everyone.all_reduce(torch.tensor([peak_rss_mb()]), "max").item()}
+               "peak_rss_mb": world.all_ranks.all_reduce(torch.tensor([peak_rss_mb()]), "max").item()}
     if world.rank == 0:
         report(f"KNN graph, {world.size} ranks", values)
 

@@ -95,7 +95,7 @@ def measure(args, world):
     times = median_step(step, args.repeats, warmup=3)
     mine = torch.tensor([*times, peak_rss_mb() - idle, rss_mb() - idle, kept / 2**20,
                          roofline_ms(actives[-1], global_batch, args)])
-    step_ms, cpu_ms, peak, resident, kept, roofline = world.everyone.all_reduce(mine, "max").tolist()
+    step_ms, cpu_ms, peak, resident, kept, roofline = world.all_ranks.all_reduce(mine, "max").tolist()
     active = world.shards.all_reduce(torch.tensor(actives[-1])).item()
     return {"head": args.head, "classes": args.classes, "dim": args.dim, "batch_per_rank": args.batch_per_rank,
             "ranks": world.size, "step_ms": step_ms, "cpu_ms": cpu_ms, "roofline_ms": roofline,

@@ -36,9 +36,8 @@ from benchmarks.measure import rss_mb
 from data_tools.packing.class_table import ClassTable
 from data_tools.packing.writer import PackWriter
 from xc.comm.world import World
-from xc.config import Config
+from xc.config import SAMPLERS, Config
 from xc.data import loader as data
-from xc.data.sampler import SAMPLERS
 
 SIZE, BATCH, NUM_BATCHES = 8, 64, 200
 

@@ -39,7 +39,7 @@ from xc.model import backbone as backbones
 from xc.model.head_table import HEADS
 from xc.optim.noise_scale import NoiseScale
 from xc.optim.optimizers import RowSGD, backbone_optimizer
-from xc.optim.schedule import Position
+from xc.optim.schedule import Progress
 from xc.run.loss_meter import Losses
 
 
@@ -79,11 +79,11 @@ def measure(args, world):
     steps = 0
 
     def save():
-        writer.save(state, Position(steps, steps, 1))
+        writer.save(state, Progress(steps, steps, 1))
 
     def block(saves):
         nonlocal steps
-        world.everyone.all_gather_object(None)
+        world.all_ranks.all_gather_object(None)
         begin = time.perf_counter()
         if saves:
             save()
@@ -106,7 +106,7 @@ def measure(args, world):
 
     seconds, cpu = [], []
     for _ in range(args.rounds):
-        world.everyone.all_gather_object(None)
+        world.all_ranks.all_gather_object(None)
         begin, cpu_begin = time.perf_counter(), time.process_time()
         save()
         writer.finish()
@@ -123,10 +123,10 @@ def measure(args, world):
         for _ in range(args.rounds):
             for file in files:
                 _forget(file)
-            world.everyone.all_gather_object(None)
+            world.all_ranks.all_gather_object(None)
             begin = time.perf_counter()
             function()
-            world.everyone.all_gather_object(None)
+            world.all_ranks.all_gather_object(None)
             times.append(time.perf_counter() - begin)
         return statistics.median(times)
 
@@ -143,7 +143,7 @@ def measure(args, world):
         folder.rmdir()
         folder.parent.rmdir()
     numbers = torch.tensor([without, behind, saving, statistics.median(cpu), write, load, resume], dtype=torch.float64)
-    without, behind, saving, cpu_seconds, write, load, resume = world.everyone.all_reduce(numbers, "max").tolist()
+    without, behind, saving, cpu_seconds, write, load, resume = world.all_ranks.all_reduce(numbers, "max").tolist()
     return {"head": args.head, "classes": args.classes, "ranks": world.size, "checkpoint_mb": num_bytes / 2**20,
             "step_ms": 1e3 * without / args.every, "overhead": behind / without - 1, "save_ms": 1e3 * saving,
             "write_seconds": write, "cpu_seconds": cpu_seconds, "dd_write_seconds": dd_write,

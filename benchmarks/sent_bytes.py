@@ -49,7 +49,7 @@ from xc.model import backbone as backbones
 from xc.model.head_table import HEADS
 from xc.optim.schedule import StepPlan
 from xc.run.metrics import Timer
-from xc.train import step as pipeline
+from xc.train import pipeline
 
 SETTINGS = {"dense": ("dense", 32), "dense16": ("dense", 16), "dgc": ("dgc", 32), "dgc16": ("dgc", 16),
             "hier": ("hier", 32)}
@@ -166,12 +166,12 @@ def measure(args, settings):
         seen = []
         for _ in range(4):
             labels = torch.arange(count)  # anew: those last gathered are kept
-            world.everyone.all_reduce(torch.zeros(1))
+            world.all_ranks.all_reduce(torch.zeros(1))
             world.traffic.sent.clear()
             before = link_bytes()
             head.select(labels, 0)
             plan = StepPlan(0.1, count * world.size, 1, args.density)
-            pipeline.run(net, head, of_net, [(images, labels)], labels, plan, Timer(), bits)
+            pipeline.forward_backward(net, head, of_net, [(images, labels)], labels, plan, Timer(), bits)
             of_net.reduce()
             head.reduce()
             of_net.zero_grad()
@@ -179,9 +179,9 @@ def measure(args, settings):
             by_path = Counter()
             for name, sent in world.traffic.sent.items():
                 by_path[path_of(name)] += sent / 2**20
-            world.everyone.all_reduce(torch.zeros(1))
+            world.all_ranks.all_reduce(torch.zeros(1))
             seen.append((link_bytes() - before) / 2**20)
-        of_ranks = world.everyone.all_gather_object((by_path, statistics.median(seen[1:])))
+        of_ranks = world.all_ranks.all_gather_object((by_path, statistics.median(seen[1:])))
         medians = {path: statistics.median(counted[path] for counted, _ in of_ranks) for path in by_path}
         found[setting] = medians, statistics.median(link for _, link in of_ranks)
     if world.rank == 0:

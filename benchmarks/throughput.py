@@ -55,7 +55,7 @@ from xc.model import head_table as heads
 from xc.optim.optimizers import RowSGD, backbone_optimizer
 from xc.optim.schedule import StepPlan
 from xc.run.metrics import Timer
-from xc.train import step as pipeline
+from xc.train import pipeline
 
 STAGES = ["full", "knn", "overlap", "dgc"]
 
@@ -151,7 +151,7 @@ def measure(args):
     medians = {name: {key: statistics.median(step[key] for step in one.steps) for key in one.steps[0]}
                for name, one in stages.items()}
     worst = {name: {key: max(rank[name][key] for rank in of_ranks) for key in one}
-             for of_ranks in [world.everyone.all_gather_object(medians)] for name, one in medians.items()}
+             for of_ranks in [world.all_ranks.all_gather_object(medians)] for name, one in medians.items()}
     if world.rank == 0:
         show(args, world, worst, global_batch)
 
@@ -161,13 +161,13 @@ def one_step(one, args, world, generator, step):
     images = torch.randn(count, 1, args.image_size, args.image_size, generator=generator)
     labels = torch.randint(args.classes, (count,), generator=generator)
     batch = list(zip(images.chunk(one.now.micro_batches), labels.chunk(one.now.micro_batches), strict=True))
-    world.everyone.all_reduce(torch.zeros(1))
+    world.all_ranks.all_reduce(torch.zeros(1))
     world.traffic.take()
     SPENT.update(selection=0.0, dgc=0.0)
     one.timer = Timer()
     before, start, cpu = link_bytes(), time.perf_counter(), time.process_time()
     one.head.select(labels, step)
-    pipeline.run(one.backbone, one.head, one.exchange, batch, labels, one.now, one.timer)
+    pipeline.forward_backward(one.backbone, one.head, one.exchange, batch, labels, one.now, one.timer)
     with one.timer("exchange"):
         one.exchange.reduce()
         one.head.reduce()
@@ -178,7 +178,7 @@ def one_step(one, args, world, generator, step):
         one.head.zero_grad()
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     traffic, phases = world.traffic.take(), one.timer.take(1, count)
-    world.everyone.all_reduce(torch.zeros(1))
+    world.all_ranks.all_reduce(torch.zeros(1))
     return {"seconds": seconds, "cpu_ms": 1e3 * cpu, "exposed_ms": traffic["waited_ms"], "sent_mb": traffic["sent_mb"],
             "link_mb": (link_bytes() - before) / 2**20, **phases, **SPENT}
 

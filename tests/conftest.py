@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.launch import run
+from tests.support.launch import run
 
 torch.set_num_threads(1)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.worlds import run_ranks
+from tests.support.worlds import run_ranks
 from xc.comm.shard import Shard
 from xc.comm.world import World
 from xc.errors import UserError

@@ -13,13 +13,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tests.worlds import run_ranks
-from xc.checkpoint import layout, newest, tensor_file
+from tests.support.worlds import run_ranks
 from xc.checkpoint import state as checkpoint
+from xc.checkpoint import tensor_file
 from xc.checkpoint import writer as savers
 from xc.comm.world import World
 from xc.config import Config
-from xc.data import augment
 from xc.data import loader as data
 from xc.errors import UserError
 from xc.gradients.allreduce import AllReduce

@@ -11,12 +11,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.launch import horovodrun, mpirun, run
-from tests.worlds import run_ranks
+from tests.support.launch import horovodrun, mpirun, run
+from tests.support.worlds import run_ranks
 from xc.comm.world import World
 from xc.config import Config, as_arguments, parse
 from xc.errors import UserError
-from xc.preflight import hosts, memory, network, storage
 from xc.preflight import report as doctor
 from xc.preflight.memory_plan import ON_HOST
 from xc.run.metrics import peak_rss_mb

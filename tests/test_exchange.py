@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.worlds import run_ranks, write_files
-from xc.comm.traffic import sent_all_gather, sent_all_reduce
-from xc.comm.world import World
+from tests.support.worlds import run_ranks, write_files
 from xc.config import Config
 from xc.gradients.allreduce import AllReduce
 from xc.gradients.dgc import Dgc

@@ -13,9 +13,9 @@ import h5py
 import numpy as np
 import pytest
 
-from tests.kills import kill_again_and_again
-from tests.launch import Launched, accuracies, losses, run
-from tests.processes import of_run, wait_until
+from tests.support.kills import kill_again_and_again
+from tests.support.launch import Launched, accuracies, losses, run
+from tests.support.processes import of_run, wait_until
 from tests.test_mpi import SYNTH
 from tests.test_train import QUICK
 from xc.data.pack import open_splits

@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.worlds import run_ranks
-from xc.comm.shard import Shard
+from tests.support.worlds import run_ranks
 from xc.config import Config
 from xc.model.head import initial_rows
 from xc.model.head_table import HEADS

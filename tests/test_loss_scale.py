@@ -5,9 +5,8 @@ import copy
 import pytest
 import torch
 
+from tests.support.worlds import run_ranks
 from tests.test_exchange import NET, give
-from tests.worlds import run_ranks
-from xc.comm.world import World
 from xc.config import Config
 from xc.gradients.allreduce import AllReduce
 from xc.gradients.dgc import Dgc

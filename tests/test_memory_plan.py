@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.launch import mpirun
-from tests.worlds import run_ranks
+from tests.support.launch import mpirun
+from tests.support.worlds import run_ranks
 from xc.comm.shard import Shard
 from xc.comm.world import World
 from xc.config import Config, parse

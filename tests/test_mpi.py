@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.launch import accuracies, error_lines, horovodrun, last_json, losses, mpirun, run
+from tests.support.launch import accuracies, error_lines, horovodrun, last_json, losses, mpirun, run
 from xc.comm.world import MpiWorld
 from xc.config import Config
 from xc.errors import UserError

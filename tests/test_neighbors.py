@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tests.launch import mpirun
-from tests.worlds import run_ranks
+from tests.support.launch import mpirun
+from tests.support.worlds import run_ranks
 from xc.comm.shard import Shard
 from xc.knn import build as neighbors
 from xc.knn import graph as knn_graph

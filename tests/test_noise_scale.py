@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.worlds import run_ranks
+from tests.support.worlds import run_ranks
 from xc.comm.shard import Shard
 from xc.gradients.allreduce import AllReduce
 from xc.gradients.dgc import Dgc

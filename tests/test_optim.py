@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.worlds import run_ranks
-from xc.comm.world import World
+from tests.support.worlds import run_ranks
 from xc.config import Config
 from xc.gradients.dgc import Dgc
 from xc.model.head_table import HEADS

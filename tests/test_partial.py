@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.support.worlds import run_ranks, write_files
 from tests.test_heads import SEED, WORLDS, D, G, dense, examples
-from tests.worlds import run_ranks, write_files
 from xc.comm.shard import Shard
 from xc.comm.world import World
 from xc.config import Config

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.launch import accuracies, last_json, losses, mpirun, run
+from tests.support.launch import accuracies, last_json, losses, mpirun, run
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(300)]
 

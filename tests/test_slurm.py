@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT, losses, mpirun
-from tests.slurm_cluster import Cluster, missing
+from tests.support.launch import ROOT, losses, mpirun
+from tests.support.slurm_cluster import Cluster, missing
 from tests.test_mpi import SYNTH
 from xc.data.pack import open_splits
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from tests.launch import Launched, losses, mpirun, run
-from tests.processes import ranks_of, wait_until
+from tests.support.launch import Launched, losses, mpirun, run
+from tests.support.processes import ranks_of, wait_until
 from tests.test_mpi import SYNTH
 
 pytestmark = pytest.mark.mpi

@@ -6,7 +6,7 @@ import pytest
 
 import data_tools.show
 from data_tools.reports import trace as tool
-from tests.worlds import run_ranks
+from tests.support.worlds import run_ranks
 from xc.run.metrics import Timer
 from xc.run.trace import Timeline
 

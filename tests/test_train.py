@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
-from tests.launch import error_lines, horovodrun, last_json, losses, mpirun, run
+from tests.support.launch import error_lines, horovodrun, last_json, losses, mpirun, run
 
 QUICK = ["--global-batch", 12, "--feature-dim", 8, "--warmup", 0, "--log-steps", 1, "--eval-every", 0,
          "--save-every", 0, "--device", "cpu"]

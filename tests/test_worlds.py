@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.worlds import run_ranks
+from tests.support.worlds import run_ranks
 
 
 def test_a_collective_that_one_rank_skips_fails():

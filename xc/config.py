@@ -1,195 +1,215 @@
-"""One flat frozen dataclass: its fields are the flags of train.py, its values are written into every run folder."""
+"""The settings of a run: one flat frozen dataclass, whose fields are the flags of train.py.
+
+Its values are written into every run folder. The choices of a flag stand here as plain texts, so that this file imports
+nothing of the trainer; a test compares them with the tables they name.
+"""
 
 import argparse
 import dataclasses
 import difflib
 import math
+import re
 import shlex
 import sys
 from dataclasses import dataclass, field
 
-from xc.data.sampler import SAMPLERS
 from xc.errors import UserError, is_one_line
-from xc.model.margin import MARGINS
-from xc.optim.schedule import SCHEDULES, interval
+
+SAMPLERS = ("natural", "balanced", "sqrt", "weighted")
+HEADS = ("full", "knn", "sampled", "selective")
+MARGINS = ("none", "cosface", "arcface")
+SCHEDULES = ("constant", "cosine", "step", "fccs")
+EXCHANGES = ("dense", "dgc", "dgc-hier")
 
 
-def _flag(default, help, choices=None):
-    return field(default=default, metadata={"help": help, "choices": choices})
+def _flag(group, default, help, *, choices=None, least=None, above=None, most=None, below=None, time=False, alias=None):
+    """A field. The bounds hold for numbers; time: a text that `interval` reads; alias: an old name of the flag."""
+    return field(default=default, metadata={
+        "group": group, "help": help, "choices": choices, "time": time, "alias": alias,
+        "bounds": {"least": least, "above": above, "most": most, "below": below}})
 
 
 @dataclass(frozen=True)
 class Config:
-    data: str = _flag("", "a pack, or a folder with the packs train and test (python -m data_tools.pack makes them), "
-                          "or classes made up: synth:classes=1000000,dim=128,... (keys: xc/synth.py)")
-    out: str = _flag("", "run folder: settings, metrics, checkpoints; must not hold another run")
-    resume: str = _flag("", "auto: go on from the newest checkpoint in --out if there is one; or a checkpoint's folder")
+    data: str = _flag("data", "", "a pack, or a folder with the packs train and test (python -m data_tools.pack makes "
+                                  "them), or synthetic classes: synth:classes=1000000,dim=128,… (xc/data/synthetic.py)")
+    sampler: str = _flag("data", "natural", "natural: every image once an epoch; balanced: every class equally often; "
+                         "sqrt: a class by the square root of its number of images; weighted: an image by its weight "
+                         "in the pack", choices=SAMPLERS)
+    image_size: int = _flag("data", 32, "side of the square images that the backbone gets, in pixels", least=8,
+                            most=4096)
+    channels: int = _flag("data", 1, "1: grey; 3: colour", choices=(1, 3))
+    augment: float = _flag("data", 1.0, "strength of shift, scale, rotation, blur and contrast; 0: none", least=0,
+                           most=2)
+    loader_threads: int = _flag("data", 1, "threads of each rank that read and decode images", least=1)
 
-    backbone: str = _flag("auto", "for vectors mlp; for images small, resnet18, resnet34, resnet50, or timm:NAME where "
-                                  "timm is installed; auto: mlp or small")
-    feature_dim: int = _flag(128, "width of the features and of the class rows")
-    image_size: int = _flag(32, "side of the square images that the backbone sees, in pixels")
-    channels: int = _flag(1, "1 grey, 3 colour", (1, 3))
+    backbone: str = _flag("model", "auto", "mlp for vectors; small, resnet18, resnet34, resnet50 for images, or "
+                          "timm:NAME where timm is installed; auto: mlp or small")
+    feature_dim: int = _flag("model", 128, "width of the features and of the class rows", least=1, most=65536)
+    amp: str = _flag("model", "off", "16-bit arithmetic in the backbone: bf16, or fp16 with loss scaling",
+                     choices=("off", "bf16", "fp16"))
+    device: str = _flag("model", "auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
+    model_parallel_size: int = _flag("model", 0, "ranks that together hold one copy of the classifier, a divisor of "
+                                     "their number; 0: all", least=0)
 
-    head: str = _flag("full", "which classes take part in a step: full, knn, sampled, selective")
-    active_classes: float = _flag(0.1, "classes that take part in a step: a share of all up to 1, or a number")
-    near_share: float = _flag(0.5, "knn, selective: share of the active classes, beyond the right ones, for the near "
-                                   "ones; the rest is random")
-    padding: str = _flag("corrected", "random active classes stand for all that are left out, or (plain) for "
-                                      "themselves", ("corrected", "plain"))
-    neighbors: int = _flag(0, "knn: K of the graph; 0: by --active-classes, --near-share and --global-batch")
-    graph: str = _flag("auto", "knn: how the graph is built; auto: exact where that is quick",
-                       ("auto", "exact", "approx"))
-    graph_every: str = _flag("1epochs", "knn, selective: time between two builds of the graph or index; before "
-                                        "the first one the classes are random")
-    graph_angle: float = _flag(0.0, "knn: degrees; above 0, a graph is only refreshed for rows that turned further")
-    row_dtype: str = _flag("float32", "of the class rows and their momentum; bfloat16: half the memory, rounded at "
-                                      "random", ("float32", "bfloat16"))
-    logits: str = _flag("cosine", "cosine of feature and class row, times --scale; or their plain inner product",
-                        ("cosine", "inner"))
-    scale: float = _flag(20.0, "factor on cosine logits")
-    margin: str = _flag("none", "margin on the cosine of the right class", tuple(MARGINS))
-    margin_size: float = _flag(0.0, "cosface: taken from the cosine; arcface: added to the angle, in radians")
+    head: str = _flag("head", "full", "classes that take part in a step: all of them (full); neighbours of the target "
+                      "classes in a graph (knn); classes near the features (selective); random ones (sampled)",
+                      choices=HEADS)
+    active_classes: float = _flag("head", 0.1, "knn, selective, sampled: classes that take part in a step, as a share "
+                                  "of all classes up to 1, or a number", above=0)
+    near_share: float = _flag("head", 0.5, "knn, selective: share of the active classes, beside the target classes, "
+                              "that are near; the rest is random", least=0, most=1)
+    sampling_correction: bool = _flag("head", True, "add the log-count correction of sampled softmax to the logits of "
+                                      "random classes, which then stand for all classes left out")
+    neighbors: int = _flag("head", 0, "knn: K of the graph; 0: from --active-classes, --near-share and "
+                           "--global-batch", least=0)
+    graph: str = _flag("head", "auto", "knn: how the graph is built; auto: exact where that is quick",
+                       choices=("auto", "exact", "approx"))
+    graph_every: str = _flag("head", "1epochs", "knn, selective: time between two builds of the graph or index; "
+                             "before the first one the classes are random", time=True)
+    graph_refresh_angle: float = _flag("head", 0.0, "knn: degrees; above 0 a graph is only refreshed, for rows that "
+                                       "turned further", least=0, below=180, alias="graph_angle")
+    row_dtype: str = _flag("head", "float32", "type of the class rows and of their momentum; bfloat16 halves the "
+                           "memory and rounds stochastically", choices=("float32", "bfloat16"))
+    logits: str = _flag("head", "cosine", "cosine of feature and class row times --scale, or their inner product",
+                        choices=("cosine", "inner"))
+    scale: float = _flag("head", 20.0, "factor of cosine logits", above=0)
+    margin: str = _flag("head", "none", "margin of the target class", choices=MARGINS)
+    margin_size: float = _flag("head", 0.0, "cosface: subtracted from the cosine; arcface: added to the angle, in "
+                               "radians", least=0, below=math.pi / 2)
 
-    sampler: str = _flag("natural", "natural: every image once an epoch; balanced: every class equally often; "
-                                    "sqrt: a class by the square root of its number of images; weighted: an image "
-                                    "by its weight in the pack", SAMPLERS)
-    epochs: float = _flag(10.0, "passes over the training set, or as many examples with another --sampler")
-    steps: int = _flag(0, "optimizer steps; 0: from --epochs")
-    global_batch: int = _flag(128, "examples per step over all ranks; any number of ranks gives the same recipe")
-    lr: float = _flag(0.1, "highest learning rate of the backbone")
-    head_lr_scale: float = _flag(40.0, "learning rate of the class rows, as a multiple of --lr")
-    momentum: float = _flag(0.9, "momentum of the backbone")
-    head_momentum: float = _flag(0.0, "momentum of the class rows, a tenth of --head-lr-scale goes with 0.9; 0: none, "
-                                      "and no memory for it")
-    optimizer: str = _flag("sgd", "of the backbone; lars: every layer's step in proportion to its weights",
-                           ("sgd", "lars"))
-    weight_decay: float = _flag(5e-4, "of backbone tensors with two or more dimensions")
-    schedule: str = _flag("cosine", "course of the learning rate after the warm-up; fccs: the batch grows, and at the "
-                                    "end the rate falls", SCHEDULES)
-    warmup: str = _flag("0.5epochs", "linear warm-up of the learning rate: a time, as 0.5epochs, 500steps, "
-                                     "64000examples or 5%% of the run; a bare number is epochs, and steps "
-                                     "of a course have --global-batch examples")
-    max_batch: int = _flag(0, "fccs: examples per step that the batch grows to, a multiple of --global-batch; 0: stays")
-    hold: str = _flag("0", "fccs: time at the first batch, after the warm-up")
-    growth: str = _flag("0", "fccs: time over which the batch grows; 0: until the tail")
-    tail: str = _flag("25%", "fccs: time at the end, in which the rate falls to zero")
-    fccs: str = _flag("cosine", "how the batch grows: by a cosine of time, or with the noise of the gradients",
-                      ("cosine", "auto"))
-    schedule_plot: str = _flag("", "a picture's name: draw learning rate and batch into it, and do nothing else")
-    check: int = _flag(0, "1, or no number: look at launch, network, run folder, data and memory of a run with these "
-                          "flags, and do nothing else; --data and --out may be left out", (0, 1))
-    augment: float = _flag(1.0, "strength of shift, scale, rotation, blur and contrast; 0 switches them off")
+    epochs: float = _flag("optimization", 10.0, "passes over the training set, or as many examples with another "
+                          "--sampler", above=0)
+    steps: int = _flag("optimization", 0, "optimizer steps; 0: from --epochs", least=0)
+    global_batch: int = _flag("optimization", 128, "examples per step over all ranks: the recipe does not depend on "
+                              "the number of ranks", least=1)
+    optimizer: str = _flag("optimization", "sgd", "of the backbone; lars: each layer's step in proportion to its "
+                           "weights", choices=("sgd", "lars"))
+    lr: float = _flag("optimization", 0.1, "peak learning rate of the backbone", above=0, most=1e30)
+    momentum: float = _flag("optimization", 0.9, "momentum of the backbone", least=0, below=1)
+    weight_decay: float = _flag("optimization", 5e-4, "weight decay of backbone tensors with two or more dimensions",
+                                least=0)
+    head_lr_scale: float = _flag("optimization", 40.0, "learning rate of the class rows, as a multiple of --lr",
+                                 least=0)
+    head_momentum: float = _flag("optimization", 0.0, "momentum of the class rows, for which --head-lr-scale should "
+                                 "be a tenth; 0: none, and no memory for it", least=0, below=1)
+    seed: int = _flag("optimization", 0, "seed of every random number", least=0, most=2**32 - 1)
 
-    micro_batches: int = _flag(1, "parts of a step's batch: one is computed while another's features travel; 2 pay "
-                                  "where features are many beside the backbone's weights")
-    exchange: str = _flag("dense", "of the backbone's gradients: dense; dgc, the largest alone; dgc-hier, dense inside "
-                                   "a host and the largest between hosts", ("dense", "dgc", "dgc-hier"))
-    density: float = _flag(0.01, "dgc: share of the gradients that is sent")
-    density_warmup: str = _flag("4epochs", "dgc: time over which the density falls from a quarter")
-    dgc_clip: float = _flag(0.0, "dgc: highest norm of a layer's gradient (small layers together, vectors not), over "
-                                 "the root of the number of ranks; 0: none")
-    gradient_bits: int = _flag(32, "of the backbone's gradients on the way; 16: dense as float16, what dgc chooses as "
-                                   "bfloat16", (32, 16))
-    feature_bits: int = _flag(32, "on the way; 16: features as float16, their gradients as bfloat16", (32, 16))
+    schedule: str = _flag("schedule", "cosine", "learning rate after the warm-up; step: a tenth after 50 and 75 % of "
+                          "the run; fccs: the batch grows, and the rate falls at the end", choices=SCHEDULES)
+    warmup: str = _flag("schedule", "0.5epochs", "linear warm-up of the learning rate, as 0.5epochs, 500steps, "
+                        "64000examples or 5% of the run; a bare number is epochs, and a step is one of "
+                        "--global-batch examples", time=True)
+    max_batch: int = _flag("schedule", 0, "fccs: examples per step to which the batch grows, a multiple of "
+                           "--global-batch; 0: it stays", least=0)
+    batch_growth: str = _flag("schedule", "cosine", "fccs: growth by a cosine of time, or with the gradients' noise "
+                              "(auto)", choices=("cosine", "auto"), alias="fccs")
+    fccs_hold: str = _flag("schedule", "0", "fccs: time at the first batch, after the warm-up", time=True, alias="hold")
+    fccs_growth: str = _flag("schedule", "0", "fccs: time in which the batch grows; 0: until the tail", time=True,
+                             alias="growth")
+    fccs_tail: str = _flag("schedule", "25%", "fccs: time at the end in which the rate falls to zero", time=True,
+                           alias="tail")
+    schedule_plot: str = _flag("schedule", "", "draw learning rate and batch into this picture, and do nothing else")
 
-    amp: str = _flag("off", "the backbone computes in 16 bits: bf16, or fp16, whose loss is scaled",
-                     ("off", "bf16", "fp16"))
+    micro_batches: int = _flag("communication", 1, "parts of a step's batch: one is computed while another's features "
+                               "travel; 2 pay where features are many beside the backbone's weights", least=1)
+    exchange: str = _flag("communication", "dense", "of the backbone's gradients: dense; dgc: the largest only; "
+                          "dgc-hier: dense inside a host, the largest between hosts", choices=EXCHANGES)
+    density: float = _flag("communication", 0.01, "dgc: share of the gradients that is sent", above=0, most=1)
+    density_warmup: str = _flag("communication", "4epochs", "dgc: time in which the density falls from a quarter",
+                                time=True)
+    gradient_bits: int = _flag("communication", 32, "of the backbone's gradients when sent; 16: dense as float16, dgc "
+                               "as bfloat16", choices=(32, 16))
+    feature_bits: int = _flag("communication", 32, "when sent; 16: features as float16, their gradients as bfloat16",
+                              choices=(32, 16))
 
-    model_parallel_size: int = _flag(0, "ranks that together hold one copy of the classifier; 0: all")
-    device: str = _flag("auto", "auto: cuda where there is one", ("auto", "cpu", "cuda"))
-    bucket_mb: float = _flag(4.0, "backbone gradients are exchanged in buckets of this size")
-    loader_threads: int = _flag(1, "threads per rank that read and decode images")
+    out: str = _flag("checkpoints and faults", "", "run folder for settings, metrics and checkpoints; must not hold "
+                     "another run")
+    resume: str = _flag("checkpoints and faults", "", "auto: resume from the newest checkpoint in --out, if there is "
+                        "one; or the folder of a checkpoint")
+    save_every: str = _flag("checkpoints and faults", "1epochs", "time between two checkpoints; 0: only at the end",
+                            time=True)
+    keep_checkpoints: int = _flag("checkpoints and faults", 2, "last checkpoints that are kept, beside the one with "
+                                  "the highest top-1", least=1, alias="keep")
+    max_bad_records: int = _flag("checkpoints and faults", 0, "unreadable records of train, and of test, that are "
+                                 "replaced by the next record; one more ends the launch", least=0)
+    max_rollbacks: int = _flag("checkpoints and faults", 0, "times that a run with a non-finite loss goes back to a "
+                               "checkpoint and leaves the batch out; 0: it ends", least=0)
+    stall_seconds: float = _flag("checkpoints and faults", 600.0, "end the run where no rank makes progress for so "
+                                 "long, and name the rank at fault; 0: never", least=0, most=1e6)
+    check: bool = _flag("checkpoints and faults", False, "preflight check: look at launch, network, run folder, data "
+                        "and memory of a run with these flags, and do nothing else; --data and --out are optional")
 
-    seed: int = _flag(0, "of everything random")
-    timeline_steps: int = _flag(0, "steps to draw into timeline.json in the run folder, after the first 10")
-    log_steps: int = _flag(50, "steps between two lines of metrics")
-    eval_every: str = _flag("1epochs", "time between two evaluations; 0: only at the end")
-    save_every: str = _flag("1epochs", "time between two checkpoints; 0: only at the end")
-    max_bad_records: int = _flag(0, "records of train, and of test, that cannot be read, on all ranks, in whose place "
-                                    "the next one is taken; one more ends the launch")
-    max_rollbacks: int = _flag(0, "times that the run goes back to its last checkpoint where a loss is not finite, and "
-                                  "leaves out the batch; 0: it ends")
-    stall_seconds: float = _flag(600.0, "the run ends where no rank moves on for so long, and names the one that the "
-                                        "others wait for; 0: waits for ever")
-    keep: int = _flag(2, "last checkpoints that stay in the run folder, beside the one of the highest top-1")
+    log_steps: int = _flag("logging", 50, "steps between two lines of metrics", least=1)
+    eval_every: str = _flag("logging", "1epochs", "time between two evaluations; 0: only at the end", time=True)
+    trace_steps: int = _flag("logging", 0, "steps to record in RUN/trace.json, after the first 10", least=0,
+                             alias="timeline_steps")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            if isinstance(value := getattr(self, f.name), float) and not math.isfinite(value):
-                raise UserError(f"{_option(f.name)} {value} is not allowed: give a finite number")
-            if isinstance(value, str) and not is_one_line(value):
-                raise UserError(f"{_option(f.name)} {value!r} is not allowed: give one line of UTF-8 without control "
-                                "characters")
-        for name, ok, allowed in [
-            ("data", self.data or self.check, "give the folder of a pack, or synth:classes=..."),
-            ("out", self.out or self.schedule_plot or self.check, "give the run folder"),
-            ("feature_dim", 1 <= self.feature_dim <= 65536, "1 to 65536"),
-            ("image_size", 8 <= self.image_size <= 4096, "8 to 4096 pixels"),
-            ("scale", self.scale > 0, "above 0"),
-            ("margin_size", 0 <= self.margin_size < math.pi / 2, "0 to pi/2"),
-            ("active_classes", self.active_classes > 0, "a share above 0 and up to 1, or a number of classes"),
-            ("near_share", 0 <= self.near_share <= 1, "0 to 1"),
-            ("neighbors", self.neighbors >= 0, "0 (chosen for you) or more"),
-            ("graph_angle", 0 <= self.graph_angle < 180, "0 (always build anew) to below 180 degrees"),
-            ("epochs", self.epochs > 0, "above 0"),
-            ("steps", self.steps >= 0, "0 or more"),
-            ("global_batch", self.global_batch >= 1, "at least 1"),
-            ("lr", 0 < self.lr <= 1e30, "above 0 and at most 1e30"),
-            ("head_lr_scale", self.head_lr_scale >= 0, "0 or more"),
-            ("momentum", 0 <= self.momentum < 1, "0 to below 1"),
-            ("head_momentum", 0 <= self.head_momentum < 1, "0 to below 1"),
-            ("weight_decay", self.weight_decay >= 0, "0 or more"),
-            ("max_batch", self.max_batch >= 0, "0, or a multiple of --global-batch"),
-            ("augment", 0 <= self.augment <= 2, "0 to 2"),
-            ("micro_batches", self.micro_batches >= 1, "at least 1"),
-            ("density", 0 < self.density <= 1, "a share above 0 and up to 1"),
-            ("dgc_clip", self.dgc_clip >= 0, "0 (none) or more"),
-            ("model_parallel_size", self.model_parallel_size >= 0, "0 (all ranks) or a divisor of their number"),
-            ("timeline_steps", self.timeline_steps >= 0, "0 (none) or a number of steps"),
-            ("bucket_mb", self.bucket_mb > 0, "above 0"),
-            ("loader_threads", self.loader_threads >= 1, "at least 1"),
-            ("seed", 0 <= self.seed < 2**32, "0 to 2**32 - 1"),
-            ("log_steps", self.log_steps >= 1, "at least 1"),
-            ("max_bad_records", self.max_bad_records >= 0, "0 or more"),
-            ("max_rollbacks", self.max_rollbacks >= 0, "0 or more"),
-            ("stall_seconds", 0 <= self.stall_seconds <= 1e6, "0 (no watch) or seconds up to 1000000"),
-            ("keep", self.keep >= 1, "at least 1"),
-        ]:
-            if not ok:
-                raise UserError(f"{_option(name)} {getattr(self, name)!r} is not allowed: {allowed}")
-        for name in _TIMES:
-            if not interval(getattr(self, name)):
-                raise UserError(f"{_option(name)} {getattr(self, name)!r} is not allowed: a number and its unit, as "
-                                "0.5epochs, 500steps, 64000examples or 5%")
+            if fault := _fault(f, getattr(self, f.name)):
+                raise UserError(f"{_option(f.name)} {getattr(self, f.name)!r} is not allowed: {fault}")
+        if not (self.data or self.check):
+            raise UserError("--data is missing: give the folder of a pack, or synth:classes=…")
+        if not (self.out or self.schedule_plot or self.check):
+            raise UserError("--out is missing: give the run folder")
         if not interval(self.graph_every)[0]:
-            raise UserError(f"--graph-every {self.graph_every} is not allowed: a time above 0")
-        for (name, value), parts in _PARTS.items():
-            for part in parts if getattr(self, name) != value else ():
-                if getattr(self, part) != getattr(Config, part):
-                    raise UserError(f"{_option(part)} {getattr(self, part)} is a part of {_option(name)} {value}, not "
-                                    f"of {getattr(self, name)}: give that or leave it out")
-        if self.growth != Config.growth and self.max_batch <= self.global_batch:
-            raise UserError(f"--growth {self.growth} needs a --max-batch above --global-batch {self.global_batch} to "
-                            "grow to")
-        if self.fccs == "auto" and self.growth != Config.growth:
-            raise UserError(f"--growth {self.growth} has no meaning with --fccs auto, where the noise decides: leave "
-                            "it out")
-        if self.fccs == "auto" and self.max_batch <= self.global_batch:
-            raise UserError(f"--fccs auto with --max-batch {self.max_batch} leaves the batch no room to grow: give one "
-                            f"above --global-batch {self.global_batch}")
-        if self.fccs == "auto" and self.micro_batches == 1:
-            raise UserError("--fccs auto needs gradients of batches of two sizes, whose norms tell the noise: give "
-                            "--micro-batches 2 or more")
+            raise UserError(f"--graph-every {self.graph_every} is not allowed: give a time above 0")
+        self._check_schedule()
         if self.logits == "inner" and self.margin != "none":
-            raise UserError(f"--margin {self.margin} needs cosine logits: drop --logits inner or --margin")
+            raise UserError(f"--margin {self.margin} needs cosine logits: leave out --logits inner or --margin")
         if self.margin == "none" and self.margin_size:
-            raise UserError(f"--margin-size {self.margin_size} has no margin to size: give --margin cosface or arcface")
+            raise UserError(f"--margin-size {self.margin_size} needs a margin: give --margin cosface or arcface")
+
+    def _check_schedule(self):
+        for name in ("max_batch", "batch_growth", "fccs_hold", "fccs_growth", "fccs_tail"):
+            if self.schedule != "fccs" and getattr(self, name) != getattr(Config, name):
+                raise UserError(f"{_option(name)} {getattr(self, name)} is a part of --schedule fccs, not of "
+                                f"{self.schedule}: give that or leave it out")
+        grows = self.max_batch > self.global_batch
+        if self.fccs_growth != Config.fccs_growth and not grows:
+            raise UserError(f"--fccs-growth {self.fccs_growth} needs a --max-batch above --global-batch "
+                            f"{self.global_batch}")
+        if self.batch_growth != "auto":
+            return
+        if self.fccs_growth != Config.fccs_growth:
+            raise UserError(f"--fccs-growth {self.fccs_growth} has no meaning with --batch-growth auto, where the "
+                            "noise decides: leave it out")
+        if not grows:
+            raise UserError(f"--batch-growth auto needs a --max-batch above --global-batch {self.global_batch}, not "
+                            f"{self.max_batch}")
+        if self.micro_batches == 1:
+            raise UserError("--batch-growth auto compares the gradients of batches of two sizes: give --micro-batches "
+                            "2 or more")
 
 
-# Flags that mean something with one value of another flag.
-_PARTS = {("schedule", "fccs"): ("max_batch", "hold", "growth", "tail", "fccs")}
-_TIMES = ("graph_every", "warmup", "hold", "growth", "tail", "density_warmup", "eval_every", "save_every")
+def interval(text):
+    """(number, unit) of a time such as 0.5epochs, 500steps, 1e6examples, 5% (of the run) or 0.5, which are epochs.
+
+    The units are epochs, steps, examples and percent. None where the text is no time. Numbers have up to 15 digits.
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{0,15})?(?:e\d)?) ?(?:(epoch|step|example)s?|(%?))", text)
+    if not match:
+        return None
+    return float(match[1]), f"{match[2]}s" if match[2] else {"": "epochs", "%": "percent"}[match[3]]
+
+
+def _fault(f, value):
+    """What values of a field are allowed, where this one is not; None where it is."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "give a finite number"
+    if isinstance(value, str) and not is_one_line(value):
+        return "give one line of UTF-8 without control characters"
+    if f.metadata["choices"] and value not in f.metadata["choices"]:
+        return "choose from " + ", ".join(map(str, f.metadata["choices"]))
+    if f.metadata["time"] and not interval(value):
+        return "give a number and its unit, as 0.5epochs, 500steps, 64000examples or 5%"
+    least, above, most, below = (f.metadata["bounds"][name] for name in ("least", "above", "most", "below"))
+    if ((least is not None and value < least) or (above is not None and value <= above)
+            or (most is not None and value > most) or (below is not None and value >= below)):
+        limits = {"at least": least, "above": above, "at most": most, "below": below}
+        return "give a number " + ", ".join(f"{word} {limit:g}" for word, limit in limits.items() if limit is not None)
+    return None
 
 
 def _option(name):
@@ -211,28 +231,45 @@ class _Parser(argparse.ArgumentParser):
         return words
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Shows a default where there is one to show."""
+
+    def _get_help_string(self, action):
+        text = action.help.removesuffix(" (default: %(default)s)").replace("%", "%%")  # Python 3.12 adds it to booleans
+        return f"{text} (default: %(default)s)" if action.default not in ("", False, argparse.SUPPRESS) else text
+
+
 def _parser():
     parser = _Parser(
-        prog="train.py", fromfile_prefix_chars="@", allow_abbrev=False,
+        prog="train.py", usage="train.py --data DATA --out RUN [flags]", fromfile_prefix_chars="@", allow_abbrev=False,
         description="Train an image classifier over very many classes. @FILE reads flags from a file.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=_HelpFormatter)
+    groups = {}
     for f in dataclasses.fields(Config):
-        options = {"default": f.default, "help": f.metadata["help"], "choices": f.metadata["choices"]}
-        if isinstance(f.default, tuple):
-            parser.add_argument(_option(f.name), type=float, nargs="+", **options)
-        elif f.metadata["choices"] == (0, 1):
-            parser.add_argument(_option(f.name), type=int, nargs="?", const=1, **options)
-        else:
-            parser.add_argument(_option(f.name), type=type(f.default), **options)
+        title = f.metadata["group"]
+        group = groups[title] = groups.get(title) or parser.add_argument_group(title)
+        kind = {"type": f.type, "choices": f.metadata["choices"]}
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        group.add_argument(_option(f.name), default=f.default, help=f.metadata["help"], **kind)
+        if f.metadata["alias"]:
+            hidden = {"dest": f.name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            group.add_argument(_option(f.metadata["alias"]), **kind | hidden)
+    parser.add_argument("--padding", dest="sampling_correction", default=argparse.SUPPRESS, help=argparse.SUPPRESS,
+                        type=_sampling_correction)
     return parser
 
 
+def _sampling_correction(text):
+    """The value of --padding, which was the name of this flag."""
+    return bool(("plain", "corrected").index(text))
+
+
 def parse(arguments=None):
-    """The command line as a Config; raises UserError with one line for anything wrong with it."""
-    parser = _parser()
+    """The command line as a Config. UserError with one line for anything wrong with it."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        values, unknown = parser.parse_known_args(arguments)
+        values, unknown = _parser().parse_known_args(arguments)
     except UnicodeDecodeError as e:
         raise UserError(f"an argument file is not a text in UTF-8 ({e})") from e
     if unknown:
@@ -240,8 +277,7 @@ def parse(arguments=None):
         near = difflib.get_close_matches(unknown[0], flags, n=1)
         meant = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"unknown argument {unknown[0]}{meant}; see python train.py --help")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(values).items()}
-    return Config(**values)
+    return Config(**vars(values))
 
 
 def as_arguments(cfg):
@@ -249,7 +285,8 @@ def as_arguments(cfg):
     lines = []
     for f in dataclasses.fields(Config):
         value = getattr(cfg, f.name)
-        if value != f.default:
-            words = value if isinstance(value, tuple) else (value,)
-            lines.append(f"{_option(f.name)} {shlex.join(map(str, words))}\n")
+        if f.type is bool and value != f.default:
+            lines.append(_option(f.name if value else f"no_{f.name}") + "\n")
+        elif value != f.default:
+            lines.append(f"{_option(f.name)} {shlex.join([str(value)])}\n")
     return "".join(lines)

@@ -1,4 +1,19 @@
-"""TODO"""
+"""The layout of checkpoints on disk, and the reading of their meta.json. Needs neither torch nor the trainer.
+
+    RUN/checkpoints/step-00001200/
+        rows-000000000000-000000001650.safetensors   class rows and their momentum, by class range: one file a shard
+        neighbors-….safetensors                      the head's own files: the graph or index of its class selection
+        backbone.safetensors                         parameters and buffers
+        optimizer.safetensors                        the backbone's momentum, by parameter name
+        residuals-….safetensors                      the exchange's own files: gradients that a rank has not yet sent
+        buffers-….safetensors                        the backbone's buffers of every rank, where they differ
+        meta.json                                    format, progress, classes, width, and every file's length and
+                                                     CRC-32
+
+All files are written into a hidden folder, meta.json last, and then the folder is renamed. So a folder with its final
+name is complete and on the disk. safetensors files hold no code. Any number of ranks can read a checkpoint: a rank
+reads the class ranges that it needs, whoever wrote them.
+"""
 
 import json
 import math
@@ -7,7 +22,6 @@ import zlib
 from pathlib import Path
 
 from xc.files import replace_text, sync
-from xc.run import watchdog
 
 FORMAT, VERSION = "xc-checkpoint", 5
 _MOST_META = 2**26  # characters of a meta.json, of which a file takes a hundred: it may come from anywhere
@@ -17,17 +31,17 @@ _ROWS = re.compile(r"rows-(\d{12})-(\d{12})\.safetensors")
 
 
 def rows_among(names):
-    """Those of file names that are of class rows, in their order."""
+    """The names of files of class rows among these names, sorted."""
     return sorted(name for name in names if _ROWS.fullmatch(name))
 
 
 def write_meta(folder, meta):
-    """Write meta.json, with a checksum of all that it says."""
+    """Write meta.json with a checksum of its own content."""
     replace_text(Path(folder) / "meta.json", json.dumps(meta | {"crc32": _crc32_of(meta)}, indent=1))
 
 
 def add_top1(folder, top1):
-    """Put into a checkpoint what an evaluation gave that it was written without."""
+    """Add the top-1 of a later evaluation to a checkpoint."""
     write_meta(folder, read_meta(folder) | {"top1": top1})
     sync(folder)
 
@@ -37,25 +51,26 @@ def _crc32_of(meta):
     return zlib.crc32(text.encode())
 
 
-def _is_sealed(meta):
+def _checksum_matches(meta):
     try:
         return meta.get("crc32") == _crc32_of(meta)
     except RecursionError:
         return False
 
 
-def check(folder, part=0, num_parts=1):
+def check(folder, part=0, num_parts=1, progress=None):
     """ValueError where a file of a checkpoint is not as it was written, by its length or checksum.
 
-    part, num_parts: of the ranks that share the files; all look at all lengths.
+    part, num_parts  the ranks share the checksums: this one is number `part`. All of them check all lengths
+    progress         called with every number of bytes read
     """
     for i, (name, facts) in enumerate(sorted(read_meta(folder)["files"].items())):
-        if fault := fault_of(Path(folder) / name, facts, checksum=i % num_parts == part):
+        if fault := fault_of(Path(folder) / name, facts, i % num_parts == part, progress):
             raise ValueError(fault)
 
 
 def fault_of(path, facts, checksum=True, progress=None):
-    """What is wrong with a file of a checkpoint, by its length or also its checksum; None where it is as written.
+    """What is wrong with a file of a checkpoint, by its length and, if asked, its checksum; None if nothing is.
 
     facts     {bytes, crc32} of `read_meta`
     progress  called with every number of bytes read
@@ -65,14 +80,14 @@ def fault_of(path, facts, checksum=True, progress=None):
             found = f"{path.stat().st_size} bytes" if path.is_file() else "not there"
             return f"checkpoint file {path} is damaged: it is {found}, it was {facts['bytes']} bytes"
         if checksum and crc32(path, progress) != facts["crc32"]:
-            return f"checkpoint file {path} is damaged: its checksum is not that of what was written"
+            return f"checkpoint file {path} is damaged: its checksum does not match"
     except OSError as error:
         return f"checkpoint file {path} cannot be read: {error}"
     return None
 
 
 def read_meta(folder):
-    """What meta.json of a checkpoint says; ValueError if it cannot be. `files`: {name: {bytes, crc32}}."""
+    """The content of a checkpoint's meta.json; `files` is {name: {bytes, crc32}}. ValueError where it is not valid."""
     folder = Path(folder)
     try:
         if not (folder / "meta.json").is_file():  # opening a pipe would wait for its writer
@@ -87,8 +102,8 @@ def read_meta(folder):
     if not isinstance(meta, dict) or (meta.get("format"), meta.get("version")) != (FORMAT, VERSION):
         raise ValueError(f"{folder} is not a checkpoint of format {FORMAT}, version {VERSION}: resume it with the "
                          "code that wrote it")
-    if not _is_sealed(meta):
-        raise ValueError(f"checkpoint file {folder / 'meta.json'} is damaged: its checksum is not that of what it says")
+    if not _checksum_matches(meta):
+        raise ValueError(f"checkpoint file {folder / 'meta.json'} is damaged: its checksum does not match")
     files = meta.get("files")
     if not isinstance(files, dict) or not all(
             _FILE.fullmatch(name) and isinstance(facts, dict) and types_of(facts) == {"bytes": int, "crc32": int}
@@ -98,7 +113,8 @@ def read_meta(folder):
 
 
 def ranges_of(folder, meta):
-    """(first, last) of the files of class rows, ascending; ValueError where they do not cover all rows once."""
+    """(first, last) of every file of class rows, ascending. ValueError where they do not cover all rows exactly
+    once."""
     num_rows, rows = meta.get("num_rows"), meta.get("rows")
     matches = [_ROWS.fullmatch(str(name)) for name in (rows if isinstance(rows, list) else ())]
     ranges = sorted((int(m[1]), int(m[2])) for m in matches if m)
@@ -111,7 +127,7 @@ def ranges_of(folder, meta):
 
 
 def folders(checkpoints):
-    """Folders of the whole checkpoints, oldest first."""
+    """Folders of the checkpoints, oldest first."""
     return sorted((f for f in checkpoints.glob("step-*") if _FOLDER.fullmatch(f.name)), key=lambda f: int(f.name[5:]))
 
 
@@ -121,11 +137,13 @@ def rows_name(first, last):
 
 
 def crc32(path, progress=None):
-    """zlib.crc32 of a file. progress: called with every number of bytes read."""
+    """zlib.crc32 of a file.
+
+    progress  called with every number of bytes read
+    """
     crc = 0
     with open(path, "rb") as file:
         while piece := file.read(2**22):
-            watchdog.note("reading a checkpoint")
             crc = zlib.crc32(piece, crc)
             if progress:
                 progress(len(piece))
@@ -133,12 +151,12 @@ def crc32(path, progress=None):
 
 
 def best_of(folders):
-    """The checkpoint of the highest top-1, of equal ones the first; None where none was evaluated."""
+    """The checkpoint with the highest top-1, the first of equal ones; None where none was evaluated."""
     return max((folder for folder in folders if top1_of(folder) is not None), key=top1_of, default=None)
 
 
 def top1_of(folder):
-    """Top-1 that an evaluation gave at a checkpoint; None where there was none, or the checkpoint cannot be read."""
+    """Top-1 of the evaluation at a checkpoint; None where there was none, or the checkpoint cannot be read."""
     try:
         top1 = read_meta(folder).get("top1")
     except ValueError:

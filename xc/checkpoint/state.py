@@ -1,18 +1,6 @@
-"""Checkpoints that any number of ranks reads.
+"""The state of a run, to and from the files of a checkpoint (layout.py).
 
-    RUN/checkpoints/step-00001200/
-        rows-000000000000-000000001650.safetensors   class rows and their momentum, by class range: one file a shard
-        neighbors-….safetensors                      what the head chooses classes by, if anything: the head's own files
-        backbone.safetensors                         parameters and buffers
-        optimizer.safetensors                        the backbone's momentum, by parameter name
-        residuals-….safetensors                      what every rank has yet to deliver, if anything: the exchange's own
-        buffers-….safetensors                        the backbone's buffers of every rank, where they differ: likewise
-        meta.json                                    format, position, classes, width, the files of class rows
-
-All files are written into a hidden folder, meta.json last, with the length and checksum of every other; then the
-folder is renamed: a folder of the final name is whole, and on the disk. safetensors: loading runs no code. A rank reads
-the class ranges that it needs, whoever wrote them. No random state is kept: everything random is a function of the
-seed and of the step.
+No random state is kept: every random number is a function of the seed and of the step.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -27,9 +15,9 @@ from xc.gradients.allreduce import AllReduce
 from xc.model.head_table import Head
 from xc.optim.noise_scale import NoiseScale
 from xc.optim.optimizers import RowSGD
-from xc.optim.schedule import Position
+from xc.optim.schedule import Progress
 from xc.run import watchdog
-from xc.run.loss_meter import Losses
+from xc.run.loss_meter import LossMeter
 
 
 @dataclass
@@ -42,11 +30,11 @@ class State:
     head_optimizer: RowSGD
     exchange: AllReduce
     noise: NoiseScale
-    losses: Losses
+    losses: LossMeter
 
 
 def files_of(state, world):
-    """{file name: {name: tensor}} of what this rank writes. Collective."""
+    """{file name: {name: tensor}}: what this rank writes. Collective."""
     head, files, means = state.head, state.exchange.files(), state.exchange.mean_buffers()
     if world.replicas.rank == 0 and len(head.shard):
         files |= {rows_name(head.shard.first, head.shard.last): dict(_row_tables(state))} | head.files()
@@ -56,21 +44,23 @@ def files_of(state, world):
     return files
 
 
-def meta_of(state, position):
-    """What meta.json says of the state itself."""
-    return {"format": FORMAT, "version": VERSION, **asdict(position), **_numbers(state), **_shape(state.head)}
+def meta_of(state, progress):
+    """The part of meta.json that describes the state."""
+    return {"format": FORMAT, "version": VERSION, **asdict(progress), **_numbers(state), **_shape(state.head)}
 
 
 def load(folder, state, identity):
-    """Put a checkpoint into the state given; returns the position it was written at.
+    """Load a checkpoint into a state; returns the progress at which it was written.
 
-    Not collective: every rank reads the class ranges that overlap its own shard. ValueError names what is broken or
+    identity  {name: value} that the run and the checkpoint must have in common
+
+    Not collective: every rank reads the class ranges that overlap its own shard. ValueError names what is corrupt or
     does not fit.
     """
     folder, head = Path(folder), state.head
-    position, ranges, numbers = _fitting(folder, {**_shape(head), **identity}, state)
+    progress, ranges, numbers = _fitting(folder, {**_shape(head), **identity}, state)
     path = folder / "backbone.safetensors"
-    watchdog.note("reading a checkpoint")
+    watchdog.heartbeat("reading a checkpoint")
     try:
         state.backbone.load_state_dict(load_file(path))
         path = folder
@@ -81,47 +71,47 @@ def load(folder, state, identity):
             start, stop = max(first, head.shard.first), min(last, head.shard.last)
             if start >= stop:
                 continue
-            watchdog.note("reading a checkpoint")
+            watchdog.heartbeat("reading a checkpoint")
             path = folder / rows_name(first, last)
             with safe_open(path, "pt") as file:
                 if "momentum" not in file.keys() and state.head_optimizer.momentum:
-                    raise ValueError("it holds no momentum of the rows: go on with --head-momentum 0")
+                    raise ValueError("it holds no momentum of the class rows: resume with --head-momentum 0")
                 for name, rows in _row_tables(state):
                     piece = file.get_slice(name)
                     if piece.get_shape() != [last - first, rows.shape[1]]:
                         raise ValueError(f"{name} has shape {piece.get_shape()}")
                     rows[start - head.shard.first : stop - head.shard.first] = piece[start - first : stop - first]
         path = folder
-        head.load(folder)  # checks its files itself
+        head.load(folder)  # it checks its own files
         for owner, values in zip(_number_owners(state), numbers, strict=True):
-            if values.get("active") == vars(owner).get("active"):  # losses are scaled now as they were then
+            if values.get("active") == vars(owner).get("active"):  # loss scaling is on, or off, as it was then
                 vars(owner).update(values)
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as e:
         raise ValueError(f"checkpoint file {path} cannot be used ({' '.join(str(e).split())}): resume with the "
                          "settings it was written with, or take another checkpoint") from e
-    return position
+    return progress
 
 
 def _fitting(folder, expected, state):
-    """(position, ranges of the files of rows, numbers) of a checkpoint; ValueError if it is not as expected."""
+    """(progress, ranges of the files of rows, numbers) of a checkpoint; ValueError where it is not as expected."""
     meta = read_meta(folder)
     for name, here in expected.items():
         if meta.get(name) != here:
             raise ValueError(f"checkpoint {folder} has {name} {meta.get(name)}, this run {here}: resume with the "
                              "data and settings it was written with")
     ranges = ranges_of(folder, meta)
-    strangers = {path.name for path in Path(folder).glob("*.safetensors")} - meta["files"].keys()
-    if strangers:
-        raise ValueError(f"checkpoint {folder} was written without {min(strangers)}: take that file away")
-    position = Position(*(meta.get(field.name) for field in fields(Position)))
-    if not all(type(n) is int and 0 <= n < 2**62 for n in asdict(position).values()):
-        raise ValueError(f"checkpoint {folder} names no position: take another checkpoint")
+    unknown = {path.name for path in Path(folder).glob("*.safetensors")} - meta["files"].keys()
+    if unknown:
+        raise ValueError(f"checkpoint {folder} was written without {min(unknown)}: remove that file")
+    progress = Progress(*(meta.get(field.name) for field in fields(Progress)))
+    if not all(type(n) is int and 0 <= n < 2**62 for n in asdict(progress).values()):
+        raise ValueError(f"checkpoint {folder} names no progress: take another checkpoint")
     numbers = [meta.get(name) for name in _numbers(state)]
     for found, known in zip(numbers, _numbers(state).values(), strict=True):
         if not isinstance(found, dict) or types_of(found) != types_of(known):
             raise ValueError(f"checkpoint {folder} lacks the state of noise, loss scale and losses: take another "
                              "checkpoint")
-    return position, ranges, numbers
+    return progress, ranges, numbers
 
 
 def _number_owners(state):
@@ -129,7 +119,7 @@ def _number_owners(state):
 
 
 def _numbers(state):
-    """What is kept in meta.json of the state, by name."""
+    """{name: {field: number}}: the part of the state that is kept in meta.json."""
     return dict(zip(("noise_scale", "loss_scale", "losses"), map(asdict, _number_owners(state)), strict=True))
 
 
@@ -139,7 +129,7 @@ def _shape(head):
 
 
 def _row_tables(state):
-    """(name, (S, ...)) of what is kept by class range."""
+    """(name, tensor (S, …)) of the tables that are kept by class range."""
     yield "weight", state.head.weight
     if state.head_optimizer.momentum:
         yield "momentum", state.head_optimizer.momentum_rows
@@ -156,7 +146,7 @@ def _set_momentum_by_name(state, momentum):
     kept = {id(p) for group in state.backbone_optimizer.param_groups if group["momentum"] for p in group["params"]}
     wanted = {name for name, p in parameters.items() if id(p) in kept}
     if momentum and not wanted <= momentum.keys() <= parameters.keys():
-        raise ValueError(f"it has the momentum of {len(momentum)} tensors, this run keeps that of {len(wanted)}")
+        raise ValueError(f"it has the momentum of {len(momentum)} tensors, this run needs that of {len(wanted)}")
     for name, buffer in momentum.items():
         if buffer.shape != parameters[name].shape:
             raise ValueError(f"momentum of {name} has shape {tuple(buffer.shape)}")

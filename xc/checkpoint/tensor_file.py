@@ -1,9 +1,9 @@
-"""safetensors files larger than memory, read and written in pieces.
+"""safetensors files that are larger than memory, read and written in pieces.
 
-The library writes what is in memory, by way of another copy of it and without a checksum, and reads slices either of a
-mapped file, whose pages count as the process's memory, or by reading the whole tensor for each of them. So the library
-only checks a file here: that its header fits it, byte for byte. The format is the length of a header in 8 bytes, the
-header in JSON, the tensors' bytes.
+The safetensors library needs the tensors in memory to write them, makes another copy, and gives no checksum. It reads
+slices of a mapped file, whose pages count as memory of the process, or reads whole tensors. So here the library only
+checks that the header of a file fits its size. The format: 8 bytes with the length of the header, the header in JSON,
+the bytes of the tensors.
 """
 
 import json
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-PIECE = 2**20  # bytes in memory at a time; a cache holds them from the checksum to the writing
+PIECE = 2**20  # bytes in memory at a time: few enough to stay in a cache from the checksum to the writing
 _MOST_HEADER = 2**24  # bytes; a tensor takes a hundred
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _DTYPES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.float16: "F16",
@@ -24,7 +24,7 @@ _NUMPY = {"F64": "<f8", "I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "u1"}  #
 
 
 class TensorFile:
-    """The tensors of a file by name: dtype (as in safetensors, "F32"), shape, bytes. ValueError where it is broken."""
+    """The tensors of a file by name: dtype (as in safetensors, "F32"), shape, bytes. ValueError where it is corrupt."""
 
     def __init__(self, path):
         self.path = path
@@ -57,11 +57,11 @@ class TensorFile:
         return tuple(self._entry(name)["shape"])
 
     def tensor(self, name):
-        """(dtype, shape, pieces), as `write` takes it."""
+        """(dtype, shape, pieces of bytes), as `write` takes it."""
         return self.dtype(name), self.shape(name), self.rows(name, 0, self.shape(name)[0] if self.shape(name) else 1)
 
     def rows(self, name, first, last):
-        """Rows first … last - 1, along dimension 0, as pieces of bytes."""
+        """Rows first … last - 1 along dimension 0, as pieces of bytes."""
         entry = self._entry(name)
         row_bytes = _ITEM_BYTES[entry["dtype"]] * math.prod(entry["shape"][1:])
         left = (last - first) * row_bytes
@@ -98,7 +98,7 @@ def pieces_of(tensor):
 
 
 def write(path, tensors, metadata=None, progress=None):
-    """Write a file, to the disk; returns its {bytes, crc32}, as meta.json of a checkpoint has them.
+    """Write a file and wait until it is on the disk; returns {bytes, crc32} for meta.json.
 
     tensors   {name: (dtype, shape, iterable of pieces of bytes)}
     metadata  {str: str} for the header

@@ -1,4 +1,4 @@
-"""Writes checkpoints behind the steps and deletes those that are not to be kept; checkpoint.py says what is in them."""
+"""Writes checkpoints in a background thread and deletes old ones. layout.py says what is in them."""
 
 import os
 import secrets
@@ -18,80 +18,85 @@ from xc.run import watchdog
 
 
 class SaveError(UserError):
-    """All ranks raise it alike; no mistake of the user: the same command may go on where there is room again."""
+    """Every rank raises it. It is no mistake of the user: the same command can resume once there is room again."""
 
     code = 1
 
 
-_LOOK_SECONDS = 0.2  # between looks at how far the writing is
+_POLL_SECONDS = 0.2  # between two looks at how far the writing is
 
 
-class Saver:
-    """Writes checkpoints behind the steps: `save` copies the state, a thread writes it. One save at most is in flight.
+class CheckpointWriter:
+    """Writes checkpoints while training goes on: `save` copies the state, a thread writes the copy. One save at a time.
 
-    Memory: a copy of what this rank writes, its class rows, their momentum and graph, its residuals, on rank 0 the
-    backbone too; in host memory, from the first save on.
+    The copy takes host memory from the first save on: this rank's class rows, their momentum and graph, its residuals,
+    and the backbone on rank 0.
 
-    A save that fails on any rank is given up on all of them, with a line that says so; the checkpoints before it stay.
-    After `most_failures` of them, one after the other, all ranks get a UserError.
+    A save that fails on one rank is given up on all of them with a warning; older checkpoints stay. After
+    `most_failures` failures in a row every rank raises a SaveError.
     """
 
     def __init__(self, run, world, identity, keep, most_failures=3):
-        """identity: what a run must have in common with this one to go on from here: seed, digest of classes, …
+        """identity: what a run must have in common with this one to resume from its checkpoints: seed, digest of
+        classes, …
 
-        keep: the last so many checkpoints stay, and the one of the highest top-1.
+        keep: so many of the last checkpoints stay, and the one with the highest top-1.
         """
         self._folder, self._world, self._identity, self._keep = Path(run) / "checkpoints", world, identity, keep
         self._most_failures, self._failures, self._thread, self._error = most_failures, 0, None, None
         self._copies = {}  # {file name: {name: tensor}} of the last save
-        self._moved = 0, False  # how far the thread is, and whether it waits for other ranks
+        self._moved = 0, False  # blocks that the thread has done, and whether it waits for other ranks
 
-    def save(self, state, position, top1=None):
-        """Begin to write the state at a schedule.Position, where an evaluation gave `top1`. Collective."""
+    def save(self, state, progress, top1=None):
+        """Begin to write the state at this progress, with the top-1 of its evaluation, if any. Collective."""
         self.finish()
         last = self._copies
         self._copies = {name: {key: _copied(tensor, last.get(name, {}).get(key)) for key, tensor in tables.items()}
                         for name, tables in checkpoint.files_of(state, self._world).items()}
-        meta = checkpoint.meta_of(state, position) | self._identity | {"top1": top1}
+        meta = checkpoint.meta_of(state, progress) | self._identity | {"top1": top1}
         self._moved = 0, False
         self._thread = threading.Thread(target=self._write, args=(self._copies, meta), name="checkpoint")
         self._thread.start()
 
     def add_top1(self, folder, top1):
-        """Put what an evaluation gave into a checkpoint that was written without."""
+        """Add the top-1 of an evaluation to a checkpoint that was written without."""
         if self._world.rank == 0:
             try:
                 layout.add_top1(folder, top1)
             except OSError as error:
-                print(f"warning: {folder} does not get its top-1 ({error})", file=sys.stderr, flush=True)
+                print(f"warning: {folder} lacks its top-1, which could not be written ({error})", file=sys.stderr,
+                      flush=True)
 
     def finish(self, last=False):
-        """Wait until what was begun is on the disk, or given up; the last one of a run must not be. Collective."""
+        """Wait until the save in flight is on the disk or given up. Collective.
+
+        last: the last save of a run must not be given up; SaveError where it was.
+        """
         if self._thread is None:
             return
         seen = None
         while self._thread.is_alive():
             if self._moved != seen:
                 seen = self._moved
-                watchdog.note("writing a checkpoint", waits=seen[1])
-            self._thread.join(_LOOK_SECONDS)
+                watchdog.heartbeat("writing a checkpoint", waits=seen[1])
+            self._thread.join(_POLL_SECONDS)
         self._thread, error, self._error = None, self._error, None
         if isinstance(error, UserError):
             self._failures += 1
             if self._failures >= self._most_failures or last:
                 raise SaveError(f"{self._failures} checkpoint(s) in a row could not be written ({error}): mend that, "
-                                "and go on from the last one by --resume auto")
+                                "then resume from the last one by --resume auto")
             if self._world.rank == 0:
-                print(f"warning: a checkpoint could not be written ({error}); training goes on, what was saved before "
-                      "stays", file=sys.stderr, flush=True)
+                print(f"warning: a checkpoint could not be written ({error}); training goes on, older "
+                      "checkpoints stay", file=sys.stderr, flush=True)
         elif error:
             raise error
         else:
             self._failures = 0
 
     def _write(self, files, meta):
-        """In the thread; the same on every rank but for the files."""
-        with suppress(AttributeError, OSError):  # Linux: of this thread alone, so that the steps come first
+        """The background thread. All ranks do the same, each with its own files."""
+        with suppress(AttributeError, OSError):  # on Linux: this thread alone, so that training comes first
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         group, rank = self._world.background, self._world.rank
         folder = self._folder / f"step-{meta['step']:08d}"
@@ -99,7 +104,7 @@ class Saver:
         try:
             with _agreed(group):
                 if rank == 0:
-                    for left in self._folder.glob(".step-*.partial"):  # by a run that was killed
+                    for left in self._folder.glob(".step-*.partial"):  # left by a run that was killed
                         shutil.rmtree(left, ignore_errors=True)
                     partial.mkdir(parents=True)
             written = {}
@@ -119,7 +124,7 @@ class Saver:
                         sync(path)
                     self._moves_on()
                     _take_place(partial, folder)
-            if rank == 0:  # on its own: what cannot be deleted takes nothing from what was saved
+            if rank == 0:  # not agreed on: the new checkpoint is valid, whatever cannot be deleted
                 self._prune(folder)
         except Exception as error:
             self._error = error
@@ -130,7 +135,8 @@ class Saver:
         self._moved = self._moved[0] + 1, False
 
     def _prune(self, newest):
-        """Delete what is not to be kept, and what is of later steps: of a course given up by resuming from before."""
+        """Delete checkpoints that are not kept, and those of later steps: a run that resumed from an earlier step left
+        them."""
         folders = layout.folders(self._folder)
         earlier = folders[: folders.index(newest) + 1]
         kept = {*earlier[-self._keep :], layout.best_of(earlier)}
@@ -138,20 +144,21 @@ class Saver:
         for folder in folders:
             if folder not in kept:
                 with _noting(errors):
-                    folder.rename(_hidden(folder))  # a folder that bears its name is whole, also where this is killed
+                    folder.rename(_hidden(folder))  # so that a kill leaves no half-deleted checkpoint with a valid name
         for hidden in self._folder.glob(".step-*.removed*"):
             with _noting(errors):
                 hidden.unlink() if hidden.is_symlink() else shutil.rmtree(hidden)
         if errors:
-            print(f"warning: an old checkpoint could not be deleted ({errors[0]}); the new one is whole, training goes "
-                  "on", file=sys.stderr, flush=True)
+            print(f"warning: an old checkpoint could not be deleted ({errors[0]}); the new one is valid, training "
+                  "goes on", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def _agreed(group):
-    """`Group.agreed` of the writing threads. Whatever goes wrong in one of them, the others must hear of it, or they
-    would wait for ever."""
-    with group.agreed():
+    """`Group.raise_on_all_ranks` of the writing threads, for errors of every kind: the other ranks must hear of each,
+    or they would wait for ever.
+    """
+    with group.raise_on_all_ranks():
         try:
             yield
         except Exception as error:
@@ -167,7 +174,7 @@ def _noting(errors):
 
 
 def _take_place(partial, folder):
-    """A whole checkpoint gets its name, in place of one that an earlier launch made on a course since given up."""
+    """Give a complete checkpoint its final name; replaces one that an earlier launch wrote at the same step."""
     hidden = _hidden(folder)
     if folder.exists():
         folder.rename(hidden)
@@ -181,19 +188,20 @@ def _take_place(partial, folder):
 
 
 def _hidden(folder):
-    """A name for what is to be removed, of its own: what was to be removed before may still be there."""
+    """A new name for a folder to be removed. It is unique, since an older one may still be there."""
     return folder.with_name(f".{folder.name}.removed-{secrets.token_hex(4)}")
 
 
 def _copied(tensor, last):
-    """A copy in host memory, in that of the last copy where it fits: new memory takes longer to come than the copy."""
+    """A copy in host memory, in the memory of the last copy where it fits: fresh pages take longer than the copying."""
     if last is None or (last.shape, last.dtype) != (tensor.shape, tensor.dtype):
         last = torch.empty(tensor.shape, dtype=tensor.dtype)
     return last.copy_(tensor.detach())
 
 
 def _check_finite(name, tensors):
-    """An update may have spoiled what the last finite loss was computed from: that must not replace what is good."""
+    """ValueError where a tensor is not finite: an update after the last finite loss must not replace a good
+    checkpoint."""
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
             raise ValueError(f"{key} of {name} is not finite")

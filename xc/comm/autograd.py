@@ -1,6 +1,6 @@
-"""Collectives that gradients flow through. Sums, never means.
+"""Collectives with gradients. They sum and never average.
 
-Horovod's own allgather averages its gradient over the ranks, which is wrong under a softmax that is split over them.
+Horovod's own allgather averages its gradient over the ranks, which is wrong for a softmax that is split over them.
 """
 
 import torch
@@ -18,10 +18,10 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows, group, counts):
-    """All ranks' rows, one after the other; the gradient of every rank's copy is summed back to the row's owner.
+    """Gather the rows of all ranks. Backward, the gradients of all ranks' copies are summed on the owner of a row.
 
-    rows     (B, D)  this rank's
-    counts   B of every rank of the group
+    rows     (B, D)  of this rank
+    counts   the B of every rank of the group
     returns  (G, D)
     """
     return _GatherRows.apply(rows, group, counts)
@@ -39,16 +39,16 @@ class _SumOver(torch.autograd.Function):
 
 
 def sum_over(tensor, group):
-    """Sum over the group, the same on every rank; the gradients of all ranks' copies are summed too."""
+    """Sum over the group, the same on every rank. Backward, the gradients of all ranks' copies are summed as well."""
     return _SumOver.apply(tensor, group)
 
 
 def group_logsumexp(lse, group, addend=None):
-    """log(sum over the group of exp(lse)), elementwise; a rank that has nothing to add gives -inf.
+    """log(sum over the group of exp(lse)), elementwise. A rank that has nothing to add gives -inf.
 
     lse      (G,)
-    addend   (G,) that is summed over the group in the same collective, or None
-    returns  (G,), the same on every rank; with an addend, both
+    addend   (G,)  is summed over the group in the same collective; or None
+    returns  (G,), the same on every rank; with an addend, both results
     """
     top = group.all_reduce(lse.clone(), "max")
     share = (lse - top).exp_()

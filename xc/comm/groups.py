@@ -16,16 +16,16 @@ from xc.comm.traffic import sent_all_gather, sent_all_reduce, sent_reduce_scatte
 from xc.errors import UserError
 from xc.run import watchdog
 
-_PATIENCE_SECONDS = 2e-3  # between looks of a thread that waits beside the steps
+_BACKGROUND_POLL_SECONDS = 2e-3  # between two looks of a background thread that waits
 
 
 class Group:
-    """Collectives among some ranks. This class is the group of one.
+    """Collectives among some ranks. This class is the group of one rank, and the contract.
 
-    Every rank of the group begins the same collectives in the same order. Tensors are contiguous; a tensor given is
-    not kept. Sums have the same bits on every rank.
+    Every rank of the group begins the same collectives in the same order. Tensors are contiguous, and a group keeps
+    none. Sums have the same bits on every rank.
 
-    The _async ones return a function that waits and returns the result; what was given must not change until then.
+    The _async methods return a function that waits and returns the result. Until then the argument must not change.
     """
 
     rank = 0
@@ -40,7 +40,10 @@ class Group:
         return lambda: tensor
 
     def all_gather(self, tensor, counts=None):
-        """Concatenation along dimension 0, in the order of ranks. counts: rows of every rank, None if all alike."""
+        """Concatenate along dimension 0, in the order of ranks.
+
+        counts  rows of every rank; None where all ranks have the same number
+        """
         return tensor
 
     def all_gather_async(self, tensor, counts=None):
@@ -48,30 +51,30 @@ class Group:
         return lambda: tensor
 
     def reduce_scatter(self, tensor, counts):
-        """Sum over the group, of which rank r gets the r-th piece of counts[r] rows; of 16-bit numbers in float32."""
+        """Sum over the group; rank r gets the r-th piece, of counts[r] rows. 16-bit numbers are summed in float32."""
         return self.reduce_scatter_async(tensor, counts)()
 
     def reduce_scatter_async(self, tensor, counts):
-        """Begin to sum and to hand out the pieces."""
+        """Begin to sum and to distribute the pieces."""
         return lambda: tensor.to(sum_dtype(tensor))
 
     def all_to_all(self, tensor, counts):
-        """Rows for every rank: the r-th piece of counts[r] rows goes to rank r. Returns the pieces got, by rank."""
+        """Send the r-th piece, of counts[r] rows, to rank r. Returns the received pieces by rank."""
         return [tensor]
 
     def shift_async(self, tensor, num_rows):
-        """Begin to give a tensor to the next rank of the ring and to take one of num_rows rows from the rank before."""
+        """Begin to send a tensor to the next rank of the ring and to receive num_rows rows from the previous rank."""
         return lambda: tensor
 
     def all_gather_object(self, value):
-        """A small picklable value of every rank, as a list. For set-up and logs, not for steps."""
+        """A list of every rank's small picklable value. For set-up and logs, not for steps."""
         return [value]
 
     @contextmanager
-    def agreed(self):
-        """What goes wrong in this block on one rank becomes the same UserError on all. Collective at its end.
+    def raise_on_all_ranks(self):
+        """An error in this block on one rank becomes the same UserError on all ranks. Collective at its end.
 
-        The block itself must not use collectives: a rank that fails would leave the others waiting.
+        The block itself must not use collectives: a rank that fails in it would leave the others waiting.
         """
         error = None
         try:
@@ -84,8 +87,10 @@ class Group:
 
 
 class Mailbox:
-    """Short messages from rank to rank, for one thread beside the steps: nobody waits for a rank that is frozen. This
-    class is that of a single rank."""
+    """Short messages between ranks, for one background thread. Nobody waits for a frozen rank.
+
+    This class is the mailbox of a single rank, and the contract.
+    """
 
     def __init__(self):
         self._own = deque()
@@ -95,7 +100,7 @@ class Mailbox:
         self._own.append((rank, *message))
 
     def take(self):
-        """(rank, *message) of one that came, None where none did."""
+        """(rank, *message) of a message that arrived; None where none did."""
         return self._own.popleft() if self._own else None
 
 
@@ -115,47 +120,44 @@ class MpiGroup(Group):
         self.rank = comm.rank
         self.size = comm.size
 
-    def _begin(self, what, num_bytes, request, finish, background):
-        return self._traffic.begin(f"{self._name}.{what}", num_bytes, request.Test, finish, background)
+    def _begin(self, what, num_bytes, request, finish):
+        return self._traffic.begin(f"{self._name}.{what}", num_bytes, request.Test, finish)
 
     def all_reduce(self, tensor, op="sum"):
-        return self._all_reduce(tensor, op, background=False)()
+        return self._all_reduce(tensor, op)()
 
     def all_reduce_async(self, tensor):
-        return self._all_reduce(tensor, "sum", background=True)
+        return self._all_reduce(tensor, "sum")
 
-    def _all_reduce(self, tensor, op, background):
+    def _all_reduce(self, tensor, op):
         host = tensor.cpu()
         request = self._comm.Iallreduce(self._in_place, host.numpy(), self._ops[op])
         return self._begin("all_reduce", sent_all_reduce(self.size, host.nbytes), request,
-                           lambda: tensor if host is tensor else tensor.copy_(host), background)
+                           lambda: tensor if host is tensor else tensor.copy_(host))
 
     def all_gather(self, tensor, counts=None):
-        return self._all_gather(tensor, counts, background=False)()
+        return self.all_gather_async(tensor, counts)()
 
     def all_gather_async(self, tensor, counts=None):
-        return self._all_gather(tensor, counts, background=True)
-
-    def _all_gather(self, tensor, counts, background):
         host = tensor.detach().cpu().contiguous()
         counts = counts or [len(host)] * self.size
-        assert len(host) == counts[self.rank]  # MPI would fill in whatever lies in memory
+        assert len(host) == counts[self.rank]  # MPI would send whatever lies in memory behind it
         out = host.new_empty((sum(counts), *host.shape[1:]))
         width = _width(host)
         request = self._comm.Iallgatherv(_raw(host), [_raw(out), [n * width for n in counts]])
         return self._begin("all_gather", sent_all_gather(self.size, host.nbytes), request,
-                           lambda: out.to(tensor.device), background)
+                           lambda: out.to(tensor.device))
 
     def reduce_scatter_async(self, tensor, counts):
-        # Pieces are exchanged and summed here: one round, half the bytes of a reduction by halves, and 16-bit
-        # numbers, which MPI does not know.
+        # The ranks exchange pieces and sum them here. That is one round, half the bytes of recursive halving, and it
+        # takes 16-bit numbers, which MPI does not know.
         host = tensor.detach().cpu().contiguous()
         out = host.new_empty((self.size, counts[self.rank], *host.shape[1:]))
         width = _width(host)
         request = self._comm.Ialltoallv([_raw(host), [n * width for n in counts]],
                                         [_raw(out), [counts[self.rank] * width] * self.size])
         return self._begin("reduce_scatter", sent_reduce_scatter(self.size, host.nbytes), request,
-                           lambda: out.sum(0, dtype=sum_dtype(out)).to(tensor.device), background=True)
+                           lambda: out.sum(0, dtype=sum_dtype(out)).to(tensor.device))
 
     def all_to_all(self, tensor, counts):
         host = tensor.detach().cpu().contiguous()
@@ -169,7 +171,7 @@ class MpiGroup(Group):
     def shift_async(self, tensor, num_rows):
         host = tensor.detach().cpu().contiguous()
         out = host.new_empty((num_rows, *host.shape[1:]))
-        # Between two ranks messages of one tag keep their order, and all ranks shift in the same order.
+        # Messages of one tag between two ranks keep their order, and all ranks shift in the same order.
         requests = [self._comm.Irecv(out.numpy(), (self.rank - 1) % self.size),
                     self._comm.Isend(host.numpy(), (self.rank + 1) % self.size)]
 
@@ -187,12 +189,12 @@ class MpiGroup(Group):
 
 
 class BackgroundGroup(MpiGroup):
-    """All ranks, for a thread beside the steps: it has a communicator of its own and sleeps while it waits."""
+    """All ranks, for a background thread: it has a communicator of its own and sleeps while it waits."""
 
     def all_gather_object(self, value):
         barrier = self._comm.Ibarrier()
         while not barrier.Test():
-            time.sleep(_PATIENCE_SECONDS)
+            time.sleep(_BACKGROUND_POLL_SECONDS)
         return super().all_gather_object(value)
 
 
@@ -216,14 +218,14 @@ def _width(tensor):
 
 
 def _raw(tensor):
-    """A host tensor's memory for MPI, which knows no 16-bit floats: those travel as int16."""
+    """The memory of a host tensor for MPI. MPI knows no 16-bit floats, so they travel as int16."""
     return (tensor.view(torch.int16) if tensor.is_floating_point() and tensor.itemsize == 2 else tensor).numpy()
 
 
 class HorovodGroup(MpiGroup):
-    """The same through Horovod, whose NCCL operations take CUDA tensors where they are, on a stream of their own.
+    """The same through Horovod, whose NCCL operations take CUDA tensors without a copy, on a stream of their own.
 
-    Horovod has no sends and does not reduce uint8; those and all_to_all, none of which a step needs, stay with mpi4py.
+    Horovod has no sends and does not reduce uint8. These and all_to_all stay with mpi4py; no step needs them.
     """
 
     def __init__(self, comm, traffic, name, process_set):
@@ -236,32 +238,31 @@ class HorovodGroup(MpiGroup):
         self._calls = 0
 
     def _call(self):
-        # Horovod matches tensors of different ranks by name; groups call in the same order, so a count serves.
+        # Horovod matches the tensors of ranks by name. All ranks call in the same order, so a counter serves as name.
         self._calls += 1
         return {"name": f"{self._name}.{self._calls}", "process_set": self._set}
 
-    def _begin_horovod(self, what, num_bytes, handle, finish, background):
+    def _begin_horovod(self, what, num_bytes, handle, finish):
         return self._traffic.begin(f"{self._name}.{what}", num_bytes, lambda: self._hvd.poll(handle),
-                                   lambda: finish(self._hvd.synchronize(handle)), background)
+                                   lambda: finish(self._hvd.synchronize(handle)))
 
-    def _all_reduce(self, tensor, op, background):
+    def _all_reduce(self, tensor, op):
         if tensor.dtype == torch.uint8:
-            return super()._all_reduce(tensor, op, background)
+            return super()._all_reduce(tensor, op)
         handle = self._hvd.allreduce_async_(tensor, op=self._hvd_ops[op], **self._call())
-        return self._begin_horovod("all_reduce", sent_all_reduce(self.size, tensor.nbytes), handle, lambda t: t,
-                                   background)
+        return self._begin_horovod("all_reduce", sent_all_reduce(self.size, tensor.nbytes), handle, lambda t: t)
 
-    def _all_gather(self, tensor, counts, background):
+    def all_gather_async(self, tensor, counts=None):
         tensor = tensor.detach().contiguous()
-        bits = tensor.view(torch.float16) if tensor.dtype == torch.bfloat16 else tensor  # which Horovod does not know
+        bits = tensor.view(torch.float16) if tensor.dtype == torch.bfloat16 else tensor  # unknown to Horovod
         handle = self._hvd.allgather_async(bits, **self._call())
         return self._begin_horovod("all_gather", sent_all_gather(self.size, tensor.nbytes), handle,
-                                   lambda gathered: gathered.view(tensor.dtype), background)
+                                   lambda gathered: gathered.view(tensor.dtype))
 
     def reduce_scatter_async(self, tensor, counts):
-        # Horovod's own reducescatter knows only near-equal pieces, so the sum is cut here.
+        # Horovod's own reducescatter has near-equal pieces only, so the whole sum is cut here.
         whole = tensor.detach().to(sum_dtype(tensor))
         first = sum(counts[: self.rank])
         handle = self._hvd.allreduce_async(whole, op=self._hvd.Sum, **self._call())
         return self._begin_horovod("reduce_scatter", sent_all_reduce(self.size, whole.nbytes), handle,
-                                   lambda total: total[first : first + counts[self.rank]].clone(), background=True)
+                                   lambda total: total[first : first + counts[self.rank]].clone())

@@ -11,18 +11,18 @@ import traceback
 from xc.errors import ExitRun, UserError, one_line
 from xc.run import signals as stop
 
-# Variables that a launcher sets for its ranks; SLURM_PROCID is not among them, since a batch script has it too.
+# Variables that a launcher sets for its ranks. SLURM_PROCID is not among them, since a batch script has it as well.
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "HOROVOD_RANK")
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "HOROVOD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def launched_rank():
-    """This process's rank as its launcher states it, None when there is none."""
+    """The rank of this process by its launcher's variables; None without a launcher."""
     return next((int(os.environ[v]) for v in _RANK_VARIABLES if v in os.environ), None)
 
 
 def launched_size():
-    """The number of ranks as their launcher states it, None where it does not."""
+    """The number of ranks by the launcher's variables; None where they do not say."""
     return next((int(os.environ[v]) for v in _SIZE_VARIABLES if v in os.environ), None)
 
 
@@ -30,13 +30,13 @@ def launched_by_gloo():
     return os.environ.get("HOROVOD_CONTROLLER") == "gloo"
 
 
-_started = False  # whether every rank has said how it came through its start
+_started = False  # whether all ranks have compared the errors of their start
 
 
 def agree_at_start(error):
-    """What went wrong before MPI ran (a flag, a file of flags, a device), of the first rank that it befell.
+    """Raise, on all ranks, the error of the first rank that failed before MPI ran: a flag, an argument file, a device.
 
-    Every rank calls this once: with None when it opens its world, or with its error from `run`. Raises it on all.
+    Every rank calls this once: with None when it opens its world, or with its error from `run`. Collective.
     """
     from mpi4py import MPI
 
@@ -50,8 +50,6 @@ def agree_at_start(error):
 
 def run(main):
     """Call main(); where it fails, end this process so that no other rank waits for it.
-
-    ExitRun: as it says.
 
     UserError, which all ranks raise alike once the world is open: rank 0 prints one line, all exit with its code.
     Anything else happened to this rank alone: it is printed with the rank and MPI ends all ranks (2 for a ValueError,

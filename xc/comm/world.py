@@ -1,16 +1,15 @@
-"""The ranks: one process, or many under MPI. The only file that imports mpi4py or Horovod or reads the launcher's
-environment.
+"""The ranks of a run: one process, or many under MPI.
 
-`World` is the case of one process, and the contract. The world is a grid: `world.shards` is the group of ranks that
-together hold one copy of the classifier, `world.replicas` the group of ranks that hold the same shard of different
-copies, `world.everyone` all of them, `world.background` all of them once more, for a thread beside
-the steps. The same ranks make a second grid: `world.host` are those on one host,
-`world.across` those of the same place on every host. A `Group` has collectives on torch tensors, blocking or begun now
-and waited for later; the backbone's dense gradients go through `World.all_reduce_async`, which is Horovod's.
+`World` is one process, and the contract; `MpiWorld` is the same for many. The ranks form a grid:
 
-All collectives SUM; nothing in here averages. Host tensors of a group travel by mpi4py (between two hosts its gather
-of 11 x 32 KB took 2 ms, Horovod's 3); CUDA tensors by Horovod with NCCL in a process set per group where that is
-built, otherwise by mpi4py through host memory.
+    world.shards      the ranks that together hold one copy of the classifier
+    world.replicas    the ranks that hold the same shard in different copies
+    world.all_ranks   all of them; world.background: all of them again, for a background thread
+    world.host        the ranks on this host
+    world.cross_host  the ranks with the same place on every host
+
+A `Group` (groups.py) has the collectives. The backbone's dense gradients go through `World.all_reduce_async`, which is
+Horovod's. All collectives SUM; nothing in here averages.
 """
 
 import os
@@ -24,13 +23,13 @@ from xc.comm.launch import agree_at_start, launched_by_gloo, launched_rank, laun
 from xc.comm.traffic import Traffic, sent_all_reduce
 from xc.errors import UserError
 
-# By which people mend ranks that are slow or do not meet.
-_SETTINGS = ("OMP_NUM_THREADS", "OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_btl_tcp_if_exclude", "OMPI_MCA_btl_tcp_links",
-             "OMPI_MCA_btl", "OMPI_MCA_pml")
+# Variables by which people repair ranks that are slow or do not reach each other.
+_NETWORK_VARIABLES = ("OMP_NUM_THREADS", "OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_btl_tcp_if_exclude",
+                      "OMPI_MCA_btl_tcp_links", "OMPI_MCA_btl", "OMPI_MCA_pml")
 
 
 class World:
-    """One process. `MpiWorld` is the same for many."""
+    """One process, and the contract of `MpiWorld`."""
 
     rank = 0
     size = 1
@@ -40,34 +39,35 @@ class World:
     def __init__(self, device="cpu"):
         self.device = torch.device(device)
         self.traffic = Traffic()
-        self.everyone = self.shards = self.replicas = self.host = self.across = Group()
+        self.all_ranks = self.shards = self.replicas = self.host = self.cross_host = Group()
         self.background = Group()
         self.mailbox = Mailbox()
 
     def all_reduce_async(self, tensor, name):
         """Begin to sum a tensor over all ranks in place, in its own type; returns a function that waits.
 
-        name: the same on all ranks, another for each tensor that is in flight.
+        name  the same on all ranks, and different for every tensor in flight
         """
         return lambda: tensor
 
-    def agreed(self):
-        """`Group.agreed` of all ranks."""
-        return self.everyone.agreed()
+    def raise_on_all_ranks(self):
+        """`Group.raise_on_all_ranks` of all ranks."""
+        return self.all_ranks.raise_on_all_ranks()
 
     def abort(self, code):
-        """End all ranks at once, from whichever thread."""
+        """End all ranks at once, from any thread."""
         os._exit(code)
 
     def facts(self):
-        """{name: value}: this process's host, and what of its environment decides how ranks meet."""
-        return {"host": _host_name(), "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ}}
+        """{name: value}: the host of this process, and the variables that decide how ranks reach each other."""
+        settings = {name: os.environ[name] for name in _NETWORK_VARIABLES if name in os.environ}
+        return {"host": _host_name(), "settings": settings}
 
     def libraries(self):
-        """{name: value}: what MPI and Horovod are here. ImportError where they cannot be loaded."""
+        """{name: value}: versions and features of MPI and Horovod. ImportError where they cannot be loaded."""
         import mpi4py
 
-        mpi4py.rc.initialize = False  # which has been done where there are ranks
+        mpi4py.rc.initialize = False  # where there are ranks, MPI has been initialised
         import horovod.torch as hvd
         from mpi4py import MPI
 
@@ -78,14 +78,14 @@ class World:
 
 
 class MpiWorld(World):
-    """The ranks of an MPI launcher, with Horovod beside mpi4py."""
+    """The ranks of an MPI launcher, with mpi4py and Horovod."""
 
     def __init__(self, device="cpu", model_parallel_size=0, collectives="auto"):
         """collectives: mpi | horovod | auto (Horovod for CUDA tensors where it has NCCL)."""
-        if launched_by_gloo():  # asked before MPI starts: a process that MPI did not launch may not get through that
+        if launched_by_gloo():  # before MPI starts, which may hang in a process that MPI did not launch
             raise UserError("launched by horovodrun --gloo, under which there is no MPI for the classifier's shards: "
                             "use horovodrun --mpi, mpirun or srun --mpi=pmix")
-        # Fusion would group tensors by timing, and with it the order of summation; exchange.py makes fixed buckets.
+        # Horovod's fusion groups tensors by timing, which changes the order of summation; gradients/ has fixed buckets.
         os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
         import horovod.torch as hvd
         from mpi4py import MPI
@@ -99,8 +99,8 @@ class MpiWorld(World):
         hosts = _hosts(comm.allgather(_host_name()))
         across = list(zip(*hosts, strict=True)) if len({len(ranks) for ranks in hosts}) == 1 else []
         groups = _grid(comm.size, model_parallel_size)
-        more = [ranks for ranks in (*hosts, *map(list, across)) if 1 < len(ranks) < comm.size]
-        groups += [ranks for ranks in more if ranks not in groups]
+        other_groups = [ranks for ranks in (*hosts, *map(list, across)) if 1 < len(ranks) < comm.size]
+        groups += [ranks for ranks in other_groups if ranks not in groups]
         use_horovod = collectives == "horovod" or (collectives == "auto" and device == "cuda" and hvd.nccl_built())
         process_sets = [hvd.ProcessSet(ranks) for ranks in groups] if use_horovod else []
         hvd.init(process_sets=process_sets)
@@ -112,7 +112,7 @@ class MpiWorld(World):
         if device == "cuda":
             torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
         self.device = torch.device(device)
-        if "OMP_NUM_THREADS" not in os.environ:  # or every rank would take all cores
+        if "OMP_NUM_THREADS" not in os.environ:  # without this every rank would take all cores
             cores = min(len(os.sched_getaffinity(0)), os.cpu_count() // hvd.local_size())
             torch.set_num_threads(max(1, cores))
 
@@ -129,14 +129,15 @@ class MpiWorld(World):
         self.traffic = Traffic()
         width = model_parallel_size or comm.size
         copy = comm.rank // width
-        self.everyone = group("everyone", list(range(comm.size)))
+        self.all_ranks = group("all_ranks", list(range(comm.size)))
         self.background = BackgroundGroup(comm.Dup(), Traffic(), "background") if comm.size > 1 else Group()
         self.mailbox = MpiMailbox(comm.Dup())
         self.shard_ranks = range(copy * width, (copy + 1) * width)
         self.shards = group("shards", list(self.shard_ranks))
         self.replicas = group("replicas", list(range(comm.rank % width, comm.size, width)))
         self.host = group("host", next(ranks for ranks in hosts if comm.rank in ranks))
-        self.across = group("across", list(across[self.host.rank])) if across else None  # hosts of different sizes
+        # None where hosts have different numbers of ranks.
+        self.cross_host = group("cross_host", list(across[self.host.rank])) if across else None
 
     @staticmethod
     def _check_launch(hvd, MPI):
@@ -170,7 +171,10 @@ class MpiWorld(World):
 
 
 def _grid(size, model_parallel_size):
-    """Ranks of every group of shards and of replicas that is neither one rank nor all; checks that the grid fits."""
+    """The groups of shards and of replicas, as lists of ranks, but for those of one rank and of all.
+
+    UserError where the size of a copy does not divide the number of ranks.
+    """
     width = model_parallel_size or size
     if size % width:
         raise UserError(
@@ -181,17 +185,17 @@ def _grid(size, model_parallel_size):
 
 
 def _host_name():
-    """This host. XC_HOST, where it is set, says so instead: for tests of several hosts on one."""
+    """Name of this host. XC_HOST overrides it, so that tests can have several hosts on one machine."""
     return os.environ.get("XC_HOST") or platform.node()
 
 
 def _hosts(names):
-    """Ranks on every host, from the names of all ranks' hosts."""
+    """Lists of the ranks on every host, from the host names of all ranks."""
     return [[rank for rank, other in enumerate(names) if other == name] for name in dict.fromkeys(names)]
 
 
 def open_world(device="auto", model_parallel_size=0):
-    """The world that this process was launched into."""
+    """The World that this process was launched into. UserError where the launch or the device cannot work."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():

@@ -12,7 +12,7 @@ A split is what the Loader takes examples from, a `PackSplit` or a `SyntheticSpl
     split.bad_records                          set of the record numbers that this rank could not use
 
 The examples of all ranks are one endless sequence, epoch after epoch, fixed by the seed. A step takes the next
-`global_batch` examples, and each rank its part of them. So the position of a run is one number, any number of ranks can
+`global_batch` examples, and each rank its part of them. So the progress of a run is one number, any number of ranks can
 resume from it, and with --sampler natural no example is left out or repeated within an epoch.
 
 Threads read and decode. `prepared` then converts pixels to numbers and distorts them, which takes four times as long as
@@ -61,7 +61,7 @@ class Loader:
 
         UserError where there are more than --max-bad-records.
         """
-        found = set().union(*self.world.everyone.all_gather_object(self.split.bad_records))
+        found = set().union(*self.world.all_ranks.all_gather_object(self.split.bad_records))
         if len(found) > self.cfg.max_bad_records:
             raise UserError(too_many_bad(len(found), self.cfg.max_bad_records, f"records {sorted(found)}"))
         return len(found) or None
@@ -111,7 +111,7 @@ class BatchQueue:
 
     def take(self, count):
         """A list of the next `count` batches, fewer at the end. Then max(count, PREFETCH) more are being loaded."""
-        watchdog.note("data")
+        watchdog.heartbeat("data")
         for job in islice(self._jobs, max(0, count + max(count, PREFETCH) - len(self._pending))):
             self._pending.append((job, self._pool.submit(self._loaded, job)))
         taken = [self._pending.popleft() for _ in range(min(count, len(self._pending)))]

@@ -24,7 +24,7 @@ A data set with splits is a folder of packs, OUT/train and perhaps OUT/val, OUT/
 
 Every dataset is one-dimensional, little-endian, contiguous and uncompressed: images are compressed already, and a
 record is then one range of bytes. HDF5 tells where the datasets lie; they are read with pread, which has no file
-position, so threads share a handle without a lock and a fork does no harm. Attributes are integers, or UTF-8 texts of
+progress, so threads share a handle without a lock and a fork does no harm. Attributes are integers, or UTF-8 texts of
 fixed length: HDF5 keeps texts of variable length in a heap, and can loop for ever on a damaged one. The same source,
 seed, --shard-mb and number of parts give the same bytes, so no file holds a time. All numbers have 64 bits. The cost of
 opening a pack and of reading a record does not grow with the number of classes.

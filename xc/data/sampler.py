@@ -1,7 +1,7 @@
 """The order of examples: endless sequences of record numbers, each a function of (seed, position) alone.
 
-The state of a run is one number, the position. Any number of ranks takes parts of such a sequence and resumes anywhere
-in it. An epoch has as many examples as there are records. Threads may share an order.
+The progress of a run is one number, the position. Any number of ranks takes parts of such a sequence and resumes
+anywhere in it. An epoch has as many examples as there are records. Threads may share an order.
 
     order.records(first, count)    record numbers of the examples first … first + count − 1, (count,) int64
 
@@ -17,7 +17,6 @@ import numpy as np
 
 from xc.data.hashing import keys_of, shuffled
 
-SAMPLERS = ("natural", "balanced", "sqrt", "weighted")
 CHUNK = 256  # neighbouring records that stay near each other in the order
 WINDOW = 256 * CHUNK  # examples that are mixed with each other
 _CHUNKS, _POINTS, _RECORDS = range(1, 4)  # streams of random numbers, see keys_of

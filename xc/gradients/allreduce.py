@@ -1,4 +1,4 @@
-"""The backbone's gradients between ranks: dense, or the largest alone (DGC)."""
+"""The backbone's gradients summed over all ranks, dense, while the backward pass goes on."""
 
 import weakref
 from pathlib import Path
@@ -13,29 +13,29 @@ _SKETCH = 2**15  # numbers of a gradient's sketch
 
 
 class AllReduce:
-    """Sums the backbone's gradients over all ranks, bucket by bucket, while the backward pass goes on.
+    """Sums the gradients of the backbone over all ranks, bucket by bucket, while the backward pass goes on.
 
-    The gradients of a bucket live in one flat tensor, of which every parameter's .grad is a view; when the last of
-    them has been accumulated, the whole is handed to Horovod. Buckets are fixed when the exchange is made, in reverse
-    order of the parameters, which is about the order in which gradients appear: the sums have the same bits in every
-    run, which Horovod's own fusion, grouping by arrival, does not promise.
+    The gradients of a bucket lie in one flat tensor, and every parameter's .grad is a view of it. When the last
+    gradient of a bucket is complete, Horovod gets the whole tensor. The buckets are fixed, in the reverse order of the
+    parameters, which is about the order in which gradients appear. So the sums have the same bits in every run.
+    Horovod's own fusion groups by arrival and does not promise that.
 
-    Construct once; then per step: backward passes, of which the last comes after `begin`, `reduce`, optimizer step,
-    `zero_grad`. In a step of several micro-batches before which `watched` was set to a number, `norms` tells those of
-    the first one's gradient and of the whole.
+    The calls of a step: backward passes, with `begin` before the last one, then `reduce`, the optimizers, `zero_grad`.
 
-    They are norms of sums over all ranks, of which no rank may ever hold the whole, so each rank adds up its gradient,
-    cut into rows of 2^15 numbers, with random signs to one row, and these are summed over the ranks. Its norm is right
-    on average, and about 1 % off (a sketch; Alon, Matias and Szegedy 1996). Norms of a rank's own gradient would not
-    do: with a norm of the features over the global batch, much of it cancels between ranks.
+    Where `noise_seed` was set to a number before a step of several micro-batches, `norms` gives the squared norms of
+    the first micro-batch's gradient and of the whole. These are norms of sums over all ranks, and no rank may hold the
+    whole sum. So each rank cuts its gradient into rows of 2^15 numbers and adds them up with random signs; the results
+    are summed over the ranks. The norm of this sketch is right on average, and off by about 1 % (Alon, Matias and
+    Szegedy 1996). Norms of a rank's own gradient would be wrong: FeatureNorm uses the global batch, so much of a
+    rank's gradient cancels between ranks.
     """
 
-    keeps_momentum = False  # whether momentum is taken here, for parameters of two dimensions and more
+    keeps_momentum = False  # whether the exchange applies the momentum of parameters with two or more dimensions
 
     def __init__(self, backbone, world, bucket_mb=4.0, bits=32, loss_scale=None):
-        """bits: of every number on the way, 16 are float16's. loss_scale: what backward passes begin with."""
+        """bits: of every number that is sent; 16 is float16. loss_scale: the LossScale of the backward passes."""
         self.world, self.bits, self.loss_scale = world, bits, loss_scale or LossScale()
-        self.watched, self._sketches = None, {}
+        self.noise_seed, self._sketches = None, {}
         self._buffers_differ = False  # between ranks
         self._backbone, self._buckets = backbone, []
         self._make_buckets([p for p in reversed(list(backbone.parameters())) if p.requires_grad], bucket_mb * 2**20)
@@ -44,21 +44,24 @@ class AllReduce:
         for members in fill_buckets(parameters, max_bytes):
             self._buckets.append(DenseBucket(members, f"backbone.{len(self._buckets)}", self))
 
-    def first_passed(self):
-        """The backward pass of the first of several micro-batches is over."""
-        if self.watched is not None:
+    def after_first_backward(self):
+        """Called after the backward pass of the first of several micro-batches."""
+        if self.noise_seed is not None:
             for bucket in self._buckets:
                 self._sketch("first", bucket, self.loss_scale.scale)
 
-    def begin(self, now):
-        """The next backward pass is the last of the step `now` of the schedule: what it completes can leave."""
+    def begin(self, plan):
+        """Called before the last backward pass of a step: complete buckets can be sent from now on."""
         self._buffers_differ = True
         for bucket in self._buckets:
-            bucket.begin(now)
+            bucket.begin(plan)
 
     def reduce(self):
-        """Wait until every .grad of the backbone is the sum over all ranks. Returns whether all are finite, which is
-        looked at where losses are scaled; where they are not, no rank may use them. Collective."""
+        """Wait until every .grad of the backbone is the sum over all ranks. Collective.
+
+        returns  whether all sums are finite, the same on all ranks. Only looked at where losses are scaled; no rank may
+                 use sums that are not
+        """
         self._exchange()
         if not self.loss_scale.active:
             return True
@@ -68,15 +71,15 @@ class AllReduce:
 
     def _exchange(self):
         for bucket in self._buckets:
-            bucket.launch()  # unless it is under way: some parameter took no part in the loss
+            bucket.launch()  # if it is not under way: a parameter without a gradient holds it back
         for bucket in self._buckets:
             bucket.finish()
 
     def _all_finite(self):
         return all(bool(bucket.flat.isfinite().all()) for bucket in self._buckets)
 
-    def note(self, bucket):
-        """Its gradients are complete on this rank, and yet to be changed."""
+    def on_bucket_ready(self, bucket):
+        """Called when the gradients of a bucket are complete on this rank and not yet changed."""
         if "first" in self._sketches:
             self._sketch("all", bucket, self.loss_scale.scale)
 
@@ -84,33 +87,35 @@ class AllReduce:
         if name not in self._sketches:
             self._sketches[name] = bucket.flat.new_zeros(_SKETCH)
         total, rows = self._sketches[name], bucket.flat.split(_SKETCH)
-        random = np.random.default_rng([self.watched, self._buckets.index(bucket)])  # the same on all ranks
+        random = np.random.default_rng([self.noise_seed, self._buckets.index(bucket)])  # the same on all ranks
         signs = torch.from_numpy(random.integers(2, size=2 * _SKETCH) * 2 - 1).to(bucket.flat)
         for row, first in zip(rows, random.integers(_SKETCH, size=len(rows)).tolist(), strict=True):
             total[: len(row)].addcmul_(row, signs[first : first + len(row)], value=1 / scale)
 
-    def norms(self, now):
-        """Squared norms of a watched step's gradients and one over the numbers of their examples: of the mean over the
-        first micro-batch's, 1 / its examples, of the mean over all, 1 / all; the same on all ranks. None where there
-        was one micro-batch only. Collective.
+    def norms(self, plan):
+        """Squared norms for the noise scale, the same on all ranks; None without `noise_seed`, or with one micro-batch.
+
+        returns  |mean gradient of the first micro-batch|², 1 / its examples, |mean gradient of all|², 1 / all examples
+
+        Collective.
         """
         if "all" not in self._sketches:
             return None
         sums = torch.stack([self._sketches["first"], self._sketches["all"]])
-        first, whole = self.world.everyone.all_reduce(sums).double().square().sum(1).tolist()
-        return first * now.micro_batches**2, now.micro_batches / now.global_batch, whole, 1 / now.global_batch
+        first, whole = self.world.all_ranks.all_reduce(sums).double().square().sum(1).tolist()
+        return first * plan.micro_batches**2, plan.micro_batches / plan.global_batch, whole, 1 / plan.global_batch
 
     def average_buffers(self):
-        """Make the buffers (batch-norm statistics, which every rank takes of its own examples) the same. Collective."""
+        """Average the buffers (batch-norm statistics of each rank's own examples) over the ranks. Collective."""
         buffers = self._own_buffers()
         for name, mean in self.mean_buffers().items():
             buffers[name].copy_(mean)
         self._buffers_differ = False
 
     def mean_buffers(self):
-        """{name: mean over the ranks} of the buffers, if they may differ. Collective."""
+        """{name: mean over the ranks} of the buffers; empty where all ranks have the same. Collective."""
         buffers = self._own_buffers() if self._buffers_differ else {}
-        return {name: self.world.everyone.all_reduce(buffer.clone()).div_(self.world.size)
+        return {name: self.world.all_ranks.all_reduce(buffer.clone()).div_(self.world.size)
                 for name, buffer in buffers.items()}
 
     def _own_buffers(self):
@@ -122,21 +127,21 @@ class AllReduce:
             bucket.flat.zero_()
 
     def files(self):
-        """{file name: {name: tensor}} of what this rank has for itself, for a checkpoint: what it has yet to deliver,
-        and its buffers since they were averaged."""
+        """{file name: {name: tensor}}: this rank's own state for a checkpoint, unsent gradients and buffers that
+        differ."""
         buffers = self._own_buffers()
         if not buffers or not self._buffers_differ or self.world.size == 1:
             return {}
         return {f"buffers-{self.world.rank:06d}.safetensors": buffers}
 
     def load(self, folder):
-        """Read what `files` had, on any number of ranks. Not collective; ValueError if it is another exchange's."""
+        """Read what `files` wrote on any number of ranks. ValueError for files of another exchange. Not collective."""
         if residual_files(folder):
-            raise ValueError("it holds gradients yet to be sent: go on with the --exchange that it was made with")
+            raise ValueError("it holds unsent gradients: resume with the --exchange that it was written with")
         self._load_buffers(folder)
 
     def _load_buffers(self, folder):
-        """This rank's own, where as many ranks had some; or else the backbone has their mean."""
+        """Load this rank's own buffers where as many ranks wrote some. Otherwise the backbone keeps their mean."""
         paths = sorted(Path(folder).glob("buffers-*.safetensors"))
         self._buffers_differ = len(paths) == self.world.size
         for name, buffer in load_file(paths[self.world.rank]).items() if self._buffers_differ else ():
@@ -148,14 +153,14 @@ def residual_files(folder):
 
 
 class Bucket:
-    """Parameters whose gradients are exchanged together: views of `flat` (N,)."""
+    """Parameters whose gradients are exchanged together, as views of `flat` (N,)."""
 
     def __init__(self, parameters):
         sizes = [p.numel() for p in parameters]
         self.flat = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
         self._num_parameters = len(parameters)
         self.missing, self._last_pass, self._wait = len(parameters), False, None
-        ready = weakref.WeakMethod(self._ready)  # or nothing would ever be freed: gc sees no cycles through autograd
+        ready = weakref.WeakMethod(self._ready)  # gc sees no cycles through autograd
 
         def hook(parameter):
             if method := ready():
@@ -165,7 +170,7 @@ class Bucket:
             parameter.grad = piece.view_as(parameter)
             parameter.register_post_accumulate_grad_hook(hook)
 
-    def begin(self, now):
+    def begin(self, plan):
         self._last_pass = True
 
     def _ready(self, parameter):
@@ -188,7 +193,7 @@ class DenseBucket(Bucket):
 
     def launch(self):
         if self._wait is None:
-            self._exchange.note(self)
+            self._exchange.on_bucket_ready(self)
             out = self.flat.half() if self._exchange.bits == 16 else self.flat
             self._wait = self._exchange.world.all_reduce_async(out, self._name)
 

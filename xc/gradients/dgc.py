@@ -1,6 +1,6 @@
 """Deep gradient compression: of every layer only the largest sums of unsent gradients are sent.
 
-The message of a layer is written and read by `pack` and `unpack` of topk.py: that is the wire format.
+The wire format of a layer's message is that of `pack` and `unpack` in topk.py.
 """
 
 import math
@@ -12,39 +12,37 @@ from xc.comm.groups import Group
 from xc.comm.shard import Shard
 from xc.comm.traffic import sent_all_gather, sent_all_reduce
 from xc.gradients.allreduce import AllReduce, Bucket, fill_buckets, residual_files
-from xc.gradients.topk import message_bytes, pack, top_places, unpack
+from xc.gradients.topk import message_bytes, pack, topk_indices, unpack
 
 _GROUP_BYTES = 2**18  # smaller tensors share a selection and a message
 
 
 class Dgc(AllReduce):
-    """Deep gradient compression (Lin et al. 2018): only the largest sums of what was not yet sent are.
+    """Deep gradient compression (Lin et al. 2018).
 
-    Of every layer, g its local gradient, m the momentum, u and v kept on this rank:
+    Of every layer, g is the local gradient and m the momentum; u and v stay on this rank:
 
-        u ← m u + g          momentum correction; Nesterov: u ← m (u + g), and u + g in place of u below
+        u ← m u + g          momentum correction
         v ← v + u            residual
-        the k places of the largest |v| are sent and summed over the ranks; there v ← 0, u ← 0 (factor masking)
+        the k largest |v| are sent and summed over the ranks; v ← 0 and u ← 0 there (momentum factor masking)
 
-    k is `now.density` of the layer, which falls during a warm-up. clip: g of a layer, or of layers taken together, is
-    scaled to a norm of at most clip / sqrt(W). With 16 bits values travel as bfloat16, and v keeps what rounding took.
-    What was given, the sum of all u, is what was delivered plus the residuals.
+    k is the density of the StepPlan times the size of the layer. It falls during a warm-up. With 16 bits the values
+    travel as bfloat16, and v keeps the rounding error. Law: the sum of all u is what was delivered plus the residuals.
 
-    Tensors of fewer than two dimensions are summed as they are, with the optimizer's momentum. So is a layer's u where
-    the places would send no less than a dense sum, which is above a density of about 1/W: u is not masked then, and
-    with density 1, or one rank, all numbers are those of the dense exchange with momentum (and without weight decay,
-    which is not summed up here, see optim.py). Layers below 256 KB are taken together.
+    Tensors of fewer than two dimensions are summed dense, with the optimizer's momentum. A layer is summed dense, too,
+    where a sparse message would be no smaller, which is above a density of about 1/W. Its u is not masked then, so with
+    density 1, or on one rank, all numbers are those of the dense exchange with momentum (and without weight decay,
+    which is not accumulated here, see optim/optimizers.py). Layers below 256 KB share a selection.
 
-    two_level: gradients are summed inside a host first, dense; each of its ranks selects in its part of every layer,
-    and only these messages travel between hosts.
+    two_level  gradients are summed dense inside a host first. Each rank of the host selects in its part of every layer,
+               and only these messages travel between hosts
     """
 
     keeps_momentum = True
 
-    def __init__(self, backbone, world, bucket_mb=4.0, bits=32, loss_scale=None, *, momentum=0.9, nesterov=False,
-                 clip=0.0, two_level=False):
-        self.momentum, self.nesterov, self.clip = momentum, nesterov, clip
-        self.inner, self.outer = (world.host, world.across) if two_level else (Group(), world.everyone)
+    def __init__(self, backbone, world, bucket_mb=4.0, bits=32, loss_scale=None, *, momentum=0.9, two_level=False):
+        self.momentum = momentum
+        self.inner, self.outer = (world.host, world.cross_host) if two_level else (Group(), world.all_ranks)
         self._sparse = []
         super().__init__(backbone, world, bucket_mb, bits, loss_scale)
 
@@ -57,8 +55,11 @@ class Dgc(AllReduce):
         self._buckets += self._sparse
 
     def launch_in_order(self):
-        """Begin to exchange the layers that are complete and that all before them are: collectives of a group must
-        begin in the same order on every rank. Between hosts a layer follows while the next one is summed inside."""
+        """Begin the exchange of the complete layers that follow on complete ones.
+
+        The collectives of a group must begin in the same order on every rank. Between hosts, a layer is selected while
+        the next one is summed inside the host.
+        """
         before = None
         for bucket in self._sparse:
             if bucket.missing:
@@ -70,19 +71,19 @@ class Dgc(AllReduce):
                 before.select()
             before = bucket
 
-    def begin(self, now):
-        self._now, self._buffers_differ = now, True
+    def begin(self, plan):
+        self._plan, self._buffers_differ = plan, True
         if not self.loss_scale.active:
-            super().begin(now)
+            super().begin(plan)
 
     def reduce(self):
-        if self.loss_scale.active:  # what overflowed on any rank must reach no residual: nothing left so far
+        if self.loss_scale.active:  # nothing was sent so far: an overflow on any rank must reach no residual
             for bucket in self._buckets:
                 bucket.flat.div_(self.loss_scale.scale)
             overflow = torch.tensor([not self._all_finite()], dtype=torch.int32, device=self.world.device)
-            if self.world.everyone.all_reduce(overflow, "max").item():
+            if self.world.all_ranks.all_reduce(overflow, "max").item():
                 return False
-            super().begin(self._now)
+            super().begin(self._plan)
         self._exchange()
         return True
 
@@ -93,29 +94,29 @@ class Dgc(AllReduce):
             bucket.select()
         super()._exchange()
 
-    def note(self, bucket):
+    def on_bucket_ready(self, bucket):
         if "first" in self._sketches:
-            self._sketch("all", bucket, 1.0)  # scaled back before anything left
+            self._sketch("all", bucket, 1.0)  # its gradients were scaled back before
 
     def files(self):
         tables = {f"{name}.{bucket.first + bucket.part.first}": rows
-                  for bucket in self._sparse for name, rows in bucket.kept.items()}
+                  for bucket in self._sparse for name, rows in bucket.unsent.items()}
         return super().files() | {f"residuals-{self.outer.rank:06d}-{self.inner.rank:06d}.safetensors": tables}
 
     def load(self, folder):
-        """What rank r of W' kept goes to rank r mod W: residuals are summed, none is lost."""
+        """Read what `files` wrote. The residuals of rank r of W' go to rank r mod W and are summed: none is lost."""
         if not residual_files(folder):
-            raise ValueError("it holds no gradients yet to be sent: go on with the --exchange that it was made with")
+            raise ValueError("it holds no residuals of DGC: resume with the --exchange that it was written with")
         for bucket in self._sparse:
-            for rows in bucket.kept.values():
-                rows.fill_(-0.0)  # to which any number is added without a change of a bit
+            for rows in bucket.unsent.values():
+                rows.fill_(-0.0)  # adding a number to -0 changes none of its bits
         for path in residual_files(folder):
             if int(path.stem.split("-")[1]) % self.outer.size == self.outer.rank:
                 with safe_open(path, "pt") as file:
-                    self._add_kept(file)
+                    self._add_residuals(file)
         self._load_buffers(folder)
 
-    def _add_kept(self, file):
+    def _add_residuals(self, file):
         for key in file.keys():
             name, first = key.split(".")
             piece, first = file.get_slice(key), int(first)
@@ -124,13 +125,15 @@ class Dgc(AllReduce):
                 mine = Shard(bucket.first + bucket.part.first, bucket.first + bucket.part.last)
                 start, stop = max(first, mine.first), min(last, mine.last)
                 if start < stop:
-                    bucket.kept[name][start - mine.first : stop - mine.first] += piece[start - first : stop - first]
+                    bucket.unsent[name][start - mine.first : stop - mine.first] += piece[start - first : stop - first]
 
 
 class SparseBucket(Bucket):
-    """kept  u and v (n,), of the part of `flat` that this rank selects in: all, or its part among those of its host
+    """Layers that share a selection.
 
-    first, last: where the bucket lies in all sparse parameters, laid end to end.
+    first, last  where the bucket lies among all sparse parameters, laid end to end
+    part         the Shard of `flat` in which this rank selects: all of it, or its part among the ranks of its host
+    unsent       {"u": momentum (n,), "v": residual (n,)} of that part; a checkpoint has them under these names
     """
 
     def __init__(self, parameters, first, dgc):
@@ -138,51 +141,49 @@ class SparseBucket(Bucket):
         self.first, self.last, self._dgc = first, first + len(self.flat), dgc
         self._parts = [Shard.of(len(self.flat), dgc.inner.size, rank) for rank in range(dgc.inner.size)]
         self.part = self._parts[dgc.inner.rank]
-        self.kept = {name: torch.zeros_like(self.flat[: len(self.part)]) for name in "uv"}
+        self.unsent = {name: torch.zeros_like(self.flat[: len(self.part)]) for name in "uv"}
         self._sums = self._messages = None
 
-    def begin(self, now):
-        super().begin(now)
-        self.density = now.density
+    def begin(self, plan):
+        super().begin(plan)
+        self.density = plan.density
 
     def _complete(self):
         self._dgc.launch_in_order()
 
     def _num_sent(self, part):
-        """k of a part, or None where a dense sum sends no more."""
-        longest, size = len(self._parts[0]), self._dgc.outer.size  # all parts go the same way
+        """k of a part; None where a dense sum sends no more."""
+        longest, size = len(self._parts[0]), self._dgc.outer.size  # the longest part decides for all of them
         k = math.ceil(self.density * longest)
         sparse = sent_all_gather(size, message_bytes(k, self._dgc.bits))
         return None if k >= longest or sparse >= sent_all_reduce(size, 4 * longest) else min(k, len(part))
 
     def launch(self):
+        """Begin to sum inside the host, unless that is under way."""
         if self._wait is None:
-            self._dgc.note(self)
-            if self._dgc.clip:
-                most = self._dgc.clip * self._dgc.world.size**-0.5
-                self.flat.mul_((most / self.flat.norm().clamp(min=1e-12)).clamp(max=1))
+            self._dgc.on_bucket_ready(self)
             self._wait = self._dgc.inner.reduce_scatter_async(self.flat, [len(part) for part in self._parts])
 
     def select(self):
+        """Add the gradient to momentum and residual, and begin to send the largest residuals."""
         if self._sums or self._messages:
             return
-        dgc, grad, u, v = self._dgc, self._wait(), self.kept["u"], self.kept["v"]
-        u.mul_(dgc.momentum).add_(grad, alpha=dgc.momentum if dgc.nesterov else 1.0)
-        v.add_(u)
-        if dgc.nesterov:
-            v.add_(grad)
+        dgc, grad, momentum, residual = self._dgc, self._wait(), self.unsent["u"], self.unsent["v"]
+        momentum.mul_(dgc.momentum).add_(grad)
+        residual.add_(momentum)
         k = self._num_sent(self.part)
         if k is None:
-            self._sums = dgc.outer.all_reduce_async(v.clone())
-            v.zero_()
+            self._sums = dgc.outer.all_reduce_async(residual.clone())
+            residual.zero_()
             return
-        places = top_places(v, k)
-        message, sent = pack(v[places], places, dgc.bits)
-        v[places] -= sent
-        u[places] = 0
+        indices = topk_indices(residual, k)
+        message, sent = pack(residual[indices], indices, dgc.bits)
+        residual[indices] -= sent
+        momentum[indices] = 0
         self._messages = dgc.outer.all_gather_async(message)
 
     def finish(self):
+        """Wait for the messages of all ranks and sum them into `flat`."""
         inner, outer = self._dgc.inner, self._dgc.outer
         if self._sums:
             self.flat.copy_(inner.all_gather(self._sums(), [len(part) for part in self._parts]))
@@ -193,7 +194,7 @@ class SparseBucket(Bucket):
             self.flat.zero_()
             for part, k, of_part in zip(self._parts, ks, messages.split([outer.size * s for s in sizes]), strict=True):
                 for message in of_part.chunk(outer.size):
-                    values, places = unpack(message, k, self._dgc.bits)
-                    self.flat[part.first : part.last].index_add_(0, places, values)
+                    values, indices = unpack(message, k, self._dgc.bits)
+                    self.flat[part.first : part.last].index_add_(0, indices, values)
         self._sums = self._messages = None
         self._again()

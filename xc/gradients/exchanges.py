@@ -1,4 +1,4 @@
-"""Exchanges of the backbone's gradients by name."""
+"""The exchanges of the backbone's gradients, by name. A new one is a function here and a line in EXCHANGES."""
 
 import sys
 
@@ -9,18 +9,32 @@ from xc.gradients.dgc import Dgc
 from xc.optim.loss_scale import LossScale
 
 
-def build(backbone, world, cfg):
-    """The exchange that a Config asks for; UserError where these ranks cannot have it. Not collective."""
-    if cfg.exchange == "dense":
-        for flag in ("density", "density_warmup", "dgc_clip") if world.rank == 0 else ():
-            if getattr(cfg, flag) != getattr(Config, flag):
-                print(f"warning: --{flag.replace('_', '-')} has no effect with --exchange dense", file=sys.stderr)
-        return AllReduce(backbone, world, cfg.bucket_mb, cfg.gradient_bits, LossScale.of(cfg))
-    if cfg.exchange == "dgc-hier" and world.across is None:
-        raise UserError("--exchange dgc-hier needs as many ranks on every host: launch so, or take --exchange dgc")
-    dgc = Dgc(backbone, world, cfg.bucket_mb, cfg.gradient_bits, LossScale.of(cfg), momentum=cfg.momentum,
-              clip=cfg.dgc_clip, two_level=cfg.exchange == "dgc-hier")
+def _dense(backbone, world, cfg):
+    for flag in ("density", "density_warmup") if world.rank == 0 else ():
+        if getattr(cfg, flag) != getattr(Config, flag):
+            print(f"warning: --{flag.replace('_', '-')} has no effect with --exchange dense", file=sys.stderr)
+    return AllReduce(backbone, world, bits=cfg.gradient_bits, loss_scale=LossScale.of(cfg))
+
+
+def _dgc(backbone, world, cfg, two_level=False):
+    dgc = Dgc(backbone, world, bits=cfg.gradient_bits, loss_scale=LossScale.of(cfg), momentum=cfg.momentum,
+              two_level=two_level)
     if dgc.outer.size == 1 and world.rank == 0:
-        print(f"warning: --exchange {cfg.exchange} has nothing to send sparse on one "
-              f"{'rank' if world.size == 1 else 'host'}: all is dense", file=sys.stderr)
+        print(f"warning: --exchange {cfg.exchange} sends nothing sparse on one "
+              f"{'rank' if world.size == 1 else 'host'}: all gradients are dense", file=sys.stderr)
     return dgc
+
+
+def _dgc_hier(backbone, world, cfg):
+    if world.cross_host is None:
+        raise UserError("--exchange dgc-hier needs the same number of ranks on every host: launch so, or take "
+                        "--exchange dgc")
+    return _dgc(backbone, world, cfg, two_level=True)
+
+
+EXCHANGES = {"dense": _dense, "dgc": _dgc, "dgc-hier": _dgc_hier}
+
+
+def build(backbone, world, cfg):
+    """The exchange that a Config asks for. UserError where these ranks cannot have it. Not collective."""
+    return EXCHANGES[cfg.exchange](backbone, world, cfg)

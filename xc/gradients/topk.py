@@ -1,49 +1,53 @@
-"""The k largest of many numbers, and their message.
+"""The k largest of many numbers, and the wire format of their message.
 
-Layer-wise top-k by divide and conquer (Song et al. 2020); the way of dividing is ours.
+Layer-wise top-k by divide and conquer (Song et al. 2020). How it divides is ours.
 """
 
 import torch
 
 
-def top_places(values, k):
-    """Places (k,) of the k largest |values| (N,), exactly, in no order; of equal ones any.
+def topk_indices(values, k):
+    """Indices (k,) of the k largest |values| (N,), exact, in no order; of equal values any.
 
-    Divide: |values| fall into columns; the k columns with the highest maxima hold k values that are not below the k-th
-    highest maximum, so the k largest of all lie in these columns (equals aside) and are not below it either. Conquer:
-    the k largest of those. With columns of sqrt(N/k) values this looks at 2 sqrt(N k) numbers after a pass over all.
+    Divide: the values form columns. The k columns with the highest maxima hold k values that are not below the k-th
+    highest maximum. So the k largest of all lie in these columns, equal values aside, and are not below it either.
+    Conquer: take the k largest of those. With columns of sqrt(N/k) values this reads 2 sqrt(N k) numbers after one
+    pass.
     """
     height = int((len(values) / max(1, k)) ** 0.5)
-    if height < 4:  # nothing to gain
+    if height < 4:  # columns would gain nothing
         return values.abs().topk(k, sorted=False).indices
     width = len(values) // height
-    whole = height * width  # the few that are left over are candidates all
+    whole = height * width  # the rest are candidates as well
     table = values[:whole].view(height, width)
-    maxima = torch.maximum(table.amax(0), table.amin(0).neg_())  # twice read, but nothing of that size written
+    maxima = torch.maximum(table.amax(0), table.amin(0).neg_())  # reads the table twice, but writes no copy of it
     least, columns = maxima.topk(k, sorted=False)
-    row, column = (~(table.index_select(1, columns).abs() < least.min())).nonzero(as_tuple=True)  # a NaN stays in
-    places = torch.cat([row * width + columns[column], torch.arange(whole, len(values), device=values.device)])
-    return places[values[places].abs().topk(k, sorted=False).indices]
+    row, column = (~(table.index_select(1, columns).abs() < least.min())).nonzero(as_tuple=True)  # keeps NaN
+    indices = torch.cat([row * width + columns[column], torch.arange(whole, len(values), device=values.device)])
+    return indices[values[indices].abs().topk(k, sorted=False).indices]
 
 
-def pack(values, places, bits):
-    """One int32 buffer of values (k,) and their places (k,): (2 k,) with 32 bits a value, (k + ceil(k/2),) with 16.
+def pack(values, indices, bits):
+    """The message of k values: one int32 buffer with the indices (k,), then the values (k,).
 
-    Returns the buffer and the values as the receiver will have them: 16 bits are bfloat16's.
+    values   (k,)  float32
+    indices  (k,)
+    bits     of a value in the message; 16 is bfloat16, two values in one int32
+    returns  the buffer, (2 k,) for 32 bits or (k + ceil(k/2),) for 16; the values as the receiver will have them
     """
     if bits == 32:
-        return torch.cat([places.int(), values.view(torch.int32)]), values
+        return torch.cat([indices.int(), values.view(torch.int32)]), values
     short = values.bfloat16()
     even = torch.nn.functional.pad(short, (0, len(short) % 2))
-    return torch.cat([places.int(), even.view(torch.int32)]), short.float()
+    return torch.cat([indices.int(), even.view(torch.int32)]), short.float()
 
 
 def unpack(buffer, k, bits):
-    """Values (k,) float32 and places (k,) of a buffer of `pack`."""
-    places, values = buffer[:k], buffer[k:]
-    return (values.view(torch.float32) if bits == 32 else values.view(torch.bfloat16)[:k].float()), places
+    """Values (k,) float32 and indices (k,) from a buffer of `pack`."""
+    indices, values = buffer[:k], buffer[k:]
+    return (values.view(torch.float32) if bits == 32 else values.view(torch.bfloat16)[:k].float()), indices
 
 
 def message_bytes(k, bits):
-    """Of a buffer of `pack`."""
+    """Bytes of a buffer of `pack`."""
     return 4 * (2 * k if bits == 32 else k + (k + 1) // 2)

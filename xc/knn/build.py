@@ -1,10 +1,10 @@
-"""Building and refreshing the graph of the K nearest classes of every class, by the cosine of their rows.
+"""Build and refresh the graph of the K nearest classes of every class, by the cosine of their rows.
 
-    search   the K nearest rows of blocks of own rows, over all shards (ring_search.py)
-    deliver  the edges of a block go to the ranks that own the neighbours, which keep them by class (knn_graph.py)
+    search   the K nearest rows of all shards for blocks of this rank's rows (search.py)
+    deliver  the edges of a block go to the ranks that own the neighbours and keep them by class (graph.py)
 
-A build searches for all rows, a refresh for some; no rank ever holds the whole graph. Song et al. 2020, building the
-graph by a ring.
+A build searches for all rows, a refresh for some of them. No rank ever holds the whole graph. Song et al. 2020, the
+graph is built by a ring.
 """
 
 import time
@@ -17,20 +17,20 @@ from xc.knn.graph import Indexed, KnnGraph, blocks, code_of, join, place_type
 from xc.knn.search import EMPTY, RingSearch, cells_of, ids_of, unit
 from xc.run import watchdog
 
-_SAMPLE = 256  # rows whose exact neighbours are found to measure recall
-_RECALL = 0.965  # of the sample that sets P
+_SAMPLE = 256  # rows whose exact neighbours are searched to measure recall
+_RECALL = 0.965  # wanted on the sample that decides P
 _SAMPLES_PER_CELL, _ROUNDS_OF_KMEANS = 32, 5
-_AUTO_SECONDS = 30  # an exact build of less is not worth an approximation
-_FLOPS_PER_SECOND = {"cpu": 4e10, "cuda": 4e13}  # of a rank's searches: one core, one GPU in 16 bit
-_MOST_MOVED, _RECALL_LOSS = 1 / 3, 0.02  # beyond either, a refresh becomes a build
+_AUTO_SECONDS = 30  # `auto` builds exactly where that is predicted to take less
+_FLOPS_PER_SECOND = {"cpu": 4e10, "cuda": 4e13}  # of one rank: one core, or one GPU in 16 bits
+_MOST_MOVED, _RECALL_LOSS = 1 / 3, 0.02  # a refresh becomes a build beyond either
 
 
 def build(weight, shard, num_classes, num_neighbors, group, method="exact", seed=0):
     """Build the graph of all classes. Collective.
 
-    weight   (S, D)  this shard's rows, of any length, float32 or bfloat16
+    weight   (S, D)  rows of this shard, of any length, float32 or bfloat16
     group    of the shards; rank r owns Shard.of(num_classes, group.size, r)
-    method   exact | approx | auto (exact where it is predicted to take less than half a minute)
+    method   exact | approx | auto (exact where that is predicted to take less than half a minute)
     returns  KnnGraph, {graph_seconds, graph_recall, graph_requeried, graph_bytes_per_class, method}
     """
     start = time.perf_counter()
@@ -38,7 +38,7 @@ def build(weight, shard, num_classes, num_neighbors, group, method="exact", seed
         raise ValueError(f"{num_neighbors} neighbours of {num_classes} classes: take 1 to {num_classes - 1}")
     weight = weight.detach()
     if method == "auto":
-        # By a round figure instead of a measurement: all copies must decide alike, and every run of a recipe.
+        # A constant instead of a measurement, so that all copies and all runs of a recipe decide alike.
         flops = 2 * num_classes**2 * weight.shape[1] / group.size
         method = "exact" if flops < _AUTO_SECONDS * _FLOPS_PER_SECOND[weight.device.type] else "approx"
     indexed = Indexed.of(weight)
@@ -60,14 +60,16 @@ def build(weight, shard, num_classes, num_neighbors, group, method="exact", seed
 
 
 def refresh(graph, weight, shard, group, angle=0.1, seed=0):
-    """A new graph in which the neighbours of rows that moved, and of the rows these were or became neighbours of, are
-    found anew. Collective.
+    """A new graph from an old one. Collective.
 
-    Becomes a build where more than a third of the rows moved, and where recall fell by more than 0.02 since the last
-    build: rows leave the cells, and the number of them that is searched was found, for the rows of that build.
+    It searches again for the rows that moved, and for the rows whose neighbours these were or became.
 
-    angle    radians between a row and what it was when last indexed from which on it counts as moved; as the record
-             is kept in 8 bits, unmoved rows can count below 0.02 (and by 0 all rows do)
+    It becomes a build where more than a third of the rows moved, or where recall fell by more than 0.02 since the last
+    build. Recall falls since rows leave their cells, and the number of cells to search was chosen for the rows of that
+    build.
+
+    angle    radians: a row has moved if it turned so far since it was indexed. The indexed rows have 8 bits, so below
+             0.02 unmoved rows can count as moved
     returns  as build
     """
     start = time.perf_counter()
@@ -75,16 +77,16 @@ def refresh(graph, weight, shard, group, angle=0.1, seed=0):
     assert graph.refreshable(weight)
     moved = graph.indexed.angles(weight) >= angle
 
-    def anew():
+    def rebuild():
         method = "approx" if graph.indexed.probes else "exact"
         built, stats = build(weight, shard, num_classes, graph.num_neighbors, group, method, seed)
         return built, stats | {"graph_seconds": time.perf_counter() - start}
 
     if group.all_reduce(moved.sum()).item() > _MOST_MOVED * num_classes:
-        return anew()
-    indexed = _indexed_anew(graph.indexed, weight, moved)
+        return rebuild()
+    indexed = _indexed_again(graph.indexed, weight, moved)
     local = RingSearch(weight, shard, indexed, graph.num_neighbors, group, graph)
-    # 2: moved; 1: has a neighbour that moved, or is the neighbour of one
+    # 2: moved; 1: a neighbour of it moved, or it is or became the neighbour of a moved row
     touched = torch.zeros(num_classes, dtype=torch.uint8, device=weight.device)
     hits = F.pad(moved[graph.neighbors].cumsum(0, dtype=torch.int32), (1, 0))
     touched[hits[graph.offsets[1:]] > hits[graph.offsets[:-1]]] = 1
@@ -95,7 +97,7 @@ def refresh(graph, weight, shard, group, angle=0.1, seed=0):
         touched[ids_of(keys[keys > EMPTY])] = 1
     touched[shard.first : shard.last][moved] = 2
     group.all_reduce(touched, "max")
-    local.probes = -(-indexed.probes // 16)  # the neighbours that they had are candidates beside what these find
+    local.probes = -(-indexed.probes // 16)  # few, since their former neighbours are candidates as well
     for keys, classes in local.search((touched[shard.first : shard.last] == 1).nonzero().squeeze(1)):
         near.add(keys, classes)
     kept = touched == 0
@@ -105,23 +107,23 @@ def refresh(graph, weight, shard, group, angle=0.1, seed=0):
     new = KnnGraph(shard, graph.num_neighbors, *join([old, far.tensors(), near.tensors()]), indexed)
     stats = _stats(new, local, "refresh", num_classes, start, seed)
     if stats["graph_recall"] < indexed.recall - _RECALL_LOSS:
-        return anew()
+        return rebuild()
     return new, stats | {"graph_requeried": 1 - kept.float().mean().item()}
 
 
 class _Edges:
-    """Gathers the edges that end in this shard; every class comes once, and a rank's classes in ascending order."""
+    """Collects the edges that end in this shard. Every class comes once, the classes of a rank in ascending order."""
 
     def __init__(self, num_classes, local):
         self.group, self.shard = local.group, local.shard
         self.lasts = torch.tensor([Shard.of(num_classes, self.group.size, r).last for r in range(self.group.size)],
                                   device=local.rows.device)
         self.counts = torch.zeros(num_classes, dtype=torch.int32, device=local.rows.device)
-        self.pieces = [[] for _ in range(self.group.size)]  # by source: in the end, classes ascend
+        self.pieces = [[] for _ in range(self.group.size)]  # by source rank, so that classes ascend in the end
         self.place_type = place_type(local.num_neighbors)
 
     def add(self, keys, classes):
-        """Send the edges of a block, keys (Q, K) of classes (Q,), to where they end. Collective."""
+        """Send the edges of a block, keys (Q, K) of classes (Q,), to the ranks that own the neighbours. Collective."""
         query, place = (keys > EMPTY).nonzero(as_tuple=True)
         ids = ids_of(keys[query, place])
         owner = torch.searchsorted(self.lasts, ids, right=True)
@@ -136,14 +138,14 @@ class _Edges:
                 self.pieces[source].append((piece[:, 1] - self.shard.first, piece[:, 2].to(self.place_type)))
 
     def tensors(self):
-        """Edges of every class (C,), neighbors (E,), places (E,)."""
+        """Number of edges of every class (C,), neighbors (E,), places (E,)."""
         pieces = [piece for source in self.pieces for piece in source]
         empty = self.counts.new_empty(0), self.counts.new_empty(0, dtype=self.place_type)
         return self.counts, *(torch.cat(column) for column in zip(empty, *pieces, strict=True))
 
 
-def _indexed_anew(indexed, weight, rows):
-    """Indexed after these rows (a mask) were indexed anew."""
+def _indexed_again(indexed, weight, rows):
+    """A copy of `indexed` in which the rows of this mask are indexed again."""
     codes, cells = indexed.codes.clone(), indexed.cells
     codes[rows] = code_of(weight[rows])
     if indexed.probes:
@@ -153,7 +155,7 @@ def _indexed_anew(indexed, weight, rows):
 
 
 def _stats(graph, local, method, num_classes, start, seed):
-    """Metrics of a build. The recall is that of the graph as it is stored, by the exact neighbours of sampled rows."""
+    """Metrics of a build. Recall compares the stored graph with the exact neighbours of sampled rows. Collective."""
     recall = 1.0
     if method != "exact":
         classes, truth = _sample(local, num_classes, seed + 1, exact=True)
@@ -167,7 +169,7 @@ def _stats(graph, local, method, num_classes, start, seed):
 
 
 def _sample(local, num_classes, seed, exact):
-    """Sampled classes (N,), ascending, and the ids of what a search finds for them (N, K); the same on every rank."""
+    """Sampled classes (N,), ascending, and the ids (N, K) that a search finds for them; the same on every rank."""
     generator = torch.Generator().manual_seed(seed)
     classes = torch.randint(num_classes, (_SAMPLE,), generator=generator).unique().to(local.rows.device)
     mine = classes[local.shard.owns(classes)] - local.shard.first
@@ -177,10 +179,10 @@ def _sample(local, num_classes, seed, exact):
 
 
 def _choose_probes(local, num_classes, seed):
-    """The least P that finds enough of the neighbours of sampled rows. Collective.
+    """The least P that finds enough neighbours of sampled rows. Collective.
 
-    At most one cell in sixteen, or what holds 4 K rows: rows without clusters, as before training, would need nearly
-    all cells and gain nothing over an exact build. What was found instead shows in the recall that is logged.
+    P is at most one cell in sixteen, or the number of cells that hold 4 K rows. Rows without clusters, as before
+    training, would need nearly all cells, which is no faster than an exact build. The logged recall shows the result.
     """
     num_cells = len(local.centroids)
     most = min(num_cells, max(8, num_cells // 16, 4 * local.num_neighbors * num_cells // num_classes))
@@ -194,7 +196,7 @@ def _choose_probes(local, num_classes, seed):
 
 
 def _kmeans(weight, shard, num_classes, group, seed):
-    """Centroids (N, D) of about 4 sqrt(C) cells, from sampled rows; the same on every rank. Collective."""
+    """Centroids (N, D) of about 4 sqrt(C) cells, by k-means of sampled rows; the same on every rank. Collective."""
     generator = torch.Generator().manual_seed(seed)
     num_cells = max(1, min(int(4 * num_classes**0.5), num_classes // 16))
     sample = torch.randint(num_classes, (num_cells * _SAMPLES_PER_CELL,), generator=generator).to(weight.device)
@@ -205,8 +207,8 @@ def _kmeans(weight, shard, num_classes, group, seed):
     sums[seeds] = rows[: len(seeds)].double()
     centroids = unit(group.all_reduce(sums))
     for _ in range(_ROUNDS_OF_KMEANS):
-        watchdog.note("k-means of the rows")
-        # In float64 the order of summation does not show, so the cells are the same for every W.
+        watchdog.heartbeat("k-means of the rows")
+        # The order of summation does not matter in float64, so the cells are the same for every W.
         sums.zero_().index_add_(0, cells_of(rows, centroids).long(), rows.double())
         group.all_reduce(sums)
         centroids = torch.where(sums.any(1, keepdim=True), unit(sums), centroids)

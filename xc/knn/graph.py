@@ -1,6 +1,6 @@
 """The KNN graph as a rank keeps it, and its files.
 
-Letters beside those of the design: E edges, N cells.
+Further dimension letters: E edges, N cells.
 """
 
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-CHUNK = 2**18  # elements of a temporary, to stay in the cache
+CHUNK = 2**18  # elements of a temporary, few enough to stay in the cache
 
 
 class KnnGraph:
-    """This rank's part: for every class of all C, those of its K neighbours that live in this shard.
+    """This rank's part of the graph: for each of all C classes, those of its K neighbours that lie in this shard.
 
-    offsets    (C + 1,)  int32 (int64 where there are more edges): class c has edges offsets[c] ... offsets[c + 1] - 1
-    neighbors  (E,)      int32 local ids, of each class the nearest first
-    places     (E,)      uint8 (int16 for K > 256): 0 for the nearest of all shards, up to K - 1
-    indexed    what the rows were when they were indexed, for `refresh`
+    offsets    (C + 1,)  int32, or int64 from 2^31 edges: class c has the edges offsets[c] … offsets[c + 1] - 1
+    neighbors  (E,)      int32 local ids; the nearest of a class comes first
+    places     (E,)      uint8, or int16 for K > 256: rank of the neighbour, 0 for the nearest of all shards
+    indexed    the rows as they were indexed, for `refresh`
 
-    All shards together have K edges of every class, or fewer where an approximate search found fewer.
+    All shards together hold K edges of every class, or fewer where an approximate search found fewer.
     """
 
     def __init__(self, shard, num_neighbors, offsets, neighbors, places, indexed):
@@ -28,7 +28,7 @@ class KnnGraph:
         self.offsets, self.neighbors, self.places, self.indexed = offsets, neighbors, places, indexed
 
     def lookup(self, labels):
-        """Neighbours of a batch that live in this shard. Not collective.
+        """Look up the neighbours of a batch that lie in this shard. Not collective.
 
         labels   (B,)  int64, global class ids
         returns  rows (E,) into labels, ascending; neighbors (E,) local ids; places (E,); all int64
@@ -40,10 +40,11 @@ class KnnGraph:
         return rows, self.neighbors[at].long(), self.places[at].long()
 
     def forget_rows(self):
-        """Free what only `refresh` needs."""
+        """Free the memory that only `refresh` needs."""
         self.indexed = Indexed(self.indexed.codes.new_empty(len(self.shard), 0))
 
     def refreshable(self, weight):
+        """Whether the graph holds what `refresh` needs for these rows (S, D)."""
         return self.indexed.codes.shape == weight.shape
 
     @property
@@ -55,7 +56,7 @@ class KnnGraph:
         return f"neighbors-{self.shard.first:012d}-{self.shard.last:012d}.safetensors"
 
     def tables(self):
-        """{name: tensor} of its file; shards without classes need none."""
+        """{name: tensor} for its file. A shard without classes needs no file."""
         shape = [self.shard.first, self.shard.last, self.num_classes, self.num_neighbors, self.indexed.probes]
         recall = torch.tensor([self.indexed.recall], dtype=torch.float64)
         return {"shape": torch.tensor(shape), "recall": recall, "offsets": self.offsets, "neighbors": self.neighbors,
@@ -63,9 +64,9 @@ class KnnGraph:
 
     @classmethod
     def read(cls, paths, shard, num_classes, device="cpu"):
-        """The graph of `shard` from the files of all shards, however many wrote them. Not collective.
+        """Read the graph of `shard` from the files of all shards of any number of ranks. Not collective.
 
-        ValueError for a file that is cut, of another number of classes, or missing.
+        ValueError where a file is cut, has another number of classes, or is missing.
         """
         parts, same, indexed, covered, num_neighbors = [], None, None, 0, None
         for path in sorted(paths, key=str):
@@ -84,16 +85,16 @@ class KnnGraph:
                         tables = _checked_tables(file, last - first, *found)
                         covered += stop - start
                         if (first, last) == (shard.first, shard.last):
-                            same = [table.clone() for table in tables]  # not what is mapped from a file that will go
+                            same = [table.clone() for table in tables]  # a copy: the mapped file may be deleted
                         else:
                             parts.append(_edges_within(*tables, first, shard))
             except (OSError, ValueError, TypeError, IndexError, RuntimeError, SafetensorError) as e:
-                raise ValueError(f"file of neighbours {path} cannot be used ({' '.join(str(e).split())}): build the "
-                                 f"graph of these {num_classes} classes anew") from e
+                raise ValueError(f"file of neighbours {path} cannot be used ({' '.join(str(e).split())}): build "
+                                 f"the graph of these {num_classes} classes again") from e
         if indexed is None or covered != len(shard):
             raise ValueError(f"the {len(paths)} files of neighbours hold {covered} of the {len(shard)} classes "
-                             f"{shard.first} to {shard.last - 1}: build the graph anew")
-        if same and not parts:  # it was written by as many ranks
+                             f"{shard.first} to {shard.last - 1}: build the graph again")
+        if same and not parts:  # the same number of ranks wrote it
             return cls(shard, num_neighbors, *same[:2], same[2].to(place_type(num_neighbors)), indexed)
         none = torch.empty(0, dtype=torch.int64, device=device)
         classes, neighbors, places = (torch.cat(c) for c in zip((none, none.int(), none.int()), *parts, strict=True))
@@ -104,12 +105,12 @@ class KnnGraph:
 
 @dataclass
 class Indexed:
-    """What the rows of a shard were when they were last indexed.
+    """The rows of a shard as they were last indexed.
 
-    codes      (S, D)  int8, rows up to their length
-    cells      (S,)    int32: the cell each row lies in; approximate graphs only
+    codes      (S, D)  int8; the length of a row is not kept
+    cells      (S,)    int32: the cell of each row; approximate graphs only
     centroids  (N, D)  unit rows, the same on every rank; approximate graphs only
-    probes     P; 0 says that the graph is exact
+    probes     P, cells searched for a row; 0 means that the graph is exact
     recall     of the last build
     """
 
@@ -127,7 +128,7 @@ class Indexed:
         return indexed
 
     def angles(self, weight):
-        """Angle of every row to what it was when it was indexed, (S,) radians; an unmoved row has about 0.007."""
+        """Angle (S,) in radians between every row and its indexed version. An unmoved row has about 0.007."""
         angles = weight.new_empty(len(weight), dtype=torch.float32)
         for block in blocks(*weight.shape):
             angles[block] = F.cosine_similarity(weight[block].float(), self.codes[block].float()).clamp_(-1, 1).acos()
@@ -138,26 +139,28 @@ class Indexed:
 
     @classmethod
     def empty(cls, file, probes, num_rows, device):
-        """As kept in a file of neighbours, but of so many rows, to be filled."""
+        """An Indexed of so many rows with the cells of a file of neighbours, to be filled by `fill`."""
         width, recall = file.get_slice("codes").get_shape()[1], file.get_tensor("recall").item()
         codes = torch.zeros(num_rows, width, dtype=torch.int8, device=device)
         if not probes:
             return cls(codes, recall=recall)
         cells = torch.zeros(num_rows, dtype=torch.int32, device=device)
-        centroids = file.get_tensor("centroids").float().clone()  # the copy leaves the file's own pages
+        centroids = file.get_tensor("centroids").float().clone()  # a copy: the mapped file may be deleted
         if centroids.shape[1] != width or not 1 <= probes <= len(centroids):
             raise ValueError("its centroids do not fit")
         return cls(codes, cells, centroids, probes, recall)
 
     def fill(self, file, source, target):
+        """Copy the rows `source` of a file of neighbours to the rows `target`."""
         for name in ("codes", "cells") if self.probes else ("codes",):
             getattr(self, name)[target] = file.get_slice(name)[source]
         if self.probes and not ((0 <= self.cells) & (self.cells < len(self.centroids))).all():
-            raise ValueError("its rows are in cells that there are not")
+            raise ValueError("its rows lie in cells that do not exist")
 
 
 def join(parts):
-    """offsets, neighbors, places of parts (counts (C,), neighbors, places) of which no two have edges of one class."""
+    """Join parts (counts (C,), neighbors, places) to offsets, neighbors, places. No two parts have edges of one
+    class."""
     counts = sum(count for count, *_ in parts)
     offsets = offsets_of(counts)
     if len(parts) == 1:
@@ -171,7 +174,7 @@ def join(parts):
 
 
 def _checked_tables(file, num_rows, num_classes, num_neighbors):
-    """offsets, neighbors, places of a file of so many rows."""
+    """offsets, neighbors, places of a file of so many rows. ValueError where they do not fit its shape."""
     offsets, neighbors, places = (file.get_tensor(name) for name in ("offsets", "neighbors", "places"))
     if (offsets.shape != (num_classes + 1,) or len(neighbors) != len(places) or offsets[0] != 0
             or offsets[-1] != len(neighbors) or (offsets.diff() < 0).any() or len(places) and (
@@ -181,7 +184,7 @@ def _checked_tables(file, num_rows, num_classes, num_neighbors):
 
 
 def _edges_within(offsets, neighbors, places, first, shard):
-    """classes, neighbors, places (E,) of the edges of a file whose first row is `first` that end in `shard`."""
+    """classes, neighbors, places (E,) of the edges that end in `shard`, of a file whose first row is `first`."""
     local = neighbors + (first - shard.first)
     here = (local >= 0) & (local < len(shard))
     classes = torch.arange(len(offsets) - 1, device=offsets.device).repeat_interleave(offsets.diff())
@@ -189,20 +192,23 @@ def _edges_within(offsets, neighbors, places, first, shard):
 
 
 def code_of(rows):
-    """Rows in 8 bits, up to their length."""
+    """Rows (N, D) in 8 bits; their length is lost."""
     rows = rows.float()
     return (rows * (127 / rows.abs().amax(1, keepdim=True).clamp_(min=1e-30))).round_().to(torch.int8)
 
 
 def offsets_of(counts):
+    """Offsets (C + 1,) from the number of edges of every class (C,)."""
     offsets = F.pad(counts.long().cumsum(0), (1, 0))
     return offsets.int() if offsets[-1] < 2**31 else offsets
 
 
 def blocks(num_rows, width):
+    """Slices of rows whose temporaries stay in the cache."""
     size = max(1, CHUNK // width)
     return [slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size)]
 
 
 def place_type(num_neighbors):
+    """The integer type of `places` for this K."""
     return torch.uint8 if num_neighbors <= 256 else torch.int16

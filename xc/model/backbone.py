@@ -20,7 +20,7 @@ class FeatureNorm(nn.Module):
 
     def __init__(self, feature_dim, world, momentum=0.1, eps=1e-5):
         super().__init__()
-        self._group, self._momentum, self._eps = world.everyone, momentum, eps
+        self._group, self._momentum, self._eps = world.all_ranks, momentum, eps
         self.register_buffer("mean", torch.zeros(feature_dim))
         self.register_buffer("variance", torch.ones(feature_dim))
 

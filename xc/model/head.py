@@ -37,7 +37,7 @@ class Head:
     """Full softmax: all classes take part in every step.
 
     A step calls `refresh`, `select`, `forward` (once per micro-batch), `reduce`, the row optimizer and `zero_grad`.
-    train/step.py calls the parts of `forward`, `directions`, a gather and `loss`, one by one, to overlap them. Heads
+    train/pipeline.py calls the parts of `forward`, `directions`, a gather and `loss`, one by one, to overlap them. Heads
     that leave classes out override `select`.
 
     weight      (S, D)  class rows of this shard; no autograd leaf: RowSGD updates them
@@ -282,7 +282,7 @@ def initial_rows(shard, feature_dim, seed, dtype=torch.float32):
     """
     rows = torch.empty(len(shard), feature_dim, dtype=dtype)
     for block in range(shard.first // _INIT_BLOCK, -(-shard.last // _INIT_BLOCK)):
-        watchdog.note("making the class rows")
+        watchdog.heartbeat("making the class rows")
         first = block * _INIT_BLOCK
         # numpy's generator, since torch's uses only 32 bits of its seed
         drawn = np.random.default_rng([seed, block]).standard_normal((_INIT_BLOCK, feature_dim), np.float32)

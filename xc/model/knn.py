@@ -19,7 +19,7 @@ class KnnHead(SampledHead):
     that does not grow with the number of classes. Before the first build the other active classes are random.
     """
 
-    flags = (*SampledHead.flags, "neighbors", "near_share", "graph", "graph_every", "graph_angle")
+    flags = (*SampledHead.flags, "neighbors", "near_share", "graph", "graph_every", "graph_refresh_angle")
 
     def __init__(self, *args, num_neighbors, graph="auto", graph_angle=0.0, **kwargs):
         """num_neighbors: K; graph: exact, approx or auto; graph_angle: degrees, see `knn.build.refresh`."""
@@ -31,7 +31,7 @@ class KnnHead(SampledHead):
     def settings(cls, cfg, num_classes):
         return super().settings(cfg, num_classes) | {
             "near_share": cfg.near_share, "num_neighbors": num_neighbors(cfg, num_classes), "graph": cfg.graph,
-            "graph_angle": cfg.graph_angle}
+            "graph_angle": cfg.graph_refresh_angle}
 
     def refresh(self, step, due):
         if not due:

@@ -36,7 +36,7 @@ class SampledHead(Head):
     (Bengio and Senecal 2003), for the random classes alone.
     """
 
-    flags = ("active_classes", "padding")
+    flags = ("active_classes", "sampling_correction")
 
     def __init__(self, *args, active_classes, sampling_correction=True, near_share=0.0, **kwargs):
         """active_classes: M; near_share: 0 to 1."""
@@ -49,7 +49,7 @@ class SampledHead(Head):
 
     @classmethod
     def settings(cls, cfg, num_classes):
-        return {"active_classes": budget(cfg, num_classes), "sampling_correction": cfg.padding == "corrected"}
+        return {"active_classes": budget(cfg, num_classes), "sampling_correction": cfg.sampling_correction}
 
     def select(self, labels, step, accumulation_steps=1):
         super().select(labels, step, accumulation_steps)
@@ -92,7 +92,7 @@ class SampledHead(Head):
 
     def _labels_by_accumulation_step(self, labels, accumulation_steps):
         """[labels (G,) of all replicas, …] of each accumulation step: all replicas choose alike. Collective."""
-        all_ranks = self.world.everyone
+        all_ranks = self.world.all_ranks
         if self.world.replicas.size == 1:
             counts, labels = self.gather_labels(labels)
         else:

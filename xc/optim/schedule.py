@@ -9,9 +9,10 @@ A new schedule of the learning rate is one function and one line in DECAYS.
 
 import bisect
 import math
-import re
 from dataclasses import dataclass, replace
 from functools import cached_property
+
+from xc.config import interval
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class StepPlan:
 
 
 @dataclass(frozen=True)
-class Position:
+class Progress:
     """How far a run is, between two steps."""
 
     step: int = 0  # steps done
@@ -35,8 +36,8 @@ class Position:
     last_batch: int = 0  # examples of the last step
 
     def after(self, plan):
-        """The Position after a step with this StepPlan."""
-        return Position(self.step + 1, self.examples + plan.global_batch, plan.global_batch)
+        """The Progress after a step with this StepPlan."""
+        return Progress(self.step + 1, self.examples + plan.global_batch, plan.global_batch)
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,10 @@ class Schedule:
                       micro_batches=cfg.micro_batches, density=cfg.density, density_warmup=steps(cfg.density_warmup))
             if not fccs:
                 return one
-            hold, growth, tail = (steps(text) for text in (cfg.hold, cfg.growth, cfg.tail))
+            hold, growth, tail = (steps(text) for text in (cfg.fccs_hold, cfg.fccs_growth, cfg.fccs_tail))
             growth = growth or max(0, length - one.warmup - hold - tail)
             return replace(one, hold=hold, growth=growth, tail=tail, max_accumulation_steps=largest // batch,
-                           auto=cfg.fccs == "auto")
+                           auto=cfg.batch_growth == "auto")
 
         if cfg.steps and fccs and largest > batch:
             schedule = _with_steps(cfg, of_length, largest // batch)
@@ -112,17 +113,27 @@ class Schedule:
             raise ValueError(f"--warmup {cfg.warmup} is {self.warmup} {steps}, but the run has {self.length}: take a "
                              "shorter warm-up or a longer run")
         if self.kind == "fccs":
-            parts = {name: getattr(self, name) for name in ("warmup", "hold", "growth", "tail") if getattr(self, name)}
+            parts = {"warmup": self.warmup, "fccs_hold": self.hold, "fccs_growth": self.growth, "fccs_tail": self.tail}
             if sum(parts.values()) > max(self.length, self.warmup):
-                text = " + ".join(f"--{name} {getattr(cfg, name)} ({n})" for name, n in parts.items())
+                text = " + ".join(f"--{name.replace('_', '-')} {getattr(cfg, name)} ({n})"
+                                  for name, n in parts.items() if n)
                 raise ValueError(f"{text} are {sum(parts.values())} {steps}, but the run has {self.length}: shorten "
                                  "one, or take a longer run")
             if self.max_accumulation_steps > 1 and not self.growth and self.length > 1:
-                raise ValueError(f"--hold {cfg.hold} and --tail {cfg.tail} leave the batch no time to grow to "
-                                 f"--max-batch {cfg.max_batch}: shorten one, or leave --max-batch out")
+                raise ValueError(f"--fccs-hold {cfg.fccs_hold} and --fccs-tail {cfg.fccs_tail} leave the batch no "
+                                 f"time to grow to --max-batch {cfg.max_batch}: shorten one, or leave --max-batch out")
         if cfg.exchange != "dense" and cfg.density < 0.25 and self.density_warmup >= self.length > 1:
             raise ValueError(f"--density-warmup {cfg.density_warmup} is {self.density_warmup} {steps}, but the run has "
                              f"{self.length} and would not reach --density {cfg.density}: take a shorter warm-up")
+
+    def done(self, progress):
+        """Whether the run is complete."""
+        return progress.examples == self.examples
+
+    @property
+    def micro_batch(self):
+        """Examples of a micro-batch over all ranks."""
+        return self.batch // self.micro_batches
 
     @property
     def examples(self):
@@ -155,33 +166,33 @@ class Schedule:
         """A text that a checkpoint and the run that resumes it must share; only `auto` is told apart."""
         return f"auto, by {self.batch}" if self.auto else "fixed"
 
-    def grows(self, position):
-        """Whether `auto` may make the batch grow at a Position."""
-        return self.auto and position.examples >= (self.warmup + self.hold) * self.batch
+    def grows(self, progress):
+        """Whether `auto` may make the batch grow at a Progress."""
+        return self.auto and progress.examples >= (self.warmup + self.hold) * self.batch
 
-    def is_warm(self, position):
-        """Whether the warm-up of the learning rate is over at a Position."""
-        return position.examples >= self.warmup * self.batch
+    def is_warm(self, progress):
+        """Whether the warm-up of the learning rate is over at a Progress."""
+        return progress.examples >= self.warmup * self.batch
 
-    def resume(self, position):
-        """The given Position of a checkpoint; ValueError where this schedule never comes by it."""
-        if position.examples > self.examples:
-            raise ValueError(f"the checkpoint is {position.step} steps ({position.examples} examples) into its run, "
+    def resume(self, progress):
+        """The given Progress of a checkpoint; ValueError where this schedule never comes by it."""
+        if progress.examples > self.examples:
+            raise ValueError(f"the checkpoint is {progress.step} steps ({progress.examples} examples) into its run, "
                              f"this one ends after {self.num_steps or '?'} ({self.examples}): give more --epochs or "
                              "--steps")
         if self.auto:
-            expected = position.examples // self.batch
+            expected = progress.examples // self.batch
         else:
-            expected = [*self.starts[position.step : position.step + 1], self.length][0]
-        if expected * self.batch != position.examples:
+            expected = [*self.starts[progress.step : progress.step + 1], self.length][0]
+        if expected * self.batch != progress.examples:
             raise ValueError(
-                f"the checkpoint had seen {position.examples} examples after {position.step} steps, this schedule "
+                f"the checkpoint had seen {progress.examples} examples after {progress.step} steps, this schedule "
                 f"{expected * self.batch}: resume with the same --global-batch and the same schedule of the batch")
-        return position
+        return progress
 
-    def plan(self, position, factor=1.0):
-        """The StepPlan of the step after a Position. factor: measured growth of the batch, with `auto`."""
-        done = position.examples // self.batch
+    def plan(self, progress, factor=1.0):
+        """The StepPlan of the step after a Progress. factor: measured growth of the batch, with `auto`."""
+        done = progress.examples // self.batch
         steps = self.accumulation_steps_at(done, factor)
         return StepPlan(self.lr * self._rate(done), steps * self.batch, steps * self.micro_batches,
                         self._density(done), steps, done)
@@ -196,16 +207,16 @@ class Schedule:
             steps = round(1 + (self.max_accumulation_steps - 1) * (1 - math.cos(math.pi * share)) / 2)
         return min(max(1, steps), self.length - done)
 
-    def due(self, position, every):
-        """Whether something that is done every `interval` is due at a Position; never before the first step and after
+    def due(self, progress, every):
+        """Whether something that is done every `interval` is due at a Progress; never before the first step and after
         the last one."""
         count, unit = interval(every)
-        if not count or not position.step or position.examples >= self.examples:
+        if not count or not progress.step or progress.examples >= self.examples:
             return False
         if unit == "steps":
-            return position.step // count > (position.step - 1) // count
+            return progress.step // count > (progress.step - 1) // count
         every = {"epochs": self.num_records, "examples": 1, "percent": self.examples / 100}[unit] * count
-        return position.examples // every > (position.examples - position.last_batch) // every
+        return progress.examples // every > (progress.examples - progress.last_batch) // every
 
     def _density(self, done):
         if done >= self.density_warmup:
@@ -242,7 +253,6 @@ def _fccs(schedule, done):
 
 # name -> f(schedule, accumulation steps done) -> learning rate after the warm-up as a share of the highest
 DECAYS = {"constant": _constant, "cosine": _cosine, "step": _step, "fccs": _fccs}
-SCHEDULES = tuple(DECAYS)
 _MAX_LENGTH = 10**8
 
 
@@ -269,9 +279,9 @@ def _largest_batch(cfg, num_records, num_ranks):
 
 def _with_steps(cfg, of_length, max_accumulation_steps):
     """The Schedule of exactly --steps steps with a growing batch; the length that gives it is found by trying."""
-    if cfg.fccs == "auto":
-        raise ValueError(f"--steps {cfg.steps} cannot be kept to with --fccs auto, where the noise decides how many "
-                         "steps there are: give --epochs")
+    if cfg.batch_growth == "auto":
+        raise ValueError(f"--steps {cfg.steps} cannot be kept to with --batch-growth auto, where the noise decides how "
+                         "many steps there are: give --epochs")
     longest = cfg.steps * max_accumulation_steps
     if longest > _MAX_LENGTH:
         raise ValueError(f"--steps {cfg.steps} are up to {longest:.0e} times --global-batch {cfg.global_batch}: take "
@@ -282,16 +292,6 @@ def _with_steps(cfg, of_length, max_accumulation_steps):
         if (schedule := of_length(length)).num_steps == cfg.steps:
             return schedule
     raise ValueError(f"no schedule with these parts has exactly --steps {cfg.steps}: give --epochs")
-
-
-_UNITS = {"": "epochs", "%": "percent"}
-
-
-def interval(text):
-    """(number, unit: epochs, steps, examples or percent) of a text such as 0.5epochs, 500steps, 1e6examples, 5 % (of
-    the run) or 0.5 (epochs); None if it is not one. Numbers have up to 15 digits."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{0,15})?(?:e\d)?) ?(?:(epoch|step|example)s?|(%?))", text)
-    return (float(match[1]), f"{match[2]}s" if match[2] else _UNITS[match[3]]) if match else None
 
 
 def _accumulation_steps(text, length, batch, num_records):

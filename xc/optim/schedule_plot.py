@@ -2,17 +2,26 @@
 
 from pathlib import Path
 
-from xc.optim.schedule import Position
+from xc.optim.schedule import Progress
 
 
-def draw(schedule, path):
-    """Write the picture of a Schedule and print a line that sums it up. OSError, ValueError where it cannot."""
+def draw(schedule, path, world):
+    """Write the picture of a Schedule and print a line that sums it up, on rank 0. Collective.
+
+    UserError where it cannot be written.
+    """
+    with world.raise_on_all_ranks():
+        if world.rank == 0:
+            _draw(schedule, path)
+
+
+def _draw(schedule, path):
     if Path(path).suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--schedule-plot {path} is not the name of a picture: let it end in .png, .svg or .pdf")
     from matplotlib.figure import Figure  # its import takes a second; a bare Figure needs no display
 
     steps = list(steps_of(schedule))
-    epochs = [position.examples / schedule.num_records for position, _ in steps]
+    epochs = [progress.examples / schedule.num_records for progress, _ in steps]
     figure = Figure(figsize=(8, 5), layout="constrained")
     rate, batch = figure.subplots(2, sharex=True)
     rate.plot(epochs, [plan.lr for _, plan in steps], color="tab:blue")
@@ -34,9 +43,9 @@ def draw(schedule, path):
 
 
 def steps_of(schedule):
-    """Yields (Position before it, StepPlan) of every step; with `auto` the batch does not grow."""
-    position = Position()
-    while position.examples < schedule.examples:
-        plan = schedule.plan(position)
-        yield position, plan
-        position = position.after(plan)
+    """Yields (Progress before it, StepPlan) of every step; with `auto` the batch does not grow."""
+    progress = Progress()
+    while progress.examples < schedule.examples:
+        plan = schedule.plan(progress)
+        yield progress, plan
+        progress = progress.after(plan)

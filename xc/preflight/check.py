@@ -1,8 +1,8 @@
 """The preflight check, `python train.py --check` with the flags of a run: faults that the run would find late.
 
-Every rank looks at its own place, and all ranks see the list of these facts. Each finding is a line: what was found and,
-where it is a fault, what to do. Lines are printed as they are found, so the last line tells where a network hangs. An
-error on one rank becomes a line as well, and no rank waits for it.
+Every rank looks at its own place, and all ranks see the list of these facts. Each finding is a line: what was found
+and, where it is a fault, what to do. Lines are printed as they are found, so the last line tells where a network
+hangs. An error on one rank becomes a line as well, and no rank waits for it.
 """
 
 from xc.preflight.hosts import gpus, host_facts, interfaces, libraries, ranks, shared_memory, software, threads

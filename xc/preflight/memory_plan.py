@@ -145,12 +145,13 @@ class _Head:
 
     @property
     def graph(self):
-        """What is kept between two builds; --graph-angle keeps what the rows were, too."""
+        """What is kept between two builds; --graph-refresh-angle keeps codes of the rows as well."""
         edges = -(-self.num_classes * self.num_neighbors // self.num_shards)
         if not edges:
             return 0
         offsets = (4 if edges < 2**31 else 8) * (self.num_classes + 1)
-        return offsets + edges * (5 if self.num_neighbors <= 256 else 6) + self._codes * bool(self.cfg.graph_angle)
+        codes = self._codes if self.cfg.graph_refresh_angle else 0
+        return offsets + edges * (5 if self.num_neighbors <= 256 else 6) + codes
 
     @property
     def _codes(self):

@@ -19,7 +19,7 @@ def agreement(report, world):
     if world.size == 1:
         report("agreement", "one rank: nothing to agree on")
         return
-    sums = [int(world.everyone.all_reduce(torch.ones(1, device=world.device)).item()),
+    sums = [int(world.all_ranks.all_reduce(torch.ones(1, device=world.device)).item()),
             int(world.all_reduce_async(torch.ones(1, device=world.device), "doctor")().item())]
     wrong = any(of_all(world, lambda: sums != [world.size, world.size]))
     report.judge("agreement", f"MPI and Horovod both sum over {world.size} rank(s)", wrong and f"they found {sums}",
@@ -31,13 +31,13 @@ def network(report, world, facts):
         report("network", "one rank: nothing to send")
         return
     hosts = by_host(facts)
-    places = [("all ranks", world.everyone)]
+    places = [("all ranks", world.all_ranks)]
     if len(hosts) > 1 and any(len(on_host) > 1 for on_host in hosts.values()):
         places.append(("ranks of a host", world.host))
     for name, group in places:
         found = of_all(world, lambda group=group: _speed(group, world.device) if group.size > 1 else None)
         latency, rate = max(f[0] for f in found if f), min(f[1] for f in found if f)
-        slow = group is world.everyone and len(hosts) > 1 and rate < _SLOW_BYTES
+        slow = group is world.all_ranks and len(hosts) > 1 and rate < _SLOW_BYTES
         value = (f"between {name} a small all-reduce takes {1e6 * latency:,.0f} us, a large one sends "
                  f"{rate / MIB:,.0f} MiB/s a rank")
         linked = "OMPI_MCA_btl_tcp_links" in facts[0]["settings"]
@@ -83,11 +83,11 @@ def clock_offsets(world, clock=time.time):
     """
     best = []
     for _ in range(5):
-        world.everyone.all_gather_object(None)  # all come together, so that rank 0 does not wait for long below
+        world.all_ranks.all_gather_object(None)  # all come together, so that rank 0 does not wait for long below
         begin = clock()
-        world.everyone.all_gather_object(None)
-        read = world.everyone.all_gather_object(clock())
+        world.all_ranks.all_gather_object(None)
+        read = world.all_ranks.all_gather_object(clock())
         end = clock()
-        begin, end = world.everyone.all_gather_object((begin, end))[0]
+        begin, end = world.all_ranks.all_gather_object((begin, end))[0]
         best.append((end - begin, [(moment - end, moment - begin) for moment in read]))
     return [(0.0, 0.0), *min(best)[1][1:]]

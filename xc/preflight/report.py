@@ -45,7 +45,7 @@ def of_all(world, look):
         found = look()
     except Exception as e:
         error = " ".join(str(e).split()) or repr(e)
-    found, errors = zip(*world.everyone.all_gather_object((found, error)), strict=True)
+    found, errors = zip(*world.all_ranks.all_gather_object((found, error)), strict=True)
     for rank, error in enumerate(errors):
         if error is not None:
             raise UserError(error if len(set(errors)) == 1 else f"rank {rank}: {error}")

@@ -78,7 +78,7 @@ def run_folder(report, cfg, world, plan):
     report.judge("run folder", value, shown(problems), "take a folder on a file system that all hosts share, and may "
                  "write to", "wrong")
     if plan:
-        count = cfg.keep + 2  # the best one, and one that is being written
+        count = cfg.keep_checkpoints + 2  # the best one, and one that is being written
         value = f"{count} of {size_text(plan.on_disk)} at most, {plan.on_disk / rate:,.1f} s each if one rank wrote all"
         fault = count * plan.on_disk > free + kept and f"more than the {size_text(free)} free"
         report.judge("checkpoints", value, fault, "another --out, or a lower --keep", "wrong")

@@ -1,4 +1,4 @@
-"""The run folder: one run's settings, where they came from, and what it wrote."""
+"""The run folder: the settings of a run, its launches, and its lock."""
 
 import dataclasses
 import fcntl
@@ -16,25 +16,27 @@ from xc.config import as_arguments
 from xc.errors import UserError
 from xc.files import replace_text
 
-_locks = []  # open files, which would lose their locks when they are closed
+_locks = []  # open files: closing one would release its lock
 _PACKAGES = ("torch", "horovod", "mpi4py", "h5py", "numpy", "safetensors")
 
 
 def check(cfg):
-    """UserError if --out cannot be this run's folder; changes nothing."""
+    """UserError where --out cannot be the folder of this run. Changes nothing."""
     out = Path(cfg.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is not a folder: name a new one")
     resumes_here = cfg.resume == "auto" or (cfg.resume and out.resolve() in Path(cfg.resume).resolve().parents)
     if (out / "config.json").exists() and not resumes_here:
-        raise UserError(f"--out {out} already holds a run: name a new folder, or go on with it by --resume auto")
+        raise UserError(f"--out {out} already holds a run: name a new folder, or resume that run by --resume auto")
     if out.is_dir() and not (out / "config.json").exists() and any(f.name[0] != "." for f in out.iterdir()):
         raise UserError(f"--out {out} holds files that are not a run's: name a new folder")
 
 
 def create(cfg, world_size):
-    """Write the settings of this run, or of this continuation of it. Only rank 0 calls this. UserError where another
-    process has the run."""
+    """Create the run folder, or lock an existing one, and write the settings of this launch. Only rank 0 calls this.
+
+    UserError where another process trains there.
+    """
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     _lock(out)
@@ -46,21 +48,22 @@ def create(cfg, world_size):
         "commit": _commit(),
         **versions(),
     }
-    replace_text(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")  # first: makes it a run's
+    # First: this file marks the folder as a run's.
+    replace_text(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
     replace_text(out / "run.args", as_arguments(dataclasses.replace(cfg, resume="")))
     with open(out / "launches.jsonl", "a") as lines:
         lines.write(json.dumps(launch) + "\n")
 
 
 def _lock(out):
-    """The run is this process's until that ends, in whatever way; nobody's where the file system knows no locks."""
+    """Lock the run until this process ends. Without effect on a file system without locks."""
     file = open(out / ".lock", "a+")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         file.seek(0)
-        raise UserError(f"--out {out} belongs to {file.read().strip()}, which trains there: wait for its end, or name "
-                        "another folder") from e
+        raise UserError(f"--out {out} belongs to {file.read().strip()}, which trains there: wait until it ends, or "
+                        "name another folder") from e
     except OSError:
         return
     _locks.append(file)
@@ -70,13 +73,13 @@ def _lock(out):
 
 
 def resume_command(cfg, world_size):
-    """A shell command that goes on with the run."""
+    """A shell command that resumes the run."""
     launcher = [] if world_size == 1 else ["horovodrun", "-np", str(world_size)]
     return shlex.join([*launcher, sys.executable, sys.argv[0], f"@{Path(cfg.out) / 'run.args'}", "--resume", "auto"])
 
 
 def versions():
-    """{name: version} of Python and the packages that a result depends on, None for one that is not there."""
+    """{name: version} of Python and the packages that results depend on; None for a missing one."""
     return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
 
 
@@ -88,7 +91,7 @@ def _version(package):
 
 
 def _commit():
-    """The checkout's commit, with + where it has uncommitted changes; None outside a checkout."""
+    """The commit of the checkout, with + if it has uncommitted changes; None outside of a checkout."""
     try:
         here = Path(__file__).parent
         describe = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+"]

@@ -1,4 +1,5 @@
-"""What a run says of itself: phase times, JSON lines, TensorBoard, and a bar on a terminal or plain lines in a log."""
+"""Metrics of a run: times of phases, JSON lines, TensorBoard, and a progress bar on a terminal or plain lines in a
+log."""
 
 import json
 import math
@@ -13,7 +14,7 @@ from xc.run import watchdog
 
 
 class Timer:
-    """Wall time of the training step by phase; what lies outside every phase (evaluation, checkpoints) is not counted.
+    """Wall time of the training steps by phase. Time outside of all phases (evaluation, checkpoints) is not counted.
 
     On a GPU a phase ends when its work is queued, not when it is done.
     """
@@ -25,7 +26,7 @@ class Timer:
 
     @contextmanager
     def __call__(self, phase):
-        watchdog.note(phase)
+        watchdog.heartbeat(phase)
         start = time.perf_counter()
         try:
             yield
@@ -37,16 +38,16 @@ class Timer:
 
     @property
     def total(self):
-        """Seconds of all phases so far, taken or not."""
+        """Seconds of all phases so far."""
         return self.seconds + sum(self._phases.values())
 
     @property
     def images_per_second(self):
-        """Over all intervals taken, over all ranks; 0 before the first."""
+        """Over all intervals that were taken, of all ranks; 0 before the first one."""
         return self.examples / self.seconds if self.seconds else 0.0
 
     def take(self, num_steps, num_examples):
-        """Metrics of the interval since the last call, in which so many steps took so many examples."""
+        """Metrics of the interval since the last call, which had so many steps and examples."""
         seconds, phases, self._phases = sum(self._phases.values()), self._phases, {}
         self.seconds += seconds
         self.examples += num_examples
@@ -55,54 +56,54 @@ class Timer:
 
 
 class Metrics:
-    """Rank 0 writes; the other ranks' calls do nothing.
+    """Writes the metrics on rank 0; on other ranks all calls do nothing.
 
     folder      the run folder: gets metrics.jsonl (one object a line) and tensorboard/
-    position    where this launch begins: lines of later steps, by a launch that then failed, are dropped
-    num_steps   of the whole run, None where that is not known before
-    examples    of the whole run, for the bar
+    progress    where this launch begins. Lines of later steps, written by a launch that failed, are dropped
+    num_steps   of the whole run; None where it is not known
+    examples    of the whole run, for the progress bar
     """
 
-    def __init__(self, folder, rank, position, num_steps, examples):
+    def __init__(self, folder, rank, progress, num_steps, examples):
         self._active = rank == 0
         if not self._active:
             return
-        # Imported here: it takes seconds, and only rank 0 needs it.
+        # Imported here, since they take seconds and only rank 0 needs them.
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
         self._path = Path(folder) / "metrics.jsonl"
-        self._lines = _open_after(self._path, position.step)
-        self._board = SummaryWriter(Path(folder) / "tensorboard", purge_step=position.step + 1)
+        self._lines = _open_after(self._path, progress.step)
+        self._board = SummaryWriter(Path(folder) / "tensorboard", purge_step=progress.step + 1)
         self._terminal, self._warned = sys.stderr.isatty(), False
-        self._bar = tqdm(initial=position.examples, total=examples, unit="img", unit_scale=True,
+        self._bar = tqdm(initial=progress.examples, total=examples, unit="img", unit_scale=True,
                          disable=not self._terminal)
         self._of_all = f"/{num_steps}" if num_steps else ""
 
-    def log(self, position, **values):
-        """position: how far the run is."""
+    def log(self, progress, **values):
+        """Write one line of metrics. A value of None is left out."""
         if not self._active:
             return
-        step, values = position.step, {name: value for name, value in values.items() if value is not None}
-        with self._going_on(f"step {step}"):
+        step, values = progress.step, {name: value for name, value in values.items() if value is not None}
+        with self._tolerating_full_disk(f"step {step}"):
             self._lines.write(json.dumps({"step": step} | {k: _rounded(v) for k, v in values.items()}) + "\n")
-        with self._going_on(f"step {step}"):
+        with self._tolerating_full_disk(f"step {step}"):
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name in _SHOWN)
         if self._terminal:
-            self._bar.update(position.examples - self._bar.n)
+            self._bar.update(progress.examples - self._bar.n)
             if "top1" in values:
                 self._bar.write(f"step {step}  {text}", file=sys.stderr)
             else:
                 self._bar.set_postfix_str(text)
         else:
-            with self._going_on(f"step {step}"):
+            with self._tolerating_full_disk(f"step {step}"):
                 print(f"step {step}{self._of_all}  {text}", flush=True)
 
     @contextmanager
-    def _going_on(self, when):
-        """A full disk does not end the run; what it did not take of the lines is written when it has room."""
+    def _tolerating_full_disk(self, when):
+        """A full disk does not end the run. Lines that it did not take are written once it has room."""
         try:
             yield
         except OSError as e:
@@ -111,23 +112,23 @@ class Metrics:
                 print(f"warning: metrics of {when} and later ones may be missing ({e}); training goes on",
                       file=sys.stderr, flush=True)
 
-    def back_to(self, position):
-        """The run goes on from there once more."""
+    def rewind(self, progress):
+        """The run went back to this progress: drop the lines of later steps."""
         if self._active:
             self._lines.close()
-            self._lines = _open_after(self._path, position.step)
-            self._bar.update(position.examples - self._bar.n)
+            self._lines = _open_after(self._path, progress.step)
+            self._bar.update(progress.examples - self._bar.n)
 
     def close(self):
         if self._active:
             self._bar.close()
             for file in self._board, self._lines:
-                with self._going_on("the end"):
+                with self._tolerating_full_disk("the end"):
                     file.close()
 
 
 def _open_after(path, step):
-    """The file of metrics, opened to append, without lines of steps after `step`."""
+    """Open the metrics file to append, after dropping lines of steps after `step`."""
     if path.exists():
         kept = [line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
         replace_text(path, "".join(line + "\n" for line in kept))
@@ -138,7 +139,7 @@ def _step_of(line):
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf  # the last line of a killed run may be cut
+        return math.inf  # a killed run may leave half a line
     return step if isinstance(step, int) else math.inf
 
 

@@ -1,37 +1,49 @@
-"""Being told to stop: by a cluster that needs the nodes, or a time limit that comes near (SIGUSR1, SIGTERM)."""
+"""Signals that ask a run to stop (SIGUSR1, SIGTERM): the cluster needs the nodes, or a time limit comes near.
+
+This file imports nothing slow, so that `listen` can come before the imports of train.py.
+"""
 
 import signal
 
-EXIT_CODE = 75  # of a run that was told to stop and can go on: sysexits.h, EX_TEMPFAIL
+EXIT_CODE = 75  # of a run that was told to stop and can be resumed: EX_TEMPFAIL of sysexits.h
 
-_told = []
+_received = []
 
 
 def listen():
-    """From now on these signals are noted. Called before the imports that take seconds: a rank that has not come to
-    this dies of them."""
+    """Note these signals from now on. A rank that receives one before this call dies of it."""
     for number in signal.SIGUSR1, signal.SIGTERM:
-        signal.signal(number, lambda number, _: _told.append(number))
+        signal.signal(number, lambda number, _: _received.append(number))
 
 
 def ignore():
-    """From now on they come too late: nothing is left to be stopped. Else Python would give them back to the system
-    before its end, and a rank that is done die of them."""
+    """Ignore these signals from now on: the run is over.
+
+    Python gives its handlers back to the system when it ends, and a late signal would kill a rank that is done.
+    """
     for number in signal.SIGUSR1, signal.SIGTERM:
         signal.signal(number, signal.SIG_IGN)
 
 
-class Stop:
-    """Whether any rank was told, the same on all ranks at the same step: the signal may reach one of them alone."""
+class StopSignal:
+    """Whether any rank received a signal: the same answer on all ranks at the same step."""
 
     def __init__(self, world):
         self._world, self._answer = world, None
 
-    def asked(self):
-        """Called once a step. The answer is of the call before, whose sum travelled behind the step. Collective."""
+    def requested(self):
+        """Called once a step. The answer lags by one call, since its sum travels during the step. Collective."""
         import torch
 
         answer = self._answer() if self._answer else torch.zeros(1)
-        told = torch.tensor([float(len(_told))], device=self._world.device)
-        self._answer = self._world.everyone.all_reduce_async(told)
+        received = torch.tensor([float(len(_received))], device=self._world.device)
+        self._answer = self._world.all_ranks.all_reduce_async(received)
         return bool(answer.item())
+
+    def exit(self, progress, cfg):
+        """The ExitRun of a run that stops here; everything was saved."""
+        from xc.errors import ExitRun
+        from xc.run.folder import resume_command
+
+        return ExitRun(EXIT_CODE, f"stopped by a signal after {progress.step} steps, all of them saved; resume with: "
+                                  f"{resume_command(cfg, self._world.size)}")

@@ -1,4 +1,4 @@
-"""A picture of some steps: what every rank computed and what was on the network meanwhile, as a Chrome trace."""
+"""A trace of some steps: what every rank computed and what was on the network meanwhile, in Chrome's trace format."""
 
 import json
 import time
@@ -6,30 +6,30 @@ from pathlib import Path
 
 from xc.files import replace_text
 
-LANES = {"step": 0, "compute": 1000, "network": 2000}  # first thread of each; several things at once take the next
-_SKIPPED = 10  # first steps of a run, which are slower than the others
+LANES = {"step": 0, "compute": 1000, "network": 2000}  # number of the first thread; concurrent spans take the next
+_SKIPPED = 10  # first steps of a run, which are slower
 
 
-class Timeline:
-    """Records spans of the Timer's phases and of the world's traffic in `num_steps` steps, and writes them to
-    timeline.json in the run folder, for ui.perfetto.dev, chrome://tracing and `python -m data_tools.show`.
+class Trace:
+    """Records the Timer's phases and the world's traffic in `num_steps` steps and writes them to RUN/trace.json.
 
-    A span of traffic lasts from its begin on this rank to the moment at which this rank sees that it is over.
+    ui.perfetto.dev and chrome://tracing draw the file, `python -m data_tools.show RUN/trace.json` sums it up. A span of
+    traffic lasts from its start on this rank to the moment at which this rank has waited for it.
     """
 
     def __init__(self, num_steps, first_step, steps, run, world, timer):
-        """steps: of the run, at least; what is recorded then is written by the last `at`."""
+        """steps: the least number of steps that the run has. The `at` of the last recorded step writes the file."""
         self._first = max(first_step, min(first_step + _SKIPPED, steps - num_steps))
         self._last = min(steps, self._first + num_steps) if num_steps else self._first
-        self._path, self._world, self._timer = Path(run) / "timeline.json", world, timer
+        self._path, self._world, self._timer = Path(run) / "trace.json", world, timer
         self._spans = []
 
     def at(self, step):
-        """Called before every step, and after the last one. Collective where it begins and where it ends."""
+        """Called before every step and after the last one. Collective where recording begins and ends."""
         if self._first == self._last:
             return
         if step == self._first:
-            self._world.everyone.all_gather_object(None)  # all begin together: clocks of hosts differ
+            self._world.all_ranks.all_gather_object(None)  # all ranks begin together, since clocks of hosts differ
             self._begun = self._step_begun = time.perf_counter()
             self._timer.on_end = lambda name, *span: self._spans.append(("compute", name, *span))
             self._world.traffic.on_end = lambda name, *span: self._spans.append(("network", name, *span))
@@ -40,14 +40,14 @@ class Timeline:
         if step == self._last:
             self._timer.on_end = self._world.traffic.on_end = None
             spans = [(lane, name, begin - self._begun, end - self._begun) for lane, name, begin, end in self._spans]
-            of_ranks = self._world.everyone.all_gather_object(spans)
+            of_ranks = self._world.all_ranks.all_gather_object(spans)
             if self._world.rank == 0:
                 events = [event for rank, spans in enumerate(of_ranks) for event in _events(rank, spans)]
                 replace_text(self._path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
 
 def _events(rank, spans):
-    """Chrome's trace events of a rank; a lane that does several things at once gets as many threads."""
+    """Chrome's trace events of a rank. A lane with concurrent spans gets several threads."""
     yield {"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}}
     threads = {}  # (lane, number) -> end of its last span
     for lane, name, begin, end in sorted(spans, key=lambda span: span[2]):

@@ -1,0 +1,131 @@
+"""Decoding of images: the pixels are those of Pillow, and what is damaged or too large is refused."""
+
+import io
+import struct
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import xc.data.images
+from tests.support.images import BAD_IMAGES, picture, png
+from xc.data import images as pack
+from xc.data.images import decode, open_image
+
+
+def test_decode_shapes_and_values():
+    rows = np.arange(0, 240, 10, dtype=np.uint8).reshape(4, 6)
+    file = io.BytesIO()
+    Image.fromarray(rows).save(file, "PNG")
+    with Image.open(io.BytesIO(file.getvalue())) as image:
+        square = np.asarray(image.resize((8, 8), Image.Resampling.BICUBIC))
+    assert np.array_equal(decode(file.getvalue(), 8, 1), square[None])
+    assert np.array_equal(decode(file.getvalue(), 8, 3), np.stack([square] * 3))
+    for mode, format in [("RGB", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG"), ("P", "PNG"), ("1", "PNG"), ("LA", "PNG")]:
+        for channels in (1, 3):
+            image = decode(picture(0, format, (9, 5), mode), 7, channels)
+            assert image.shape == (channels, 7, 7) and image.dtype == np.uint8 and image.flags.c_contiguous
+    same = decode(picture(0, size=(6, 6)), 6, 3)
+    assert np.array_equal(same, np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8).transpose(2, 0, 1))
+
+
+def pillows(data, size, channels):
+    """What decode gives, by Pillow alone."""
+    with Image.open(io.BytesIO(data)) as image:
+        image = image.convert("L" if channels == 1 else "RGB")
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)).reshape(size, size, -1).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("mode, options", [("RGB", {}), ("RGB", {"subsampling": 0, "quality": 95}), ("L", {}),
+                                           ("RGB", {"progressive": True}), ("RGB", {"keep_rgb": True}), ("CMYK", {}),
+                                           ("RGB", {"exif": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0"
+                                                            b"\x06\0\0\0\0\0\0\0"})])  # turned by a quarter
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jpegs_decode_as_by_pillow(mode, options, channels):
+    for size in (17, 64):
+        file = io.BytesIO()
+        smooth = Image.fromarray(np.random.default_rng(size).integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        smooth.resize((size, size)).convert(mode).save(file, "JPEG", **options)
+        assert np.array_equal(decode(file.getvalue(), size, channels), pillows(file.getvalue(), size, channels))
+
+
+@pytest.mark.parametrize("format, mode", [("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "L")])
+def test_stretched_images_are_those_of_pillow(format, mode):
+    for shape in [(60, 50), (7, 500), (500, 7), (3, 4), (1, 1), (33, 32)]:
+        data = picture(1, format, shape, mode)
+        for size, channels in [(32, 1), (32, 3), (9, 3)]:
+            apart = abs(decode(data, size, channels).astype(int) - pillows(data, size, channels))
+            assert apart.max() <= 3 and apart.mean() < 0.3, (shape, size)
+
+
+def test_a_damaged_jpeg_is_refused_or_is_what_pillow_makes_of_it():
+    whole, refused = picture(2, "JPEG", (40, 40)), 0
+    numbers = np.random.default_rng(0)
+    spoilt = [whole[:length] for length in range(0, len(whole), 97)]
+    for place in numbers.integers(2, len(whole), 200):
+        spoilt.append(whole[:place] + bytes([numbers.integers(256)]) + whole[place + 1 :])
+    for data in spoilt:
+        try:
+            expected = pillows(xc.data.images.open_image(data) and data, 40, 3)
+        except ValueError:
+            refused += 1
+            with pytest.raises(ValueError):
+                decode(data, 40, 3)
+        else:
+            assert abs(decode(data, 40, 3).astype(int) - expected).max() <= 2
+    assert 10 < refused < len(spoilt) - 10
+
+
+def test_a_jpeg_too_large_is_refused_by_its_header():
+    data = bytearray(picture(2, "JPEG", (40, 40)))
+    start = data.index(b"\xff\xc0") + 5
+    data[start : start + 4] = struct.pack(">HH", 65000, 65000)
+    with pytest.raises(ValueError, match="65000×65000 pixels, more than"):
+        decode(bytes(data), 8, 3)
+    assert decode(picture(2, "JPEG", (40, 40)), 8, 3, max_pixels=1600).shape == (3, 8, 8)
+    with pytest.raises(ValueError, match="40×40 pixels, more than 1599"):
+        decode(picture(2, "JPEG", (40, 40)), 8, 3, max_pixels=1599)
+
+
+def test_decode_averages_when_it_shrinks():
+    file = io.BytesIO()
+    Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)).save(file, "PNG")
+    assert abs(decode(file.getvalue(), 8, 1).astype(int) - 127).max() < 20  # without antialiasing: 0 and 255
+
+
+def test_decode_keeps_the_upper_bits_of_16():
+    values = np.array([[0, 255, 256], [40000, 65280, 65535], [1, 2, 3]], np.uint16)
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "PNG")
+    assert np.array_equal(decode(file.getvalue(), 3, 1)[0], values >> 8)
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_decode_refuses(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="pixels" if name == "huge.png" else "image|decode"):
+            decode(BAD_IMAGES[name], 8, 3)
+
+
+def test_no_warning_for_large_images_that_are_allowed():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="does not decode"):  # the header passes, there is just no data
+            decode(png(20000, 20000, 1000), 8, 1, max_pixels=10**9)
+
+
+@pytest.mark.parametrize("data", [b"P3\n1 1\n255\n1 2 3\n", b"P2 1 1 255 7", b"P1 1 1 1", b"P4 1 1 \1",
+                                  b"Pf 1 1 1 abcd", b"P6 1 1 254 abc", b"P5 1 1 1 \1"])
+def test_pixels_that_take_minutes_to_read_are_refused(data):
+    with pytest.raises(ValueError, match="a PPM that is not one of bytes"):
+        open_image(data)
+
+
+@pytest.mark.parametrize("mode", ["LAB"])
+def test_an_image_that_packs_also_decodes(mode):
+    file = io.BytesIO()
+    Image.new("RGB", (3, 3)).convert(mode).save(file, "TIFF")
+    with pytest.raises(ValueError, match="does not convert"):
+        pack.open_image(file.getvalue())

@@ -1,0 +1,239 @@
+"""Packing that is killed, interrupted or out of space: nothing looks whole, and the same command goes on."""
+
+import contextlib
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import psutil
+import pytest
+
+import data_tools.pack
+import data_tools.packing.catalogue
+import data_tools.packing.workers
+from data_tools.packing.catalogue import zeros_file
+from data_tools.packing.writer import ShardWriter
+from tests.support.commands import ended, pack_fails, run_pack, start_slow
+from tests.support.disks import small_disk
+from tests.support.images import write_tree
+from tests.support.launch import ROOT
+from tests.support.pack_jobs import FLAGS, LARGE_BYTES, entries, kept, start_pack, write_source
+from tests.support.packs import file_hashes
+from tests.support.processes import wait_until
+from tests.support.sources import samples, write_tar
+from xc.data.pack import Pack, PackError, open_splits
+
+
+def slow_pack(tmp_path, *args):
+    """Start a process that packs slowly, one image per shard; returns it when it is at work."""
+    write_tree(tmp_path / "src", {"a": 60})
+    return start_slow("data_tools.pack", tmp_path / "src", tmp_path / "pack", "--shard-mb", "1e-6", *args,
+                      until=lambda: list(tmp_path.glob(".pack.partial-*/*/shard-00002.h5")))
+
+
+def alive(process):
+    """Whether it runs; who ends without a parent may stay a zombie."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def test_a_killed_pack_leaves_nothing_that_looks_whole(tmp_path):
+    process = slow_pack(tmp_path, "--workers", "2")
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "pack").exists()
+    [left] = tmp_path.glob(".pack.partial-*")
+    for use in (Pack, open_splits):
+        with pytest.raises(PackError):
+            use(left)
+    shutil.copytree(left, tmp_path / "renamed")
+    with pytest.raises(PackError, match="index.h5: no such file"):
+        Pack(tmp_path / "renamed")
+    run_pack(tmp_path / "src", tmp_path / "pack", "--shard-mb", "1e-6")
+    assert Pack(tmp_path / "pack").verify() == 60 and not left.exists()
+    shutil.copytree(tmp_path / "pack", left / "pack" / "train")  # killed later still
+    with pytest.raises(PackError, match="did not end"):
+        Pack(left / "pack" / "train")
+    wait_until(lambda: not any(map(alive, workers)))  # workers do not outlive their parent
+
+
+@pytest.mark.parametrize("number, send", [(signal.SIGTERM, os.kill), (signal.SIGINT, os.killpg)])
+def test_an_interrupted_pack_says_what_it_keeps(tmp_path, number, send):
+    process = slow_pack(tmp_path, "--workers", "1")
+    send(process.pid, number)  # a terminal's Ctrl-C reaches the workers too
+    code, _, error = ended(process)
+    assert code == 130 and error == (
+        f"data_tools.pack: interrupted; {tmp_path}/.pack.partial-pack keeps what was done: the same command resumes "
+        "from there\n")
+    assert sorted(os.listdir(tmp_path)) == [".pack.partial-pack", "src"]
+
+
+def test_a_dead_worker_is_one_line(tmp_path, capsys, monkeypatch):
+    write_tree(tmp_path / "src")
+    monkeypatch.setattr(data_tools.packing.workers, "_start_worker", os.abort)
+    assert "a worker died" in pack_fails(capsys, tmp_path / "src", tmp_path / "pack", "--workers", 1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("source, parts", [("folder", 1), ("webdataset", 3), ("large", 3)], indirect=["source"])
+def test_a_pack_killed_again_and_again_equals_an_unbroken_one(source, tmp_path, parts):
+    """A random one of its processes, while it lists, writes shards or makes the pack of them."""
+    src, _ = source
+    for i in range(parts):
+        run_pack(src, tmp_path / "whole", *FLAGS, "--part", f"{i}/{parts}")
+    chance, out, told = random.Random(parts), tmp_path / "pack", ""
+
+    def launch(seconds=0.05):
+        return [start_pack(src, out, "--part", f"{i}/{parts}", seconds=seconds) for i in range(parts)]
+
+    moments = [lambda: list(kept(out).glob("listing-part-*")), *[lambda n=n: entries(out) >= n for n in (2, 9, 17)],
+               lambda: (kept(out) / "pack").exists()]
+    for moment in moments:
+        processes = launch()
+        wait_until(lambda: moment() or out.exists())  # noqa: B023
+        time.sleep(chance.uniform(0, 0.02))
+        for process in processes:
+            process.kill()
+        told += "".join(ended(process)[2] for process in processes)
+        assert not out.exists() and kept(out).exists()
+        for journal in kept(out).glob("part-*/journal"):
+            with open(journal, "ab") as file:
+                file.write(chance.choice([b"", b'{"split": "tr']))  # cut in the middle of a line
+    results = [ended(process) for process in launch(0)]
+    assert [code for code, *_ in results].count(0) >= 1, results
+    late = "pack is a pack: " if parts > 1 else "pack exists"  # one that began later
+    assert all(code == 0 or late in error for code, _, error in results), results
+    assert file_hashes(out) == file_hashes(tmp_path / "whole") and not kept(out).exists()
+    assert "resuming after" in told
+
+
+@pytest.mark.parametrize("source, number", [("folder", signal.SIGINT), ("large", signal.SIGTERM)], indirect=["source"])
+def test_an_interrupted_pack_resumes(source, tmp_path, number):
+    src, whole = source
+    process = start_pack(src, tmp_path / "pack", seconds=0.05)
+    wait_until(lambda: entries(tmp_path / "pack") > 5)
+    process.send_signal(number)
+    assert ended(process)[0] == 130
+    before = {path: path.stat().st_mtime_ns for path in kept(tmp_path / "pack").glob("part-0/*/shard-*.h5")}
+    code, _, error = ended(start_pack(src, tmp_path / "pack"))
+    assert code == 0 and "resuming after" in error and "listing" not in error
+    assert file_hashes(tmp_path / "pack") == file_hashes(whole)
+    moved = {path.stat().st_mtime_ns for path in (tmp_path / "pack").glob("*/shard-*.h5")}
+    assert sum(time in moved for time in before.values()) >= len(before) - 1 > 3  # they were not written anew
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_pack_does_not_show_which_images_were_large(tmp_path, monkeypatch, parts):
+    """Nor where it was interrupted."""
+    src, write, packs = write_source("webdataset", tmp_path / "src"), ShardWriter.write, []
+
+    def pack(out):
+        for i in range(parts):
+            run_pack(src, out, *FLAGS, "--part", f"{i}/{parts}")
+        packs.append(file_hashes(out))
+
+    for most in 2**16, LARGE_BYTES, 0:
+        monkeypatch.setattr(data_tools.packing.catalogue, "LARGE_BYTES", most)
+        pack(tmp_path / f"{most}")
+    monkeypatch.setattr(data_tools.packing.catalogue, "LARGE_BYTES", LARGE_BYTES)
+    for stop in 3, 0, 5:
+        calls = itertools.count()
+
+        def stopped(writer):
+            if next(calls) == stop:  # noqa: B023
+                raise KeyboardInterrupt
+            return write(writer)
+
+        monkeypatch.setattr(ShardWriter, "write", stopped)
+        with pytest.raises(SystemExit):
+            pack(tmp_path / "stopped")
+    large = (kept(tmp_path / "stopped") / "listing" / data_tools.packing.catalogue.LARGE_FILE).stat().st_size
+    assert LARGE_BYTES * 30 < large < sum(path.stat().st_size for path in src.iterdir()) / 3
+    monkeypatch.setattr(ShardWriter, "write", write)
+    pack(tmp_path / "stopped")
+    assert packs == packs[:1] * 4
+
+
+def test_a_list_that_lost_bytes_of_images_is_one_line(tmp_path, monkeypatch, capsys):
+    src = write_source("webdataset", tmp_path / "src")
+    monkeypatch.setattr(data_tools.packing.catalogue, "LARGE_BYTES", LARGE_BYTES)
+    run_pack(src, tmp_path / "pack", *FLAGS, "--part", "0/2")
+    os.truncate(kept(tmp_path / "pack") / "listing" / data_tools.packing.catalogue.LARGE_FILE, 1000)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run_pack(src, tmp_path / "pack", *FLAGS, "--part", "1/2")
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "inside an image" in error and not (tmp_path / "pack").exists()
+
+
+@pytest.mark.parametrize("source, kilobytes", [
+    ("folder", 60), ("large", 220), pytest.param("webdataset", 220, marks=pytest.mark.long),
+    pytest.param("large", 60, marks=pytest.mark.long)], indirect=["source"])
+def test_a_pack_resumes_when_a_full_disk_has_room_again(source, tmp_path, kilobytes):
+    """It was full while images were listed or while shards were written."""
+    src, whole = source
+    with small_disk(tmp_path / "disk", kilobytes) as disk:
+        code, _, error = ended(start_pack(src, disk / "pack"))
+        assert code == 2 and error.count("\n") == 1 and "No space left" in error
+        assert not (disk / "pack").exists()
+        subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
+        assert ended(start_pack(src, disk / "pack"))[0] == 0
+        assert file_hashes(disk / "pack") == file_hashes(whole) and os.listdir(disk) == ["pack"]
+
+
+@pytest.mark.parametrize("source", ["webdataset"], indirect=True)
+def test_more_skipped_images_can_be_allowed_later(source, tmp_path, capsys):
+    src, whole = source
+    with pytest.raises(SystemExit):
+        run_pack(src, tmp_path / "pack", *FLAGS, "--max-skipped", 2)
+    error = capsys.readouterr().err
+    assert "3 of 96 images cannot be used" in error and f"{kept(tmp_path / 'pack')} keeps what was done" in error
+    run_pack(src, tmp_path / "pack", *FLAGS)
+    assert file_hashes(tmp_path / "pack") == file_hashes(whole)
+
+
+@pytest.mark.long
+def test_a_disk_that_fills_up_in_any_phase_is_one_line(tmp_path):
+    classes = {f"{i:04d}" + "n" * 100: 1 for i in range(700)}
+    files = write_tree(tmp_path / "src", classes)
+    numbered = {f"{int(name[:4])}/0.png": data for name, data in files.items()}
+    write_tar(tmp_path / "a.tar", samples(numbered))
+    flags = ["--workers", "0", "--memory-mb", "0.02", "--shard-mb", "0.05"]
+    run_pack(tmp_path / "a.tar", tmp_path / "unbroken", *flags)
+    with small_disk(tmp_path / "disk", 64) as disk:
+        refused, kilobytes, before = Counter(), 8, sorted(os.listdir(tmp_path))
+        while True:
+            subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", disk], check=True)
+            done = subprocess.run([sys.executable, "-m", "data_tools.pack", tmp_path / "a.tar", disk / "pack", *flags],
+                                  cwd=ROOT, capture_output=True, text=True, timeout=60)
+            if done.returncode == 0:
+                break
+            *others, error = done.stderr.splitlines()
+            assert done.returncode == 2 and "No space left on device" in error, (kilobytes, done.stderr)
+            assert all(line.startswith("resuming after ") for line in others)
+            kept = os.listdir(disk)  # when all images are listed, and from then on
+            assert error.endswith("the same command resumes from there" if kept else "nothing was kept")
+            assert kept == [".pack.partial-pack"] or not (kept or refused[True])
+            assert sorted(os.listdir(tmp_path)) == before
+            refused[bool(kept)] += 1
+            kilobytes = kilobytes * 5 // 4
+        assert refused[False] > 8 and refused[True] > 1 and os.listdir(disk) == ["pack"]
+        assert file_hashes(disk / "pack") == file_hashes(tmp_path / "unbroken")
+
+
+def test_counts_find_no_space_before_they_are_counted(tmp_path):
+    """A page of a file that the disk has no room for would kill the process when it is touched."""
+    with small_disk(tmp_path / "disk", 64) as disk:
+        with pytest.raises(OSError, match="No space left"):
+            zeros_file(disk / "counts", 10**6)
+        assert not zeros_file(disk / "few", 1000).any()
+

@@ -1,0 +1,78 @@
+"""What a run records: metrics, phase times, a trace of some steps, and the last line."""
+
+import json
+import sys
+import time
+
+import torch
+
+from xc.run import watchdog
+from xc.run.folder import resume_command
+from xc.run.metrics import Metrics, Timer, peak_rss_mb
+from xc.run.trace import Trace
+
+_STARTED = time.perf_counter()  # of the launch, but for the imports before this one
+
+
+class RunLog:
+    """The records of one launch.
+
+    timer  phases of the step: `with log.timer("forward"): …`
+    """
+
+    def __init__(self, cfg, progress, schedule, world):
+        """progress: where this launch begins."""
+        self._cfg, self._world, self._logged = cfg, world, progress
+        self.timer = Timer()
+        self._metrics = Metrics(cfg.out, world.rank, progress, schedule.num_steps, schedule.examples)
+        self._trace = Trace(cfg.trace_steps, progress.step, schedule.least_steps, cfg.out, world, self.timer)
+
+    def step_begins(self, progress):
+        """Before every step, and once after the last one. Collective where a trace begins or ends."""
+        self._trace.at(progress.step)
+        watchdog.at_step(progress.step)
+
+    def values(self, progress, values):
+        """Log {name: number}, if there are any."""
+        if values:
+            self._metrics.log(progress, **values)
+
+    def training(self, progress, plan, state, loader):
+        """Log the interval since the last call, whose last step used `plan`. Collective."""
+        steps, examples = progress.step - self._logged.step, progress.examples - self._logged.examples
+        loss_scale = state.exchange.loss_scale
+        self._metrics.log(
+            progress, loss=state.losses.pop_mean(), lr=plan.lr, global_batch=plan.global_batch,
+            peak_rss_mb=peak_rss_mb(), noise_scale=state.noise.examples,
+            loss_scale=loss_scale.scale if loss_scale.active else None, bad_records=loader.bad_records(),
+            **self._world.traffic.take(steps), **self.timer.take(steps, examples))
+        self._logged = progress
+
+    def evaluation(self, progress, scores):
+        """Log {top1: …, …} of an evaluation."""
+        self._metrics.log(progress, **scores, train_seconds=self.timer.total)
+
+    def rewind(self, progress):
+        """The run went back to this Progress: later lines are dropped."""
+        self._logged = progress
+        self._metrics.rewind(progress)
+
+    def finish(self, progress, scores, state, schedule, watchdog):
+        """Close the records and print the result of the run on rank 0. Collective.
+
+        scores  of the last evaluation; None without a test split
+        """
+        self._metrics.close()
+        world, rss = self._world, torch.tensor(peak_rss_mb(), device=self._world.device)
+        peak = world.all_ranks.all_reduce(rss, "max").item()
+        watchdog.close()
+        if world.rank != 0:
+            return
+        if schedule.auto and state.noise.grown == 1:
+            print("warning: --batch-growth auto never let the batch grow: the gradient noise did not grow, or was not "
+                  "known", file=sys.stderr)
+        result = {**(scores or {"top1": None, "top5": None}),
+                  "images_per_second": round(self.timer.images_per_second, 1), "peak_rss_mb": round(peak),
+                  "steps": progress.step, "seconds": round(time.perf_counter() - _STARTED, 1), "run": self._cfg.out}
+        print(f"resume with: {resume_command(self._cfg, world.size)}")
+        print(json.dumps(result), flush=True)

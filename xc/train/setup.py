@@ -1,0 +1,43 @@
+"""What a run is made of: data, state, run folder. A mistake found on any rank is raised on all of them."""
+
+from xc.checkpoint.state import State
+from xc.data import loader
+from xc.gradients import exchanges
+from xc.model import backbone as backbones
+from xc.model import head_table
+from xc.optim.noise_scale import NoiseScale
+from xc.optim.optimizers import RowSGD, backbone_optimizer
+from xc.optim.schedule import Schedule
+from xc.run import folder
+from xc.run.loss_meter import LossMeter
+
+
+def data(cfg, world):
+    """Open the data and check that the run folder can be used; writes nothing. Collective.
+
+    returns  ({"train": split, …}, the Loader of the training split, the Schedule)
+    """
+    with world.raise_on_all_ranks():
+        if not cfg.schedule_plot:
+            folder.check(cfg)
+        splits = loader.open_splits(cfg)
+        return splits, loader.Loader(splits["train"], cfg, world), Schedule.of(cfg, len(splits["train"]), world.size)
+
+
+def state(cfg, train_split, world):
+    """All that training changes, at its start: the backbone on every rank, the class rows split over ranks.
+    Collective."""
+    with world.raise_on_all_ranks():
+        backbone = backbones.build(cfg.backbone, train_split.input_shape, cfg.feature_dim, cfg.seed, world, cfg.amp)
+        head = head_table.build(cfg, train_split.num_classes, world)
+        exchange = exchanges.build(backbone, world, cfg)
+    return State(backbone, backbone_optimizer(backbone, cfg, exchange.keeps_momentum), head,
+                 RowSGD(head, cfg.head_momentum), exchange, NoiseScale(),
+                 LossMeter(world.device))
+
+
+def run_folder(cfg, world):
+    """Create the run folder, or lock the one that is resumed. Collective."""
+    with world.raise_on_all_ranks():
+        if world.rank == 0:
+            folder.create(cfg, world.size)
