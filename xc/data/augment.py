@@ -36,8 +36,8 @@ def prepared(inputs, first_example=0, strength=0.0, seed=0):
 def augment(images, first_example, strength, seed):
     """Images (B, channels, size, size), each with a light random shift, scale, rotation, blur and contrast.
 
-    first_example  place of the first image in the training sequence; on any rank of any world, the distortion of an
-                   example depends on its place and the seed alone
+    first_example  position of the first image in the training sequence; on any rank of any world, the distortion of an
+                   example depends on its position and the seed alone
     strength       1: up to 8 % shift, 12 % scale, 8 degrees, half-weight 3x3 blur, 30 % contrast
     """
     u = torch.from_numpy(uniform(seed, first_example, len(images), 6)).to(images) * 2 - 1  # [-1, 1)

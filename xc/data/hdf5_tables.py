@@ -90,14 +90,14 @@ class TableFile:
 
     def read_bytes(self, name, start, stop):
         """Elements start … stop − 1 of a table, as bytes."""
-        place, elements, dtype = self._tables[name]
+        position, elements, dtype = self._tables[name]
         assert 0 <= start <= stop <= len(elements), (name, start, stop)
-        place, left, parts = place + int(start) * dtype.itemsize, int(stop - start) * dtype.itemsize, []
+        position, left, parts = position + int(start) * dtype.itemsize, int(stop - start) * dtype.itemsize, []
         while left:  # one read returns at most 2 GB
-            parts.append(os.pread(self._fd, left, place))
+            parts.append(os.pread(self._fd, left, position))
             if not parts[-1]:
-                raise self.error(f"ends at byte {place}, inside of {name}: it was cut while open")
-            left, place = left - len(parts[-1]), place + len(parts[-1])
+                raise self.error(f"ends at byte {position}, inside of {name}: it was cut while open")
+            left, position = left - len(parts[-1]), position + len(parts[-1])
         return b"".join(parts)
 
     def blocks(self, name):
@@ -115,7 +115,7 @@ class TableFile:
         return offsets
 
     def _find(self, file, name, dtype):
-        """(byte in the file, range(length), dtype) of a plain dataset that lies in this file alone."""
+        """(position in the file, range(length), dtype) of a plain dataset that lies in this file alone."""
         links = file.id.links  # file[name] would follow the link
         if not links.exists(name.encode()) or links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
             raise self.error(f"{name} is missing or a link to elsewhere")
@@ -125,7 +125,7 @@ class TableFile:
         properties = data.id.get_create_plist()
         if properties.get_layout() != h5py.h5d.CONTIGUOUS or properties.get_external_count():
             raise self.error(f"{name} is not stored in one piece in this file (chunked, virtual or external)")
-        place, num_bytes = data.id.get_offset(), data.shape[0] * dtype.itemsize
-        if num_bytes and (place is None or place + num_bytes > os.path.getsize(self.path)):
+        position, num_bytes = data.id.get_offset(), data.shape[0] * dtype.itemsize
+        if num_bytes and (position is None or position + num_bytes > os.path.getsize(self.path)):
             raise self.error(f"{name} claims {num_bytes} bytes that the file does not have")
-        return place or 0, range(data.shape[0]), dtype
+        return position or 0, range(data.shape[0]), dtype

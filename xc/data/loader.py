@@ -50,7 +50,7 @@ def open_splits(cfg):
 class Loader:
     """Batches of one rank, read or made and augmented ahead in threads.
 
-    A batch is a function of (seed, place in the sequence, rank, W) alone; the number of threads does not matter.
+    A batch is a function of (seed, position in the sequence, rank, W) alone; the number of threads does not matter.
     """
 
     def __init__(self, split, cfg, world):

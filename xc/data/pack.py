@@ -140,12 +140,12 @@ class Pack:
             raise TypeError(f"records must be a flat array of integers, not {records.dtype} {records.shape}")
         if len(records) and not (0 <= records.min() and records.max() < self.num_records):
             raise IndexError(f"records {records.min()} … {records.max()} are outside 0 … {self.num_records - 1}")
-        numbers, places = np.unique(records.astype(np.int64), return_inverse=True)
+        numbers, indices = np.unique(records.astype(np.int64), return_inverse=True)
         images, labels = [], []
         for some_images, some_labels in self._runs(numbers):
             images += some_images
             labels += some_labels
-        return [images[place] for place in places], np.array(labels, np.int64)[places]
+        return [images[index] for index in indices], np.array(labels, np.int64)[indices]
 
     def ranges(self):
         """Yields (start, stop) of ranges that cover all records in order and whose images fit in memory, of any size.
@@ -266,12 +266,13 @@ class Pack:
     def _runs(self, numbers):
         """Yields ([bytes], [labels]) of up to RUN_RECORDS neighbours at a time, of ascending record numbers (n,)."""
         shards = np.searchsorted(self._starts, numbers, side="right") - 1
-        places = numbers - self._starts[shards]
-        first = (np.diff(numbers, prepend=-2) > 1) | (places % RUN_RECORDS == 0)  # of a run
+        indices = numbers - self._starts[shards]
+        first = (np.diff(numbers, prepend=-2) > 1) | (indices % RUN_RECORDS == 0)  # of a run
         begins = np.flatnonzero(first)
         counts = np.diff(begins, append=len(numbers))
         scattered = 2 * len(begins) > len(numbers)
-        for number, start, count in zip(shards[begins].tolist(), places[begins].tolist(), counts.tolist(), strict=True):
+        owners, starts = shards[begins].tolist(), indices[begins].tolist()
+        for number, start, count in zip(owners, starts, counts.tolist(), strict=True):
             yield self._run(number, start, start + count, scattered)
 
     def _run(self, number, start, stop, scattered):
@@ -313,8 +314,8 @@ class Pack:
             raise self._bad_record(number, start + large[0], f"more than {MAX_RECORD_BYTES} bytes")
         return offsets, labels, shard.read("crc32", start, stop)
 
-    def _bad_record(self, number, place, what):
-        return self._shard(number).error(f"record {self._starts[number] + place}: {what}")
+    def _bad_record(self, number, index, what):
+        return self._shard(number).error(f"record {self._starts[number] + index}: {what}")
 
 
 def open_splits(path):
@@ -343,7 +344,6 @@ def _open(path, tables):
 def classes_digest(*parts):
     """Hex SHA-256 of iterables of arrays, one after the other; identifies a class table."""
     digest = hashlib.sha256()
-    for part in parts:
-        for block in part:
-            digest.update(block)
+    for block in itertools.chain(*parts):
+        digest.update(block)
     return digest.hexdigest()

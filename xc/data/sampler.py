@@ -1,7 +1,7 @@
-"""The order of examples: endless sequences of record numbers, each a function of (seed, place) alone.
+"""The order of examples: endless sequences of record numbers, each a function of (seed, position) alone.
 
-The progress of a run is one number, the place. Any number of ranks takes parts of such a sequence and resumes anywhere
-in it. An epoch has as many examples as there are records. Threads may share an order.
+The progress of a run is one number, the position. Any number of ranks takes parts of such a sequence and resumes
+anywhere in it. An epoch has as many examples as there are records. Threads may share an order.
 
     order.records(first, count)    record numbers of the examples first … first + count − 1, (count,) int64
 
@@ -39,8 +39,8 @@ class Natural:
     def records(self, first, count):
         pieces = [np.empty(0, np.int64)]
         while count:
-            epoch, place = divmod(first, self.num_records)
-            pieces.append(self._window(epoch, place // WINDOW)[place % WINDOW :][:count])
+            epoch, index = divmod(first, self.num_records)
+            pieces.append(self._window(epoch, index // WINDOW)[index % WINDOW :][:count])
             first, count = first + len(pieces[-1]), count - len(pieces[-1])
         return np.concatenate(pieces)
 
@@ -82,8 +82,8 @@ class ByWeight:
 
         The examples of one record in an epoch are numbered consecutively, in any order; the next epoch continues.
         """
-        epochs, places = np.divmod(np.arange(first, first + count), self.num_examples)
-        marks = shuffled(places, self.num_examples, keys_of(self.seed, _POINTS, epochs))
+        epochs, indices = np.divmod(np.arange(first, first + count), self.num_examples)
+        marks = shuffled(indices, self.num_examples, keys_of(self.seed, _POINTS, epochs))
         shifts, _ = _van_der_corput(epochs, epochs)
         records = np.searchsorted(self._ends, (marks << _UNIT_BITS) + shifts, side="right")
         begins = np.where(records, self._ends[records - 1], 0).astype(np.int64)
@@ -120,8 +120,8 @@ class ByClass:
             if (free[classes] + counts > ends[classes]).any():
                 raise ValueError("class_counts do not match the labels: check the pack with python -m "
                                  "data_tools.show --verify")
-            places = np.repeat(free[classes] - begins, counts) + np.arange(len(some))
-            self._by_class[places] = first + sorting
+            slots = np.repeat(free[classes] - begins, counts) + np.arange(len(some))
+            self._by_class[slots] = first + sorting
             free[classes] += counts
 
     def records(self, first, count):
@@ -132,14 +132,14 @@ class ByClass:
         return self._by_class[self._begins[classes] + within].astype(np.int64)
 
 
-def _marks_below(places):
-    """How many of the marks at 0, 1, 2, … examples are below these places, in units."""
-    return -(-places >> _UNIT_BITS)
+def _marks_below(positions):
+    """How many of the marks at 0, 1, 2, … examples are below these positions, in units."""
+    return -(-positions >> _UNIT_BITS)
 
 
-def _points_before(places, epochs):
-    """How many points below these places, in units, all epochs before these had."""
-    marks, rests = np.divmod(places, 1 << _UNIT_BITS)
+def _points_before(positions, epochs):
+    """How many points below these positions, in units, all epochs before these had."""
+    marks, rests = np.divmod(positions, 1 << _UNIT_BITS)
     return epochs * marks + _van_der_corput(epochs, rests)[1]
 
 

@@ -29,7 +29,7 @@ from xc.errors import UserError
 
 PREFIX = "synth:"
 MAX_CLASSES, MAX_IMAGE_CLASSES = 10**8, 10**5
-_PLACES, _TRAIN, _TEST, _LEVELS = 1, 2, 4, 16  # streams of random numbers; a split has two, for labels and for noise
+_CLUSTERS, _TRAIN, _TEST, _LEVELS = 1, 2, 4, 16  # streams of random numbers; a split has two, for labels and for noise
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ class SyntheticSplit:
 
     def labels(self, records):
         """(n,) int64 class ids of the records (n,)."""
-        passes, places = np.divmod(np.asarray(records), self.num_classes)
-        return shuffled(places, self.num_classes, keys_of(self.spec.seed, self._stream, passes))
+        passes, indices = np.divmod(np.asarray(records), self.num_classes)
+        return shuffled(indices, self.num_classes, keys_of(self.spec.seed, self._stream, passes))
 
     def means(self, ids):
         """float32 tensor (n, *input_shape): examples of the classes without noise."""
@@ -155,8 +155,8 @@ class SyntheticSplit:
     def clusters(self, ids, level=1):
         """(n,) int64: the cluster of each class at a level. Siblings share one at level 1; at level 0 no classes do."""
         ids = np.asarray(ids)
-        places = shuffled(ids, self.num_classes, keys_of(self.spec.seed, _PLACES, np.zeros_like(ids)))
-        return places // min(self.spec.branching**level, MAX_CLASSES)
+        indices = shuffled(ids, self.num_classes, keys_of(self.spec.seed, _CLUSTERS, np.zeros_like(ids)))
+        return indices // min(self.spec.branching**level, MAX_CLASSES)
 
 
 class _Consecutive:

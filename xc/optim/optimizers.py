@@ -46,6 +46,7 @@ class Lars(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self):
+        """Update the weights from their gradients, which it overwrites."""
         given = [(group["lr"], group["weight_decay"]) for group in self.param_groups]
         for group, (rate, decay) in zip(self.param_groups, given, strict=True):
             weights, grads = group["params"], [p.grad for p in group["params"]]
@@ -87,6 +88,7 @@ class RowSGD:
 
     @torch.no_grad()
     def step(self):
+        """Update the active rows of the head from head.row_grad (A, D)."""
         head, lr = self.head, self.param_groups[0]["lr"]
         row_grad = head.row_grad
         self._random = None  # a new generator each step: the same on all replicas of a shard, and after a resume
