@@ -1,3 +1,4 @@
+import os
 import sys
 
 import numpy as np
@@ -5,14 +6,23 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.launch import run
+from tests.support.launch import run
 
 torch.set_num_threads(1)
+_CORES_OF_RANKS = 4  # of the two to four ranks of a test that starts some
 
 
 def pytest_collection_modifyitems(items):
-    """What fails in milliseconds comes before what launches ranks."""
+    """Tests that start ranks: after those that fail in milliseconds, and under xdist only so many files of them at
+    once as there are cores for. There is one Slurm."""
     items.sort(key=lambda item: item.get_closest_marker("mpi") is not None)
+    lanes = max(1, len(os.sched_getaffinity(0)) // _CORES_OF_RANKS)
+    files = sorted({item.path for item in items if item.get_closest_marker("mpi")})
+    for item in items:
+        if "slurm" in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group("slurm"))
+        elif item.get_closest_marker("mpi"):
+            item.add_marker(pytest.mark.xdist_group(f"ranks{files.index(item.path) % lanes}"))
 
 
 @pytest.fixture(scope="session")
