@@ -1,21 +1,27 @@
 """The plan against the tensors: what is planned is what is there."""
 
+import copy
+
 import pytest
 import torch
 
-from tests.support.launch import mpirun
 from tests.support.worlds import run_ranks
 from xc import backbone as backbones
-from xc import heads
-from xc.config import Config, UserError, parse
+from xc import checkpoint, heads
+from xc import exchange as exchanges
+from xc.config import Config, UserError
+from xc.losses import Losses
 from xc.memory_plan import Network, Plan
-from xc.optim import RowSGD
+from xc.noise_scale import NoiseScale
+from xc.optim import RowSGD, backbone_optimizer
+from xc.saver import Saver
+from xc.schedule import Position
 from xc.shard import Shard
 from xc.world import World
 
 C, D, G = 137, 6, 12
 NOTHING = Network(0, 0, 0, 0, 0)
-GRIDS = [(1, 0), (2, 0), (3, 0), (4, 2), (4, 1)]
+GRIDS = [(1, 0), (3, 0), (4, 2), (4, 1)]
 
 
 def config(**settings):
@@ -28,10 +34,10 @@ def planned(cfg, num_ranks, network=NOTHING, num_classes=C, **options):
 
 @pytest.mark.parametrize("num_ranks, width", GRIDS)
 @pytest.mark.parametrize("settings", [
-    {}, {"head_momentum": 0.9}, {"row_dtype": "bfloat16", "head_momentum": 0.9}, {"logits_mb": 1e-3},
+    {}, {"head_momentum": 0.9}, {"row_dtype": "bfloat16", "head_momentum": 0.9},
     {"head": "sampled", "active_classes": 0.4}, {"head": "knn", "active_classes": 0.5, "neighbors": 7},
     {"head": "knn", "active_classes": 0.5, "neighbors": 7, "graph_angle": 5.0, "head_momentum": 0.5},
-    {"head": "mach", "active_classes": 60.0, "repetitions": 3}, {"head": "sampled", "warmup_full_steps": 5},
+    {"head": "mach", "active_classes": 60.0, "repetitions": 3},
 ])
 def test_tables_are_as_planned(num_ranks, width, settings):
     """On rank 0, which no rank exceeds; the edges of a graph are those of all ranks."""
@@ -41,7 +47,7 @@ def test_tables_are_as_planned(num_ranks, width, settings):
     def body(world):
         head = heads.build(cfg, C, world)
         optimizer = RowSGD(head, cfg.head_momentum, 0.0)
-        head.refresh(0, due=True) if not cfg.warmup_full_steps else None
+        head.refresh(0, due=True)
         mine = Shard.of(G, world.size, world.rank)
         generator = torch.Generator().manual_seed(1)
         features, labels = torch.randn(G, D, generator=generator), torch.randint(C, (G,), generator=generator)
@@ -63,7 +69,7 @@ def test_tables_are_as_planned(num_ranks, width, settings):
     assert plan.parts["class rows"] == rows[0] == max(rows)
     assert plan.parts.get("their momentum", 0) == momentum[0] == max(momentum)
     assert 0 < max(kept) <= plan.parts["logits and active rows"]
-    if cfg.head in ("full", "mach") or cfg.warmup_full_steps:
+    if cfg.head in ("full", "mach"):
         assert plan.parts["their gradients"] == grads[0] == max(grads)
     if cfg.head == "knn":
         shards = width or num_ranks
@@ -109,18 +115,28 @@ def test_a_network_is_as_it_is_built(name, shape):
     assert split.parts["activations"] == 7 * network.activations // 2
 
 
-@pytest.mark.mpi
-@pytest.mark.parametrize("ranks, flags", [
-    (1, []), (3, ["--head-momentum", 0.9, "--head-lr-scale", 4]), (2, ["--head", "knn", "--graph-every", "1steps"]),
-    (2, ["--head", "selective", "--graph-every", "1steps"]), (2, ["--exchange", "dgc", "--density-warmup", 0]),
-    (2, ["--row-dtype", "bfloat16", "--model-parallel-size", 1]),
-])
-def test_a_checkpoint_is_as_large_as_planned(ranks, flags, tmp_path):
-    arguments = ["--data", "synth:classes=3000,dim=16,test=0", "--steps", 3, "--warmup", 0, "--active-classes", 900,
-                 "--device", "cpu", *flags]
-    mpirun(ranks, "train.py", *arguments, "--out", tmp_path / "run")
-    (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
+@pytest.mark.parametrize("ranks, width, settings", [
+    (1, 0, {}), (3, 0, {"head_momentum": 0.9}), (2, 0, {"head": "knn"}), (3, 0, {"head": "selective"}),
+    (2, 0, {"exchange": "dgc"}), (2, 1, {"row_dtype": "bfloat16"})])
+def test_a_checkpoint_is_as_large_as_planned(ranks, width, settings, tmp_path):
+    cfg = Config("d", "o", active_classes=900.0, model_parallel_size=width, **settings)
+    net = backbones.build("mlp", (16,), cfg.feature_dim, 0, World())
+
+    def body(world):
+        backbone, head = copy.deepcopy(net), heads.build(cfg, 3000, world)
+        exchange = exchanges.build(backbone, world, cfg)
+        state = checkpoint.State(backbone, backbone_optimizer(backbone, cfg, exchange.keeps_momentum), head,
+                                 RowSGD(head, cfg.head_momentum, 0.0), exchange, NoiseScale(), Losses())
+        for p in backbone.parameters():
+            p.grad = torch.ones_like(p) if p.grad is None else p.grad
+        state.body_optimizer.step()
+        head.refresh(1, due=True)
+        saver = Saver(tmp_path, world, {"seed": 0}, keep=1)
+        saver.save(state, Position(1, 128, 128))
+        saver.finish(last=True)
+
+    run_ranks(ranks, body, width)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
     size = sum(file.stat().st_size for file in folder.iterdir())
-    cfg = parse([*map(str, arguments), "--out", "o"])
     plan = Plan.of(cfg, 3000, ranks, Network.of(cfg, (16,)))
     assert 0.99 * plan.on_disk < size < plan.on_disk + 20_000
