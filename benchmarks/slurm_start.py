@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.measure import report
-from tests.support.launch import ROOT, Launched
-from tests.support.slurm_cluster import Cluster, missing
+from tests.launch import ROOT, Launched
+from tests.slurm_cluster import Cluster, missing
 
 _FLAGS = ["--data", "synth:classes=300,dim=16,test=0", "--global-batch", "30", "--warmup", "0", "--steps", "3",
           "--log-steps", "1", "--device", "cpu"]

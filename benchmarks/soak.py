@@ -1,7 +1,7 @@
 """Long searches for failures, which must find none: a table, one JSON line, exit code 1 on findings.
 
     python benchmarks/soak.py fuzz --minutes 10          every reader of strangers' files (tests/fuzz.py), fresh seeds
-    python benchmarks/soak.py kill --kills 200 --ranks 4 a run whose ranks are killed at random moments (tests/support/kills.py)
+    python benchmarks/soak.py kill --kills 200 --ranks 4 a run whose ranks are killed at random moments (tests/kills.py)
 
 Where a case of fuzz fails, its files stay in --findings, with a line that reads them again; of kill, the run stays.
 """
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests.fuzz import TARGETS
-from tests.support.kills import kill_again_and_again
+from tests.kills import kill_again_and_again
 
 CASE_SECONDS = 60  # of silence, after which a child hangs; its first line comes after its imports
 MOST_FINDINGS = 5  # of one target: the rest of its time would tell little more

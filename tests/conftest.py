@@ -1,6 +1,8 @@
 import os
+import shutil
 import sys
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -39,3 +41,13 @@ def tiny_packs(tmp_path_factory):
                 Image.fromarray(image).save(folder / "tree" / split / f"class{label}" / f"{i}.png")
     run(sys.executable, "-m", "data_tools.pack", folder / "tree", folder / "packs")
     return folder / "packs"
+
+
+@pytest.fixture
+def spoiled_packs(tiny_packs, tmp_path):
+    """A copy of tiny_packs in which three training records do not have their checksum, and one its image."""
+    shutil.copytree(tiny_packs, tmp_path / "packs")
+    with h5py.File(tmp_path / "packs" / "train" / "shard-00000.h5", "r+") as file:
+        for record in 7, 8, 119:
+            file["bytes"][file["offsets"][record] + 20] ^= 255
+    return tmp_path / "packs"

@@ -24,7 +24,7 @@ import xc.pack
 from data_tools.checking import KEPT, check_images
 from data_tools.listing import zeros_file
 from data_tools.sources import KINDS
-from tests.support.disks import small_disk
+from tests.test_faults import small_disk
 from tests.test_pack import ROOT, by_class, contents, fails, file_hashes, picture, png, run, write_tree
 from tests.test_sources import image_record, odd, samples, skipped_rows, write_parquet, write_rec, write_tar
 from xc.pack import Pack

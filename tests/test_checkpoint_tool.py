@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from data_tools.checkpoint import main
-from tests.support.launch import ROOT, run
+from tests.launch import ROOT, run
 from tests.test_checkpoint import HEAD_SETTINGS, C, D, assert_holds_what_was_saved, everything, save, state_of
-from tests.support.worlds import run_ranks
+from tests.worlds import run_ranks
 from xc import checkpoint
 from xc.world import World
 

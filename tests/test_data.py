@@ -17,7 +17,7 @@ from PIL import Image
 import data_tools.pack
 import xc.data
 from tests.test_pack import weighted
-from tests.support.worlds import run_ranks
+from tests.worlds import run_ranks
 from xc.config import Config, UserError
 from xc.data import Loader, _uniform, augment, open_splits, prepared
 from xc.world import World

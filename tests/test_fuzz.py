@@ -22,7 +22,7 @@ import data_tools.show
 from benchmarks import soak
 from data_tools import glyphs, timeline
 from tests import fuzz
-from tests.support.launch import run
+from tests.launch import run
 from xc import checkpoint, config, metrics, pack, synth
 from xc.config import UserError
 from xc.message import one_line

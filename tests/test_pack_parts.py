@@ -21,8 +21,8 @@ import data_tools.pack
 import data_tools.progress
 from data_tools.external_sort import Sorter, merged
 from data_tools.pack_writer import ShardWriter
-from tests.support.processes import wait_until
-from tests.support.disks import small_disk
+from tests.processes import wait_until
+from tests.test_faults import small_disk
 from tests.test_pack import ROOT, fails, file_hashes, picture, run
 from tests.test_sources import write_tar
 from xc.pack import PackError, open_splits

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.launch import error_lines, run
-from tests.support.worlds import run_ranks
+from tests.launch import error_lines, run
+from tests.worlds import run_ranks
 from xc import synth
 from xc.config import Config, UserError
 from xc.data import Loader, open_splits

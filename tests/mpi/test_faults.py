@@ -1,32 +1,25 @@
 """Faults of real ranks: the run ends within its time with nothing left over, or goes on; and what goes on from its
 checkpoints is an unbroken run."""
 
-import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
-import time
 
-import h5py
-import numpy as np
 import pytest
 
+from tests.support.disks import small_disk
 from tests.support.kills import kill_again_and_again
 from tests.support.launch import Launched, accuracies, losses, run
 from tests.support.processes import of_run, wait_until
-from tests.test_mpi import SYNTH
-from tests.test_train import QUICK
-from xc.data import Images
-from xc.pack import open_splits
+from tests.support.training import QUICK, SYNTH, launcher
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.long]
 
 
 def faulty(ranks, fault, *arguments, **options):
-    launcher = ["mpirun", "--oversubscribe", "-np", ranks] if ranks > 1 else []
-    return run(*launcher, sys.executable, "-m", "tests.mpi_faults", fault, *arguments, **options)
+    return run(*launcher(ranks), sys.executable, "-m", "tests.mpi.programs.faults", fault, *arguments, **options)
 
 
 def errors(process):
@@ -35,7 +28,7 @@ def errors(process):
 
 def assert_nothing_left(out):
     """Ranks are gone, if not all at once: mpirun may be gone before them."""
-    wait_until(lambda: not of_run(out), seconds=5)
+    wait_until(lambda: not of_run(out))
 
 
 @pytest.mark.parametrize("fault, flags", [
@@ -43,46 +36,35 @@ def assert_nothing_left(out):
     ("kill-message", ["--exchange", "dgc", "--density", 0.05])])
 def test_a_rank_killed_with_communication_in_flight_ends_all(fault, flags, tmp_path):
     out = tmp_path / "run"
-    process = faulty(3, fault, *SYNTH[1:], *flags, "--out", out, "--steps", 500, expect=137,
-                     env={"FAULT_AT": str(tmp_path / "time")})
-    assert time.time() - float((tmp_path / "time").read_text()) < 30
+    process = faulty(3, fault, *SYNTH[1:], *flags, "--out", out, "--steps", 500, expect=137)
     assert re.search(r"process rank 1 .* exited on signal 9", process.stderr)
     assert_nothing_left(out)
 
 
 @pytest.mark.timeout(600)
-def test_killed_thirty_times_a_run_loses_nothing_but_steps_since_its_last_checkpoint(tmp_path):
-    kill_again_and_again(tmp_path, kills=30, ranks=2, seed=0)
+def test_killed_again_and_again_a_run_loses_nothing_but_steps_since_its_last_checkpoint(tmp_path):
+    """Each moment twice; benchmarks/soak.py kills as often as it is told to."""
+    kill_again_and_again(tmp_path, kills=6, ranks=2, seed=0)
 
 
 @pytest.mark.parametrize("ranks, fault, sentence", [
-    (1, "sleep", "rank 0: in data"),
     (3, "sleep", "rank 1: in data; ranks 0, 2: waiting in shards.all_gather"),
-    (3, "stop", "rank 1: no answer; ranks 0, 2: waiting in shards.all_gather"),
     (2, "spin", "rank 1: no answer; rank 0: waiting in shards.all_gather")])
 def test_a_rank_that_stalls_is_named_and_the_run_ends(ranks, fault, sentence, tmp_path):
+    """It stalls until it is ended; tests/run/test_watchdog.py has more, and ranks that work for long."""
     out = tmp_path / "run"
-    process = faulty(ranks, fault, *SYNTH[1:], "--out", out, "--steps", 500, "--stall-seconds", 4, expect=None,
-                     seconds=60, env={"FAULT_AT": str(tmp_path / "time")})
+    process = faulty(ranks, fault, *SYNTH[1:], "--out", out, "--steps", 500, "--stall-seconds", 20, expect=None,
+                     seconds=250)
     assert process.returncode not in (0, 2, 75)
-    assert time.time() - float((tmp_path / "time").read_text()) < 40
     (line,) = errors(process)
-    assert line.startswith("error: nothing has moved on for 4 s (--stall-seconds), at step 1")
+    assert line.startswith("error: nothing has moved on for 20 s (--stall-seconds), at step 1")
     assert line.endswith(sentence)
-    where = {"sleep": "in sleep", "spin": "in spin", "stop": "in __call__"}[fault]
-    assert re.search(r'File ".*", line \d+ ' + where, process.stderr), process.stderr  # stacks
+    assert re.search(rf'File ".*", line \d+ in {fault}', process.stderr), process.stderr  # stacks
     assert_nothing_left(out)
 
 
-def test_a_rank_that_works_for_long_is_no_stall(tmp_path):
-    faulty(2, "slow", *SYNTH[1:], "--out", tmp_path / "run", "--steps", 20, "--stall-seconds", 4,
-           env={"FAULT_AT": str(tmp_path / "time")})
-    assert len(losses(tmp_path / "run")) == 20
-
-
 @pytest.mark.parametrize("ranks, flags", [
-    (1, ["--amp", "bf16", "--head", "knn", "--active-classes", 90, "--graph-every", "18steps"]),
-    (2, ["--exchange", "dgc", "--density-warmup", 0]),
+    (2, ["--amp", "bf16", "--exchange", "dgc", "--density-warmup", 0]),
     (3, ["--head", "knn", "--active-classes", 90, "--graph-every", "10steps"])])
 def test_a_loss_that_is_no_number_is_left_behind(ranks, flags, tmp_path):
     """Back at the last checkpoint the batch is left out, as if it had never been there."""
@@ -97,30 +79,16 @@ def test_a_loss_that_is_no_number_is_left_behind(ranks, flags, tmp_path):
     assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
 
 
-@pytest.mark.parametrize("flags, text", [
-    (["--save-every", "8steps"], "the loss of step 22 is nan: take a smaller --lr"),
-    (["--max-rollbacks", 1], "the loss of step 22 is nan, and there is no checkpoint yet to go back to")])
-def test_a_loss_that_is_no_number_ends_all_ranks(flags, text, tmp_path):
+def test_a_loss_that_is_no_number_ends_all_ranks(tmp_path):
     out = tmp_path / "run"
-    process = faulty(3, "nan", *SYNTH[1:], "--steps", 40, *flags, "--out", out, expect=2)
+    process = faulty(3, "nan", *SYNTH[1:], "--steps", 40, "--max-rollbacks", 1, "--out", out, expect=2)
     (line,) = errors(process)
-    assert text in line and "Traceback" not in process.stderr
+    assert "the loss of step 22 is nan, and there is no checkpoint yet to go back to" in line
+    assert "Traceback" not in process.stderr
     assert_nothing_left(out)
 
 
 # --- disks ---
-
-
-@contextlib.contextmanager
-def small_disk(folder, kilobytes):
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("no right to mount a small disk")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 # About 1.3 MB a checkpoint, most of it rows.
@@ -129,13 +97,11 @@ WIDE = ["train.py", "--data", "synth:classes=20000,dim=16,test=0", "--feature-di
         "--active-classes", 60, "--save-every", "10steps"]
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_training_goes_on_with_a_full_disk(ranks, tmp_path):
+def test_training_goes_on_with_a_full_disk(tmp_path):
     """Room for two checkpoints and a half: the third, which is written before the first goes, never fits."""
     with small_disk(tmp_path / "disk", 3600) as disk:
         out = disk / "run"
-        launcher = ["mpirun", "--oversubscribe", "-np", ranks] if ranks > 1 else []
-        process = run(*launcher, sys.executable, *WIDE, "--out", out, "--steps", 60, "--keep", 2, expect=1)
+        process = run(*launcher(3), sys.executable, *WIDE, "--out", out, "--steps", 60, "--keep", 2, expect=1)
         assert process.stderr.count("warning: a checkpoint could not be written") == 2
         (line,) = errors(process)
         assert "3 checkpoint(s) in a row could not be written" in line
@@ -143,15 +109,15 @@ def test_training_goes_on_with_a_full_disk(ranks, tmp_path):
         assert sorted(f.name for f in (out / "checkpoints").iterdir()) == ["step-00000010", "step-00000020"]
         assert_nothing_left(out)
         shutil.copytree(out, tmp_path / "elsewhere")
-    run(*launcher, sys.executable, *WIDE, "--out", tmp_path / "elsewhere", "--steps", 60, "--resume", "auto")
-    run(*launcher, sys.executable, *WIDE, "--out", tmp_path / "whole", "--steps", 60)
+    run(*launcher(3), sys.executable, *WIDE, "--out", tmp_path / "elsewhere", "--steps", 60, "--resume", "auto")
+    run(*launcher(3), sys.executable, *WIDE, "--out", tmp_path / "whole", "--steps", 60)
     assert losses(tmp_path / "elsewhere") == losses(tmp_path / "whole")
 
 
 def test_training_goes_on_while_a_disk_is_read_only(tmp_path):
     with small_disk(tmp_path / "disk", 40000) as disk:
         out = disk / "run"
-        launched = Launched(["mpirun", "--oversubscribe", "-np", 2, sys.executable, *WIDE, "--out", out, "--steps",
+        launched = Launched([*launcher(2), sys.executable, *WIDE, "--out", out, "--steps",
                              400])
         wait_until(lambda: len(list(out.glob("checkpoints/step-*"))) >= 2)
         os.chmod(out / "checkpoints", 0o500)
@@ -169,50 +135,20 @@ def test_training_goes_on_while_a_disk_is_read_only(tmp_path):
 # --- records ---
 
 
-@pytest.fixture
-def spoiled_packs(tiny_packs, tmp_path):
-    """A copy of tiny_packs in which three training records do not have their checksum, and one its image."""
-    shutil.copytree(tiny_packs, tmp_path / "packs")
-    with h5py.File(tmp_path / "packs" / "train" / "shard-00000.h5", "r+") as file:
-        for record in 7, 8, 119:
-            file["bytes"][file["offsets"][record] + 20] ^= 255
-    return tmp_path / "packs"
-
-
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_damaged_records_are_left_out_up_to_a_number(ranks, spoiled_packs, tiny_packs, tmp_path):
+def test_damaged_records_are_left_out_up_to_a_number(spoiled_packs, tmp_path):
     """In whose place the next whole record is taken, on whichever rank."""
-    launcher = ["mpirun", "--oversubscribe", "-np", ranks] if ranks > 1 else []
-    base = [sys.executable, "train.py", "--data", spoiled_packs, *QUICK, "--steps", 22]
-    process = run(*launcher, *base, "--out", tmp_path / "run", "--max-bad-records", 3)
+    base = [*launcher(3), sys.executable, "train.py", "--data", spoiled_packs, *QUICK, "--steps", 22]
+    process = run(*base, "--out", tmp_path / "run", "--max-bad-records", 3)
     named = set(re.findall(r"warning: left out: .*record (\d+): wrong checksum", process.stderr))
     assert named == {"7", "8", "119"}
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert '"bad_records": 3' in lines
-    few = run(*launcher, *base, "--out", tmp_path / "few", "--max-bad-records", 2, expect=2)
+    few = run(*base, "--out", tmp_path / "few", "--max-bad-records", 2, expect=2)
     assert re.search(r"error: .*3 records cannot be used, --max-bad-records allows 2", few.stderr)
-    none = run(*launcher, *base, "--out", tmp_path / "none", expect=2)
+    none = run(*base, "--out", tmp_path / "none", expect=2)
     assert re.search(r"error: rank \d: .*record \d+: wrong checksum", none.stderr)
     for name in "few", "none":
         assert_nothing_left(tmp_path / name)
-
-
-def test_the_next_record_is_taken(spoiled_packs, tiny_packs):
-    good, bad = (Images(open_splits(path)["train"], 1, 16, 3) for path in (tiny_packs, spoiled_packs))
-    order = np.random.default_rng(0).permutation(120)
-    taken = np.array([{7: 9, 8: 9, 119: 0}.get(record, record) for record in order])
-    for found, expected in zip(bad.examples(order), good.examples(taken), strict=True):
-        assert found.equal(expected)
-    assert bad.bad_records == {7, 8, 119} and not good.bad_records
-
-
-def test_a_test_does_without_records_that_cannot_be_used(spoiled_packs, tiny_packs):
-    good, bad = (Images(open_splits(path)["train"], 1, 16, 3) for path in (tiny_packs, spoiled_packs))
-    whole = np.setdiff1d(np.arange(120), [7, 8, 119])
-    for found, expected in zip(bad.examples(np.arange(120), replace=False), good.examples(whole), strict=True):
-        assert found.equal(expected)
-    images, labels = bad.examples(np.array([7, 8]), replace=False)
-    assert images.shape == (0, 1, 16, 16) and len(labels) == 0
 
 
 def test_a_loss_that_is_no_number_goes_back_beyond_what_it_spoiled(tmp_path):
@@ -238,15 +174,6 @@ def test_a_launch_may_begin_with_a_batch_that_is_left_out(tmp_path):
     assert [step for step, *_ in whole] == [21, 30] and accuracies(tmp_path / "run") == whole
 
 
-@pytest.mark.parametrize("text", ["[" * 10**5, "5", '["a"]', "{", ""])
-def test_a_list_of_rollbacks_that_is_none_is_one_line(text, tmp_path):
-    base = [sys.executable, *SYNTH, "--out", tmp_path / "run", "--resume", "auto"]
-    run(*base, "--steps", 1)
-    (tmp_path / "run" / "rollbacks.json").write_text(text)
-    (line,) = errors(run(*base, "--steps", 2, expect=2))
-    assert "rollbacks.json is no list of steps: delete it" in line
-
-
 def test_two_launches_do_not_share_a_run_folder(tmp_path):
     base = [sys.executable, *SYNTH, "--out", tmp_path / "run", "--resume", "auto"]
     first = Launched([*base, "--steps", 10**6])
@@ -257,10 +184,3 @@ def test_two_launches_do_not_share_a_run_folder(tmp_path):
     first.process.terminate()
     first.result(expect=75)
     run(*base, "--steps", max(losses(tmp_path / "run")) + 1)  # it is nobody's now
-
-
-def test_a_slow_disk_is_no_stall(tmp_path):
-    """Files that take long one after the other, on rank 0, while the others wait for it."""
-    out = tmp_path / "run"
-    faulty(3, "slow-disk", *SYNTH[1:], "--out", out, "--steps", 10, "--stall-seconds", 4, expect=0)
-    assert (out / "checkpoints/step-00000010").exists()

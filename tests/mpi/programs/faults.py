@@ -1,14 +1,10 @@
 """Started by ../test_faults.py under mpirun: training in which a fault happens.
 
-arguments: the fault, then those of train.py. A fault of rank 1 comes at its 12th call of what it sits in, and writes
-the time into the file $FAULT_AT:
+arguments: the fault, then those of train.py. A fault of rank 1 comes at its 12th call of what it sits in:
 
     kill-gather kill-bucket kill-message   killed with communication in flight
     sleep      never comes back from reading data
-    stop       frozen, all threads of it
-    spin       the same, by a call that holds the interpreter
-    slow-disk  rank 0 needs two seconds for every file that it writes into a checkpoint
-    slow       works for a long time, but moves on
+    spin       the same, by a call that holds the interpreter: no thread of the rank runs
     nan        all ranks: the inputs of step 21, counted from 0, are no numbers
     without    all ranks: the batches of steps 20 and 21 are left out
     none       no fault
@@ -19,11 +15,10 @@ import re
 import signal
 import sys
 import time
-from pathlib import Path
 
 import torch
 
-from xc import data, exchange, pipeline, rollback, saver, tensor_file, watchdog, world
+from xc import data, exchange, pipeline, rollback, world
 
 FAULTY_RANK, AT_CALL, BAD_STEP = 1, 12, 21
 
@@ -32,22 +27,12 @@ def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def stop():
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
 def sleep():
-    time.sleep(1000)
+    time.sleep(10**6)
 
 
 def spin():
     re.match(r"(a+)+b", 60 * "a")  # years
-
-
-def slow():
-    for _ in range(24):
-        time.sleep(0.5)
-        watchdog.note("long work")
 
 
 def at_a_call_of(function, fault):
@@ -58,21 +43,11 @@ def at_a_call_of(function, fault):
         nonlocal calls
         result = function(*arguments)
         calls += 1
-        if calls == AT_CALL and world.launched_rank() in (None, FAULTY_RANK):
-            Path(os.environ["FAULT_AT"]).write_text(str(time.time()))
+        if calls == AT_CALL and world.launched_rank() == FAULTY_RANK:
             fault()
         return result
 
     return call
-
-
-def slow_on_rank_0(function):
-    def slow_function(*arguments, **progress):
-        if world.launched_rank() == 0:
-            time.sleep(2)
-        return function(*arguments, **progress)
-
-    return slow_function
 
 
 def spoiled(function):
@@ -98,8 +73,6 @@ if __name__ == "__main__":
         rollback.Rollbacks.skipped = {BAD_STEP - 1, BAD_STEP}
     elif name == "none":
         pass
-    elif name == "slow-disk":
-        saver.sync, tensor_file.write = slow_on_rank_0(saver.sync), slow_on_rank_0(tensor_file.write)
     else:
         data.Queue.take = at_a_call_of(data.Queue.take, globals()[name])
     import train
