@@ -12,19 +12,25 @@ from tests.support.launch import run
 
 torch.set_num_threads(1)
 _CORES_OF_RANKS = 4  # of the two to four ranks of a test that starts some
+_MOST_WORKERS = 16
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """-n auto: a process per core that this one may use, which in a job of a cluster are not all."""
+    return min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
 
 
 def pytest_collection_modifyitems(items):
     """Tests that start ranks: after those that fail in milliseconds, and under xdist only so many files of them at
     once as there are cores for. There is one Slurm."""
     items.sort(key=lambda item: item.get_closest_marker("mpi") is not None)
+    start_ranks = [item for item in items if item.get_closest_marker("mpi")]
     lanes = max(1, len(os.sched_getaffinity(0)) // _CORES_OF_RANKS)
-    files = sorted({item.path for item in items if item.get_closest_marker("mpi")})
-    for item in items:
-        if "slurm" in item.path.parts:
-            item.add_marker(pytest.mark.xdist_group("slurm"))
-        elif item.get_closest_marker("mpi"):
-            item.add_marker(pytest.mark.xdist_group(f"ranks{files.index(item.path) % lanes}"))
+    files = sorted({item.path for item in start_ranks})
+    for item in start_ranks:
+        lane = "slurm" if item.path.parent.name == "slurm" else f"ranks{files.index(item.path) % lanes}"
+        item.add_marker(pytest.mark.xdist_group(lane))
 
 
 @pytest.fixture(scope="session")
