@@ -64,7 +64,7 @@ train: setup data/glyphs.pack  ## train on sample data: horovodrun with NP ranks
 	echo 'go on with it for longer: make train NP=$(NP) RUN=$(RUN) ARGS="--resume auto --epochs 20"'
 
 # One pytest process per core; tests that start ranks take turns (tests/conftest.py). docs/testing.md says more.
-PYTEST := python -m pytest -q -n auto --dist loadgroup
+PYTEST := python -m pytest -q -n auto
 
 test: setup  ## run the tests that a change needs, in minutes, then the linter
 	$(PYTEST) -m 'not long' $(ARGS)

@@ -41,7 +41,7 @@ def test_a_rank_killed_with_communication_in_flight_ends_all(fault, flags, tmp_p
     assert_nothing_left(out)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_killed_again_and_again_a_run_loses_nothing_but_steps_since_its_last_checkpoint(tmp_path):
     """Each moment twice; benchmarks/soak.py kills as often as it is told to."""
     kill_again_and_again(tmp_path, kills=6, ranks=2, seed=0)

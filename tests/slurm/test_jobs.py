@@ -18,7 +18,7 @@ from tests.support.slurm_cluster import Cluster, missing
 from tests.support.training import SYNTH
 from xc.pack import open_splits
 
-pytestmark = [pytest.mark.mpi, pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.mpi, pytest.mark.long, pytest.mark.timeout(900)]
 FLAGS = [*SYNTH[1:], "--eval-every", 0]
 ONE_NODE, TWO_NODES = ["-N", 1, "-n", 2], ["-N", 2]
 ENDLESS = 10**6

@@ -59,8 +59,8 @@ def kill_again_and_again(folder, kills, ranks, seed, progress=lambda kill: None)
         victim = chance.choice(ranks_of(out))
         begun = time.monotonic()
         os.kill(victim, signal.SIGKILL)
-        launched.result(seconds=30, expect=137)
-        wait_until(lambda: not of_run(out), seconds=30)
+        launched.result(expect=137)
+        wait_until(lambda: not of_run(out))
         seconds = time.monotonic() - begun
         for whole in checkpoints.glob("step-*") if checkpoints.exists() else ():
             checkpoint.check(whole)

@@ -41,7 +41,7 @@ class Launched:
                 self._command, cwd=ROOT, env=os.environ | ENVIRONMENT | (env or {}), text=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
-    def result(self, seconds=100, expect=0):
+    def result(self, seconds=250, expect=0):
         """Wait for its end; returns the CompletedProcess.
 
         A command that outlasts its time is killed with all its children, and fails like one with another exit code than
@@ -61,7 +61,7 @@ class Launched:
         return subprocess.CompletedProcess(self._command, code, out, err)
 
 
-def run(*command, seconds=100, expect=0, env=None):
+def run(*command, seconds=250, expect=0, env=None):
     """Run a command in the checkout to its end: see `Launched`."""
     return Launched(command, env).result(seconds, expect)
 
