@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: help setup train test clean
+.PHONY: help setup train test test-all clean
 
 PYTHON ?= python3
 NP ?= 2
@@ -24,11 +24,11 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM ?= 1
 endif
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile
 	echo
 	echo 'make PYTHON=python3.11 …                 with another Python (3.10, 3.11 or 3.12)'
 	echo 'make train NP=4 ARGS="--epochs 2"        more ranks, flags for train.py'
-	echo 'make test ARGS="-k setup"                flags for pytest'
+	echo 'make test ARGS="tests/model -x"          a folder of tests, flags for pytest; -n 0: in one process'
 	echo 'HOROVOD_GPU_OPERATIONS=NCCL make …       Horovod for GPUs'
 
 # setup.key says what a whole .venv was made for. It is written last and removed first: without it, .venv is not trusted.
@@ -63,8 +63,15 @@ train: setup data/glyphs.pack  ## train on sample data: horovodrun with NP ranks
 	horovodrun -np $(NP) python train.py --data data/glyphs.pack --out $(RUN) $(ARGS)
 	echo 'go on with it for longer: make train NP=$(NP) RUN=$(RUN) ARGS="--resume auto --epochs 20"'
 
-test: setup  ## run every test that this machine can run, then the linter
-	python -m pytest -q $(ARGS)
+# One pytest process per core; tests that start ranks take turns (tests/conftest.py). docs/testing.md says more.
+PYTEST := python -m pytest -q -n auto
+
+test: setup  ## run the tests that a change needs, in minutes, then the linter
+	$(PYTEST) -m 'not long' $(ARGS)
+	ruff check .
+
+test-all: setup  ## run every test that this machine can run, then the linter
+	$(PYTEST) --durations=10 $(ARGS)
 	ruff check .
 
 clean:  ## remove .venv, the sample data and caches; runs/ and the user's Horovod wheels stay

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what tests/test_slurm.py starts its own Slurm from, where that can be done: as root, with apt. It never fails:
+# Installs what tests/slurm/test_jobs.py starts its own Slurm from, where that can be done: as root, with apt. It never fails:
 # without the packages those tests are skipped, and say why.
 set -uo pipefail
 

@@ -1,5 +1,9 @@
+import os
+import shutil
 import sys
+import zlib
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -8,10 +12,36 @@ from PIL import Image
 from tests.support.launch import run
 
 torch.set_num_threads(1)
+_CORES_OF_RANKS = 4  # of the two to four ranks of a test that starts some
+_MOST_WORKERS = 16
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """-n auto: a process per core that this one may use, which in a job of a cluster are not all."""
+    return min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Tests one by one to whichever process is free, but files that start ranks only so many at once as there are cores
+    for them, and one Slurm. (xdist's own --dist loadgroup does nothing with this pytest.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    lanes = max(1, len(os.sched_getaffinity(0)) // _CORES_OF_RANKS)
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            if "tests/mpi/" in file:
+                return f"ranks {zlib.crc32(file.encode()) % lanes}"
+            return "slurm" if file.endswith("slurm/test_jobs.py") else nodeid
+
+    return Scheduler(config, log)
 
 
 def pytest_collection_modifyitems(items):
-    """What fails in milliseconds comes before what launches ranks."""
+    """What fails in milliseconds comes before what starts ranks."""
     items.sort(key=lambda item: item.get_closest_marker("mpi") is not None)
 
 
@@ -29,3 +59,13 @@ def tiny_packs(tmp_path_factory):
                 Image.fromarray(image).save(folder / "tree" / split / f"class{label}" / f"{i}.png")
     run(sys.executable, "-m", "data_tools.pack", folder / "tree", folder / "packs")
     return folder / "packs"
+
+
+@pytest.fixture
+def spoiled_packs(tiny_packs, tmp_path):
+    """A copy of tiny_packs in which three training records do not have their checksum, and one its image."""
+    shutil.copytree(tiny_packs, tmp_path / "packs")
+    with h5py.File(tmp_path / "packs" / "train" / "shard-00000.h5", "r+") as file:
+        for record in 7, 8, 119:
+            file["bytes"][file["offsets"][record] + 20] ^= 255
+    return tmp_path / "packs"

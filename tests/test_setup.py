@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 TOOLS = "bash dirname sed sha256sum head tail awk cat mktemp mkdir rm env nproc tar grep".split()
 
 

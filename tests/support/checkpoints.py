@@ -5,16 +5,16 @@ import copy
 import torch
 
 from tests.support.worlds import run_ranks
-from xc.checkpoint import state as checkpoint
-from xc.checkpoint import writer as savers
-from xc.comm.world import World
-from xc.gradients.allreduce import AllReduce
-from xc.model import backbone as backbones
-from xc.model.head_table import HEADS
-from xc.optim.noise_scale import NoiseScale
-from xc.optim.optimizers import RowSGD
-from xc.optim.schedule import Position
-from xc.run.loss_meter import Losses
+from xc import backbone as backbones
+from xc import checkpoint
+from xc import saver as savers
+from xc.exchange import AllReduce
+from xc.heads import HEADS
+from xc.losses import Losses
+from xc.noise_scale import NoiseScale
+from xc.optim import RowSGD
+from xc.schedule import Position
+from xc.world import World
 
 C, D = 10, 4
 HEAD_SETTINGS = {"full": {}, "knn": {"active_classes": 6, "num_neighbors": 3, "graph_angle": 5.0},

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tests.support.launch import Launched, losses, run
 from tests.support.processes import of_run, ranks_of, wait_until
-from xc.checkpoint import layout as checkpoint
+from xc import checkpoint
 
 _STEPS_A_SAVE = 20
 _TRAIN = ["train.py", "--data", "synth:classes=300,dim=16,test=0", "--feature-dim", 16, "--global-batch", 30,
@@ -59,8 +59,8 @@ def kill_again_and_again(folder, kills, ranks, seed, progress=lambda kill: None)
         victim = chance.choice(ranks_of(out))
         begun = time.monotonic()
         os.kill(victim, signal.SIGKILL)
-        launched.result(seconds=30, expect=137)
-        wait_until(lambda: not of_run(out), seconds=30)
+        launched.result(expect=137)
+        wait_until(lambda: not of_run(out))
         seconds = time.monotonic() - begun
         for whole in checkpoints.glob("step-*") if checkpoints.exists() else ():
             checkpoint.check(whole)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,16 +16,32 @@ ENVIRONMENT = {
     "OMPI_MCA_hwloc_base_binding_policy": "none"}
 
 
+@contextmanager
+def default_signals():
+    """What is started in this context ends by these signals, even where this process was started to ignore them, as
+    `nohup make test &` starts it. A child inherits that a signal is ignored."""
+    ignored = [number for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGTERM)
+               if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+
+
 class Launched:
     """A command that runs in the checkout."""
 
     def __init__(self, command, env=None):
         self._command = [str(part) for part in command]
-        self.process = subprocess.Popen(
-            self._command, cwd=ROOT, env=os.environ | ENVIRONMENT | (env or {}), text=True, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        with default_signals():
+            self.process = subprocess.Popen(
+                self._command, cwd=ROOT, env=os.environ | ENVIRONMENT | (env or {}), text=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
-    def result(self, seconds=100, expect=0):
+    def result(self, seconds=250, expect=0):
         """Wait for its end; returns the CompletedProcess.
 
         A command that outlasts its time is killed with all its children, and fails like one with another exit code than
@@ -44,7 +61,7 @@ class Launched:
         return subprocess.CompletedProcess(self._command, code, out, err)
 
 
-def run(*command, seconds=100, expect=0, env=None):
+def run(*command, seconds=250, expect=0, env=None):
     """Run a command in the checkout to its end: see `Launched`."""
     return Launched(command, env).result(seconds, expect)
 

@@ -26,7 +26,7 @@ def ranks_of(folder):
                   if str(folder) in words and words[0].endswith("python") and "train.py" in words[1])
 
 
-def wait_until(what, seconds=60):
+def wait_until(what, seconds=250):
     """Returns what() as soon as that is true; AssertionError after so many seconds."""
     deadline = time.monotonic() + seconds
     while not (found := what()):

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.support.launch import ENVIRONMENT, ROOT
+from tests.support.launch import ENVIRONMENT, ROOT, default_signals
 
 NODES = ("n1", "n2")
 CPUS = 4  # of each node; Slurm takes our word for it
@@ -76,7 +76,7 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.folder.chmod(0o755)
         try:
-            with open(self.folder / "init.log", "w") as log:
+            with open(self.folder / "init.log", "w") as log, default_signals():
                 # The pipe to its standard input closes when we end, however that is, and the cluster with it.
                 self._process = subprocess.Popen(
                     [*_UNSHARE, sys.executable, "-m", "tests.support.slurm_cluster", self.folder], cwd=ROOT,

@@ -1,0 +1,97 @@
+"""Any world reads any world's checkpoint, bit for bit, and sees every example once."""
+
+import pytest
+import torch
+
+from tests.support.checkpoints import IDENTITY, assert_holds_what_was_saved, position, save, state_of
+from tests.support.worlds import run_ranks
+from xc import checkpoint, data
+from xc import saver as savers
+from xc.config import Config
+from xc.schedule import Position, Schedule
+from xc.world import World
+
+# Ranks, and how many of them hold one copy of the classifier. Of twelve two own no class.
+GRIDS = [(1, 1), (2, 1), (3, 3), (4, 2), (12, 12)]
+
+
+@pytest.mark.parametrize("head, grids", [
+    ("full", GRIDS), ("knn", GRIDS), ("selective", GRIDS[::2]), ("mach", GRIDS[::2])])
+def test_any_world_reads_any_worlds(head, grids, tmp_path):
+    for writers, width in grids:
+        run = tmp_path / f"{writers}-{width}"
+        run_ranks(writers, lambda w, run=run: save(w, run, head=head), width)
+        folder = checkpoint.to_resume("auto", run, World())
+        for readers, reader_width in grids:
+            assert_holds_what_was_saved(folder, readers, reader_width, head)
+
+
+@pytest.mark.parametrize("worlds, batch, most", [
+    ((1, 4, 2), 13, 13), ((3, 2, 4), 13, 52), ((4, 1, 3), 30, 60), ((2, 2, 2), 13, 52)])
+def test_every_example_is_seen_once_an_epoch_whoever_goes_on(worlds, batch, most, tiny_packs, tmp_path):
+    """From one world to another in the midst of an epoch, twice; also while the batch grows."""
+    cfg = Config(data=str(tiny_packs), out="x", epochs=5.0, global_batch=batch, warmup="0.5epochs", augment=0.0,
+                 **({"schedule": "fccs", "max_batch": most, "hold": "10%"} if most > batch else {}))
+    split = data.open_splits(cfg)["train"]
+    images = data.prepared(split.examples(range(len(split)))[0])
+    record_of = {image.numpy().tobytes(): record for record, image in enumerate(images)}
+    assert len(record_of) == len(split) == 120
+
+    def part(world, num_steps):
+        """Some steps from the last checkpoint on: the records that this rank was given, by micro-batch."""
+        schedule, state, position = Schedule.of(cfg, len(split), world.size), state_of(world, seed=1), Position()
+        if folder := checkpoint.to_resume("auto", tmp_path, world):
+            position = schedule.resume(checkpoint.load(folder, state, IDENTITY))
+        queue, given = data.Loader(split, cfg, world).train(position.examples, schedule.examples, batch), []
+        last = position.step + num_steps
+        while position.examples < schedule.examples and position.step < last:
+            now = schedule.at(position)
+            given += [[record_of[image.numpy().tobytes()] for image in images]
+                      for images, _ in queue.take(now.micro_batches)]
+            position = position.after(now)
+        saver = savers.Saver(tmp_path, world, IDENTITY, keep=1)
+        saver.save(state, position)
+        saver.finish(last=True)
+        return given, position
+
+    seen, places = [], []
+    for size, num_steps in zip(worlds, (7, 3, 1000), strict=True):
+        ranks = run_ranks(size, lambda world, num_steps=num_steps: part(world, num_steps))
+        for micro_batch in zip(*(given for given, _ in ranks), strict=True):
+            seen += [record for of_rank in micro_batch for record in of_rank]
+        places.append(ranks[0][1].examples)
+    assert places[0] % 120 and places[1] % 120 and places[2] == len(seen) >= 590
+    for first in range(0, len(seen), 120):
+        epoch = seen[first : first + 120]
+        assert len(set(epoch)) == len(epoch)
+    assert sorted(seen[:480]) == sorted([*range(120)] * 4)
+
+
+@pytest.mark.parametrize("readers", [1, 3, 4])
+def test_buffers_that_differ_between_ranks_are_kept(readers, tmp_path):
+    """Each rank goes on with its own; another number of ranks with the mean."""
+    def of(world, step):
+        state = state_of(world, seed=1)
+        state.backbone.add_module("norm", torch.nn.BatchNorm1d(3))
+        state.backbone.norm.running_mean[:] = torch.tensor([1.0, 2.0, 5.0]) * (1 + world.rank) * step
+        state.backbone.norm.running_var[:] = 7 * step
+        return state
+
+    def write(world):
+        state = of(world, 1)
+        state.exchange.begin(None)  # a step
+        saver = savers.Saver(tmp_path, world, IDENTITY, 2)
+        saver.save(state, position(1))
+        saver.finish()
+
+    def read(world):
+        state = of(world, 0)
+        checkpoint.load(checkpoint.to_resume("auto", tmp_path, world), state, IDENTITY)
+        files = state.exchange.files()
+        assert bool(files) == (world.size == 3)  # they still differ, and are kept so
+        return state.backbone.norm.running_mean.clone(), state.backbone.norm.running_var.clone()
+
+    run_ranks(3, write)
+    for rank, (mean, var) in enumerate(run_ranks(readers, read)):
+        assert torch.equal(mean, torch.tensor([1.0, 2.0, 5.0]) * (1 + rank if readers == 3 else 2))
+        assert torch.equal(var, torch.full((3,), 7.0))

@@ -1,0 +1,90 @@
+"""Networks by name."""
+
+import pytest
+import torch
+
+from tests.support.worlds import run_ranks
+from xc import backbone as backbones
+from xc.config import UserError
+from xc.shard import Shard
+from xc.world import World
+
+
+@pytest.mark.parametrize("name, channels, size, parameters", [
+    # torchvision's counts, less its 3-channel 7x7 stem and 1000-way classifier, plus ours
+    ("resnet18", 3, 224, 11_689_512 - 513_000 + 512 * 16 + 16),
+    ("resnet34", 3, 224, 21_797_672 - 513_000 + 512 * 16 + 16),
+    ("resnet50", 3, 224, 25_557_032 - 2_049_000 + 2048 * 16 + 16),
+])
+def test_resnets_have_the_published_size(name, channels, size, parameters):
+    net = backbones.build(name, (channels, size, size), 16, 0, World())
+    assert sum(p.numel() for p in net.parameters()) == parameters
+
+
+@pytest.mark.parametrize("name, channels, size", [("small", 1, 32), ("small", 3, 40), ("resnet18", 1, 32),
+                                                  ("resnet50", 3, 65)])
+def test_images_become_features(name, channels, size):
+    net = backbones.build(name, (channels, size, size), 16, 0, World())
+    features = net(torch.randn(2, channels, size, size))
+    assert features.shape == (2, 16) and features.std() > 0
+
+
+def test_vectors_become_features():
+    net = backbones.build("auto", (24,), 16, 0, World())
+    features = net(torch.randn(5, 24))
+    assert features.shape == (5, 16) and features.std() > 0
+    assert sum(p.numel() for p in net.parameters()) == 24 * 32 + 32 + 32 * 16 + 16
+
+
+def test_auto_is_the_small_network_for_images():
+    assert isinstance(backbones.build("auto", (1, 32, 32), 16, 0, World())[0], backbones.SmallConvNet)
+
+
+@pytest.mark.parametrize("name, shape", [("mlp", (3, 32, 32)), ("small", (24,)), ("resnet18", (24,)),
+                                         ("timm:resnet18", (24,))])
+def test_images_and_vectors_have_networks_of_their_own(name, shape):
+    with pytest.raises(UserError, match=f"{name} takes (vectors|images), but the data are (vectors|images)"):
+        backbones.build(name, shape, 8, 0, World())
+
+
+def test_the_seed_decides_and_nothing_else_is_touched():
+    before = torch.random.get_rng_state()
+    nets = [backbones.build("small", (1, 32, 32), 8, seed, World()) for seed in (1, 1, 2)]
+    weights = [torch.cat([p.flatten() for p in net.parameters()]) for net in nets]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("name, size", [("resnet19", 64), ("timm:no_such_model", 64), ("small", 15)])
+def test_what_cannot_be_built_is_one_line(name, size):
+    with pytest.raises(UserError, match=name) as error:
+        backbones.build(name, (3, size, size), 8, 0, World())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_feature_norm_is_batch_norm_over_the_global_batch(world_size):
+    x = torch.randn(11, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 7
+    pull = torch.randn(11, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    reference = torch.nn.BatchNorm1d(5, affine=False).double()
+    whole = x.clone().requires_grad_()
+    out = reference(whole)
+    (out * pull).sum().backward()
+    reference.eval()
+
+    def body(world):
+        norm = backbones.FeatureNorm(5, world).double()
+        part = Shard.of(11, world.size, world.rank)
+        own = slice(part.first, part.last)
+        mine = x[own].clone().requires_grad_()
+        found = norm(mine)
+        (found * pull[own]).sum().backward()
+        torch.testing.assert_close(found, out[own])
+        torch.testing.assert_close(mine.grad, whole.grad[own])
+        torch.testing.assert_close(norm.mean, reference.running_mean)
+        norm.eval()
+        # torch's running variance is that of a sample, ours that of the batch
+        torch.testing.assert_close(norm.variance - 0.9, (reference.running_var - 0.9) * 10 / 11)
+        return True
+
+    assert all(run_ranks(world_size, body))

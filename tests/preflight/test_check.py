@@ -1,0 +1,147 @@
+"""The preflight check: a line for every finding, a remedy and an exit code for faults; no rank waits."""
+
+import threading
+import time
+
+import pytest
+
+from tests.support.facts import facts_of
+from tests.support.launch import ROOT
+from tests.support.worlds import run_ranks
+from xc import doctor
+from xc.config import Config, UserError, as_arguments, parse
+
+DATA = ["--data", "synth:classes=300,dim=16,test=50", "--feature-dim", 16, "--global-batch", 30]
+
+
+def states(report):
+    return [(name, state) for state, name, *_ in report.findings]
+
+
+@pytest.mark.parametrize("arguments", [["--check"], ["--check", "1"], ["--check", "--seed", "0"], ["--check=1"]])
+def test_forms_of_the_flag(arguments, tmp_path):
+    cfg = parse(arguments)
+    assert cfg == Config(check=1)
+    (tmp_path / "check.args").write_text(as_arguments(cfg))
+    assert parse([f"@{tmp_path / 'check.args'}"]) == cfg
+    (tmp_path / "check.args").write_text("--data d --out o\n--check")
+    assert parse([f"@{tmp_path / 'check.args'}"]) == Config("d", "o", check=1)
+
+
+def checked(ranks, *arguments):
+    """({name: [(state, text), …]}, exit code, last line) of the check by so many ranks, which are threads."""
+    def body(world):
+        return doctor.check(parse([str(argument) for argument in [*arguments, "--check"]]), world)
+
+    return run_ranks(ranks, body)[0]
+
+
+def found_wrong(capsys):
+    """{name: text} of the printed findings that are wrong."""
+    lines = capsys.readouterr().out.splitlines()
+    return {line[9:23].strip(): line[24:] for line in lines if line.startswith("wrong ")}
+
+
+@pytest.mark.parametrize("arguments, name, text", [
+    (["--data", "nowhere"], "data", "nowhere"),
+    (["--out", ROOT / "README.md" / "run"], "run folder", "README.md is not a folder"),
+    (["--out", ROOT / "README.md"], "run folder", "is not a folder"),
+    (["--out", "/proc/run"], "run folder", "cannot be written to"),
+    (["--global-batch", 2], "data", "--global-batch 2 is less than the 3 ranks"),
+    (["--head", "knnn"], "memory", "--head knnn is not known"),
+    (["--backbone", "small"], "memory", "--backbone small takes images"),
+])
+def test_a_mistake_is_a_line_among_the_others(arguments, name, text, tmp_path, capsys):
+    code, last = checked(3, *DATA, "--out", tmp_path / "run", *arguments)
+    wrong = found_wrong(capsys)
+    assert code == 2 and "1 wrong" in last
+    assert wrong.keys() == {name} and text in wrong[name]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [[], ["--head", "selective"], ["--head-momentum", 0.9, "--row-dtype", "bfloat16"]])
+def test_a_plan_that_does_not_fit(flags, tmp_path, capsys):
+    """3 TiB of class rows: known at once."""
+    code, _ = checked(1, "--data", "synth:classes=100000000,dim=16,test=0", "--feature-dim", 8192, *flags, "--out",
+                      tmp_path / "run")
+    text = found_wrong(capsys)["memory"]
+    assert code == 2 and "does not fit" in text and " ranks, no more on a host than here" in text
+    assert "class rows" in text and not list(tmp_path.iterdir())
+
+
+def test_other_code_on_one_rank_is_named(monkeypatch):
+    here = threading.local()
+    monkeypatch.setattr(doctor, "_digest", lambda: "new" if here.rank == 2 else "old")
+
+    def body(world):
+        here.rank = world.rank
+        report = doctor.Report()
+        doctor.software(report, world)
+        return report
+
+    for report in run_ranks(3, body):
+        (state, _, value, remedy), = report.findings
+        assert state == "wrong" and value.endswith("rank 2 has code new, rank 0 old") and remedy
+        assert report.conclusion() == (2, "1 wrong, 0 with a warning")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of\nluck"), OSError(5, "Input/output error"), KeyError()])
+def test_what_goes_wrong_on_one_rank_is_heard_by_all(error):
+    def body(world):
+        def look():
+            if world.rank == 1:
+                raise error
+            return world.rank
+
+        with pytest.raises(UserError, match="rank 1: ") as raised:
+            doctor.of_all(world, look)
+        return str(raised.value), doctor.of_all(world, lambda: world.rank)
+
+    texts, found = zip(*run_ranks(3, body), strict=True)
+    assert len(set(texts)) == 1 and "\n" not in texts[0] and found == ([0, 1, 2],) * 3
+
+
+@pytest.mark.parametrize("ahead", [0.0, 0.5, 1.5, -3600.0])
+def test_clocks(ahead):
+    def body(world):
+        def clock():
+            return time.time() + (ahead if world.rank == 2 else 0.0)
+
+        report = doctor.Report()
+        doctor.clocks(report, world, clock)
+        return doctor.clock_offsets(world, clock), report
+
+    for offsets, report in run_ranks(3, body):
+        assert all(low <= true <= high for (low, high), true in zip(offsets, (0.0, 0.0, ahead), strict=True))
+        assert states(report) == [("clocks", "warning" if abs(ahead) > 1.2 else "ok")]
+        assert not ahead or report.findings[0][2].startswith("rank 2 ")
+
+
+@pytest.mark.parametrize("finding, facts, state, text", [
+    (doctor.threads, [facts_of(), facts_of()], "ok", "2 of 2 rank(s) on 2 core(s)"),
+    (doctor.threads, [facts_of(), facts_of(threads=2)], "warning", "OMP_NUM_THREADS=1"),
+    (doctor.threads, [facts_of(cores=[0]), facts_of(cores=[0])], "warning", "binding_policy=none"),
+    (doctor.threads, [facts_of(cores=[0]), facts_of(cores=[1])], "ok", ""),
+    (doctor.shared_memory, [facts_of(shared_memory=2**23)], "ok", ""),
+    (doctor.shared_memory, [facts_of(shared_memory=2**23)] * 2, "warning", "--shm-size"),
+    (doctor.interfaces, [facts_of(), facts_of(host="b", addresses=[("eth0", "10.0.0.2")])], "ok", ""),
+    (doctor.interfaces, [facts_of(), facts_of(host="b")], "warning", "10.0.0.1 on a, b"),
+    (doctor.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "10.0.0.0/8"})] * 2, "ok", "if_include"),
+    (doctor.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "ib0"})], "wrong", "ib0 is not on a"),
+    (doctor.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "10.1.0.0/16"})], "wrong", "is not on a"),
+    (doctor.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "10.1/x"})], "wrong", "10.1/x"),
+])
+def test_what_follows_from_facts(finding, facts, state, text):
+    report = doctor.Report()
+    report.look("interfaces", finding, facts)
+    (found, _, value, remedy), = report.findings
+    assert found == state and text in value + remedy
+
+
+def test_gpus():
+    """By facts alone: there need not be one here."""
+    gpu = {"count": 2, "name": "G", "free": 2**34, "index": 0}
+    for num_ranks, state in (1, "warning"), (2, "ok"), (3, "wrong"):
+        report = doctor.Report()
+        doctor.gpus(report, [facts_of(device="cuda", gpu=gpu)] * num_ranks)
+        assert states(report) == [("GPUs", state)]

@@ -1,0 +1,142 @@
+"""The plan against the tensors: what is planned is what is there."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.support.worlds import run_ranks
+from xc import backbone as backbones
+from xc import checkpoint, heads
+from xc import exchange as exchanges
+from xc.config import Config, UserError
+from xc.losses import Losses
+from xc.memory_plan import Network, Plan
+from xc.noise_scale import NoiseScale
+from xc.optim import RowSGD, backbone_optimizer
+from xc.saver import Saver
+from xc.schedule import Position
+from xc.shard import Shard
+from xc.world import World
+
+C, D, G = 137, 6, 12
+NOTHING = Network(0, 0, 0, 0, 0)
+GRIDS = [(1, 0), (3, 0), (4, 2), (4, 1)]
+
+
+def config(**settings):
+    return Config("d", "o", feature_dim=D, global_batch=G, **settings)
+
+
+def planned(cfg, num_ranks, network=NOTHING, num_classes=C, **options):
+    return Plan.of(cfg, num_classes, num_ranks, network, **options)
+
+
+@pytest.mark.parametrize("num_ranks, width", GRIDS)
+@pytest.mark.parametrize("settings", [
+    {}, {"head_momentum": 0.9}, {"row_dtype": "bfloat16", "head_momentum": 0.9},
+    {"head": "sampled", "active_classes": 0.4}, {"head": "knn", "active_classes": 0.5, "neighbors": 7},
+    {"head": "knn", "active_classes": 0.5, "neighbors": 7, "graph_angle": 5.0, "head_momentum": 0.5},
+    {"head": "mach", "active_classes": 60.0, "repetitions": 3},
+])
+def test_tables_are_as_planned(num_ranks, width, settings):
+    """On rank 0, which no rank exceeds; the edges of a graph are those of all ranks."""
+    cfg = config(model_parallel_size=width, **settings)
+    plan = planned(cfg, num_ranks)
+
+    def body(world):
+        head = heads.build(cfg, C, world)
+        optimizer = RowSGD(head, cfg.head_momentum, 0.0)
+        head.refresh(0, due=True)
+        mine = Shard.of(G, world.size, world.rank)
+        generator = torch.Generator().manual_seed(1)
+        features, labels = torch.randn(G, D, generator=generator), torch.randint(C, (G,), generator=generator)
+        features, labels = features[mine.first : mine.last].requires_grad_(), labels[mine.first : mine.last]
+        head.select(labels, 0)
+        head(features, labels, G)
+        head.reduce()
+        parts = getattr(head, "parts", [head])
+        kept = sum(m.nbytes for part in parts for name, m in part._workspace.items() if name in ("rows", "logits"))
+        grads = sum(part._workspace["row_grad"].nbytes for part in parts) + (len(parts) > 1) * head.row_grad.nbytes
+        graph = 0
+        if cfg.head == "knn":
+            graph = sum(t.nbytes for t in (head.graph.offsets, head.graph.neighbors, head.graph.places))
+            graph += head.graph.indexed.codes.nbytes
+        return head.weight.nbytes, optimizer.momentum_rows.nbytes, graph, kept, grads
+
+    found = run_ranks(num_ranks, body, width)
+    rows, momentum, graphs, kept, grads = zip(*found, strict=True)
+    assert plan.parts["class rows"] == rows[0] == max(rows)
+    assert plan.parts.get("their momentum", 0) == momentum[0] == max(momentum)
+    assert 0 < max(kept) <= plan.parts["logits and active rows"]
+    if cfg.head in ("full", "mach"):
+        assert plan.parts["their gradients"] == grads[0] == max(grads)
+    if cfg.head == "knn":
+        shards = width or num_ranks
+        most = shards * plan.parts["graph"]
+        assert 0 <= most - sum(graphs[:shards]) <= shards * (5 + bool(cfg.graph_angle) * (4 * -(-C // shards) + D))
+
+
+def test_a_partial_step_has_the_gradients_planned():
+    cfg = config(head="sampled", active_classes=40.0)
+    head = heads.build(cfg, C, World())
+    head.select(torch.arange(G), 0)
+    head(torch.randn(G, D).requires_grad_(), torch.arange(G), G)
+    assert head.row_grad.nbytes == planned(cfg, 1).parts["their gradients"] == 40 * D * 4
+
+
+@pytest.mark.parametrize("head", ["full", "knn", "sampled", "selective", "mach"])
+def test_laws(head):
+    cfg = config(head=head, active_classes=0.5)
+    one, many = planned(cfg, 1), planned(cfg, 4)
+    assert one.total == sum(one.parts.values()) and min(one.parts.values()) > 0
+    assert many.total < one.total
+    assert abs(4 * many.parts["class rows"] - one.parts["class rows"]) <= 4 * D * 4 * cfg.repetitions
+    with_momentum = planned(config(head=head, active_classes=0.5, head_momentum=0.9), 1)
+    extra = with_momentum.total - one.total  # in memory, and in the copy that is written
+    assert extra == 2 * one.parts["class rows"] == 2 * (with_momentum.on_disk - one.on_disk)
+    half = planned(config(head=head, active_classes=0.5, row_dtype="bfloat16"), 1)
+    assert 2 * half.parts["class rows"] == one.parts["class rows"]
+    with pytest.raises(UserError, match="--head knnn"):
+        planned(config(head="knnn"), 1)
+
+
+@pytest.mark.parametrize("name, shape", [("mlp", (9,)), ("small", (1, 32, 32)), ("resnet18", (3, 16, 16))])
+def test_a_network_is_as_it_is_built(name, shape):
+    network = Network.of(config(backbone=name), shape)
+    built = backbones.build(name, shape, D, 0, World())
+    assert network.parameters == sum(p.nbytes for p in built.parameters()) >= network.matrices > 0
+    assert network.buffers == sum(b.nbytes for b in built.buffers())
+    assert network.example == torch.zeros(shape).nbytes
+    assert network.activations >= torch.zeros(shape).nbytes * (name != "mlp")
+    plan = planned(config(), 3, network)  # 4 examples a rank
+    assert plan.parts["activations"] == 6 * network.activations  # of a backward pass half as much again
+    split = planned(config(micro_batches=4), 3, network)  # three of the parts are under way
+    assert split.parts["activations"] == 7 * network.activations // 2
+
+
+@pytest.mark.parametrize("ranks, width, settings", [
+    (1, 0, {}), (3, 0, {"head_momentum": 0.9}), (2, 0, {"head": "knn"}), (3, 0, {"head": "selective"}),
+    (2, 0, {"exchange": "dgc"}), (2, 1, {"row_dtype": "bfloat16"})])
+def test_a_checkpoint_is_as_large_as_planned(ranks, width, settings, tmp_path):
+    cfg = Config("d", "o", active_classes=900.0, model_parallel_size=width, **settings)
+    net = backbones.build("mlp", (16,), cfg.feature_dim, 0, World())
+
+    def body(world):
+        backbone, head = copy.deepcopy(net), heads.build(cfg, 3000, world)
+        exchange = exchanges.build(backbone, world, cfg)
+        state = checkpoint.State(backbone, backbone_optimizer(backbone, cfg, exchange.keeps_momentum), head,
+                                 RowSGD(head, cfg.head_momentum, 0.0), exchange, NoiseScale(), Losses())
+        for p in backbone.parameters():
+            p.grad = torch.ones_like(p) if p.grad is None else p.grad
+        state.body_optimizer.step()
+        head.refresh(1, due=True)
+        saver = Saver(tmp_path, world, {"seed": 0}, keep=1)
+        saver.save(state, Position(1, 128, 128))
+        saver.finish(last=True)
+
+    run_ranks(ranks, body, width)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    plan = Plan.of(cfg, 3000, ranks, Network.of(cfg, (16,)))
+    assert 0.99 * plan.on_disk < size < plan.on_disk + 20_000

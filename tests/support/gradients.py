@@ -1,0 +1,23 @@
+"""A small network and its gradients on every rank."""
+
+import torch
+
+from xc import backbone as backbones
+from xc.schedule import Now
+from xc.world import World
+
+# outside of the threads, which share torch's random generator; without its norm, which has sums of its own
+NET = backbones.build("small", (1, 16, 16), 8, 1, World())[0]
+
+
+def now(density=1.0):
+    return Now(0.1, 2, 1, density)
+
+
+def give(net, exchange, seed, scale=1.0, density=1.0, passes=1):
+    """One step's gradients, of random images, summed over `passes` backward passes."""
+    for i in range(passes):
+        if exchange and i == passes - 1:
+            exchange.begin(now(density))
+        images = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(seed * 10 + i))
+        (net(images) * scale).square().sum().backward()
