@@ -40,7 +40,7 @@ from xc.model.head_table import HEADS
 from xc.optim.noise_scale import NoiseScale
 from xc.optim.optimizers import RowSGD, backbone_optimizer
 from xc.optim.schedule import Progress
-from xc.run.loss_meter import Losses
+from xc.run.loss_meter import LossMeter
 
 
 def main():
@@ -72,8 +72,8 @@ def measure(args, world):
     rows = RowSGD(head, 0.0)
     rows.param_groups[0]["lr"] = 0.1
     state = checkpoint.State(net, backbone_optimizer(net, cfg, True), head, rows, AllReduce(net, world), NoiseScale(),
-                             Losses())
-    writer = saver.Saver(args.folder, world, {"seed": 0}, keep=1)
+                             LossMeter())
+    writer = saver.Saver(args.folder, world, {"seed": 0}, keep_checkpoints=1)
     generator = torch.Generator().manual_seed(1000 + world.rank)
     features = torch.randn(args.batch_per_rank, args.dim, generator=generator).requires_grad_()
     steps = 0

@@ -110,7 +110,7 @@ SPENT = {"selection": 0.0, "dgc": 0.0}  # seconds of this step
 
 
 def measure(args):
-    exchange.top_places = timed(exchange.top_places, SPENT, "selection")
+    exchange.topk_indices = timed(exchange.topk_indices, SPENT, "selection")
     exchange.SparseBucket.select = timed(exchange.SparseBucket.select, SPENT, "dgc")
     world = open_world("cpu")
     global_batch = args.batch_per_rank * world.size

@@ -6,7 +6,7 @@ shows some random images with the names of their classes. Opening a pack checks 
 files; --verify reads every byte and checks every checksum. Memory holds some numbers for each class.
 
 python -m data_tools.show RUN/trace.json sums up one step of a trace of train.py: how long each phase took on each rank,
-and how much of the communication was hidden behind computation. To look at the steps, open the file in ui.perfetto.dev.
+and how long transfers were in flight during computation. To look at the steps, open the file in ui.perfetto.dev.
 
 Progress goes to stderr, the result alone to stdout. On an error the exit code is 2, with one line on stderr; it is 1
 where --verify finds a pack damaged.
@@ -95,8 +95,8 @@ def show_trace(parser, args):
         print(name)
         for rank, of_rank in ranks.items():
             phases = "  ".join(f"{phase} {ms:.1f}" for phase, ms in of_rank["phases_ms"].items())
-            print(f"  {rank}: {phases} ms; network busy {of_rank['network_ms']:.1f} ms, {of_rank['behind_ms']:.1f} of "
-                  "it hidden behind computation")
+            print(f"  {rank}: {phases} ms; transfers in flight {of_rank['network_ms']:.1f} ms, {of_rank['behind_ms']:.1f} of "
+                  "them during computation")
 
 
 def main(argv=None):

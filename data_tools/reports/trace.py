@@ -1,6 +1,7 @@
 """Sums up one step of a trace.json of train.py --trace-steps: what a viewer of traces does not add up.
 
-ui.perfetto.dev shows the spans; here are the times of the phases, and how much communication was hidden."""
+ui.perfetto.dev shows the spans; here are the times of the phases, and how long transfers were in flight.
+A transfer ends when its rank has waited for it, so these times are upper bounds."""
 
 import json
 
@@ -36,8 +37,8 @@ def describe(spans):
     """{"rank 0": facts of one step}, in ms.
 
     phases_ms   {phase: time}
-    network_ms  time in which something was on the network
-    behind_ms   the part of it that was hidden behind computation, a phase other than wait and exchange
+    network_ms  time in which a transfer was in flight
+    behind_ms   the part of it during computation, a phase other than wait and exchange
     """
     ranks = {}
     for rank in sorted({span[0] for span in spans}):

@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import IDENTITY, C, save, state_of
 from tests.support.worlds import run_ranks
-from xc import checkpoint
-from xc.config import UserError
-from xc.world import World
+from xc.checkpoint import layout, newest
+from xc.checkpoint import state as checkpoint
+from xc.comm.world import World
+from xc.errors import UserError
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "gone"])
@@ -27,13 +28,13 @@ def test_damage_is_found_and_an_older_one_is_taken(damage, file, tmp_path, capsy
     else:
         path.write_bytes(data if damage == "bit" else data[:-1])
     for size in 1, 4:
-        found = run_ranks(size, lambda w: checkpoint.to_resume("auto", tmp_path, w))
+        found = run_ranks(size, lambda w: newest.to_resume("auto", tmp_path, w))
         assert {folder.name for folder in found} == {"step-00000001"}
         error = capsys.readouterr().err
         assert error.count("is damaged") == 1 and file in error
     (tmp_path / "checkpoints" / "step-00000001" / "meta.json").write_text("{")
     with pytest.raises(UserError, match="no older one is whole"):
-        run_ranks(2, lambda w: checkpoint.to_resume("auto", tmp_path, w))
+        run_ranks(2, lambda w: newest.to_resume("auto", tmp_path, w))
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "gone", "another's", "pipe", "pipe for meta"])
@@ -42,7 +43,7 @@ def test_a_checkpoint_by_name_is_looked_at_as_closely(ranks, damage, tmp_path):
     for step in 1, 2:
         run_ranks(3, lambda w, step=step: save(w, tmp_path, step, seed=step))
     folder = tmp_path / "checkpoints" / "step-00000002"
-    assert run_ranks(ranks, lambda w: checkpoint.to_resume(folder, tmp_path, w)) == [folder] * ranks
+    assert run_ranks(ranks, lambda w: newest.to_resume(folder, tmp_path, w)) == [folder] * ranks
     path, words = folder / "rows-000000000004-000000000007.safetensors", "rows-000000000004.* is damaged"
     data = bytearray(path.read_bytes())
     match damage:
@@ -62,7 +63,7 @@ def test_a_checkpoint_by_name_is_looked_at_as_closely(ranks, damage, tmp_path):
             if damage == "pipe":
                 os.mkfifo(path)
     with pytest.raises(UserError, match=words):
-        run_ranks(ranks, lambda w: checkpoint.to_resume(folder, tmp_path, w))
+        run_ranks(ranks, lambda w: newest.to_resume(folder, tmp_path, w))
 
 
 def spoil(folder, what):
@@ -74,13 +75,13 @@ def spoil(folder, what):
         case "meta is no json":
             (folder / "meta.json").write_text("{")
         case "version":
-            checkpoint.write_meta(folder, meta | {"version": 2})
+            layout.write_meta(folder, meta | {"version": 2})
         case "gap":
-            checkpoint.write_meta(folder, meta | {"rows": meta["rows"][1:]})
+            layout.write_meta(folder, meta | {"rows": meta["rows"][1:]})
         case "path":
-            checkpoint.write_meta(folder, meta | {"rows": ["../" + name for name in meta["rows"]]})
+            layout.write_meta(folder, meta | {"rows": ["../" + name for name in meta["rows"]]})
         case "rows are no list":
-            checkpoint.write_meta(folder, meta | {"rows": 5})
+            layout.write_meta(folder, meta | {"rows": 5})
         case "no momentum":
             momentum = load_file(folder / "optimizer.safetensors")
             save_file(dict(list(momentum.items())[1:]), folder / "optimizer.safetensors")
@@ -88,7 +89,7 @@ def spoil(folder, what):
             momentum = load_file(folder / "optimizer.safetensors")
             save_file({name: m.flatten()[:1].clone() for name, m in momentum.items()}, folder / "optimizer.safetensors")
         case "position":
-            checkpoint.write_meta(folder, meta | {"step": -1})
+            layout.write_meta(folder, meta | {"step": -1})
         case "bit of meta":
             (folder / "meta.json").write_text(json.dumps(meta | {"examples": meta["examples"] ^ 4}))
         case "cut rows":
@@ -111,7 +112,7 @@ def spoil(folder, what):
 ])
 def test_a_broken_checkpoint_is_named(what, text, tmp_path):
     run_ranks(3, lambda w: save(w, tmp_path))
-    folder = checkpoint.to_resume("auto", tmp_path, World())
+    folder = newest.to_resume("auto", tmp_path, World())
     spoil(folder, what)
     with pytest.raises(ValueError, match=text) as error:
         run_ranks(1, lambda w: checkpoint.load(folder, state_of(w, 2), IDENTITY))
@@ -123,6 +124,6 @@ def test_a_broken_checkpoint_is_named(what, text, tmp_path):
     (C, {"classes_digest": "xyz"}, "classes_digest abc, this run xyz")])
 def test_a_checkpoint_of_another_run_is_refused(num_classes, identity, text, tmp_path):
     run_ranks(2, lambda w: save(w, tmp_path))
-    folder = checkpoint.to_resume("auto", tmp_path, World())
+    folder = newest.to_resume("auto", tmp_path, World())
     with pytest.raises(ValueError, match=text):
         run_ranks(2, lambda w: checkpoint.load(folder, state_of(w, 2, num_classes), IDENTITY | identity))

@@ -5,11 +5,14 @@ import torch
 
 from tests.support.checkpoints import IDENTITY, assert_holds_what_was_saved, position, save, state_of
 from tests.support.worlds import run_ranks
-from xc import checkpoint, data
-from xc import saver as savers
+from xc.checkpoint import newest
+from xc.checkpoint import state as checkpoint
+from xc.checkpoint import writer as savers
+from xc.comm.world import World
 from xc.config import Config
-from xc.schedule import Position, Schedule
-from xc.world import World
+from xc.data import augment
+from xc.data import loader as data
+from xc.optim.schedule import Progress, Schedule
 
 # Ranks, and how many of them hold one copy of the classifier. Of twelve two own no class.
 GRIDS = [(1, 1), (2, 1), (3, 3), (4, 2), (12, 12)]
@@ -21,7 +24,7 @@ def test_any_world_reads_any_worlds(head, grids, tmp_path):
     for writers, width in grids:
         run = tmp_path / f"{writers}-{width}"
         run_ranks(writers, lambda w, run=run: save(w, run, head=head), width)
-        folder = checkpoint.to_resume("auto", run, World())
+        folder = newest.to_resume("auto", run, World())
         for readers, reader_width in grids:
             assert_holds_what_was_saved(folder, readers, reader_width, head)
 
@@ -33,23 +36,23 @@ def test_every_example_is_seen_once_an_epoch_whoever_goes_on(worlds, batch, most
     cfg = Config(data=str(tiny_packs), out="x", epochs=5.0, global_batch=batch, warmup="0.5epochs", augment=0.0,
                  **({"schedule": "fccs", "max_batch": most, "hold": "10%"} if most > batch else {}))
     split = data.open_splits(cfg)["train"]
-    images = data.prepared(split.examples(range(len(split)))[0])
+    images = augment.prepared(split.examples(range(len(split)))[0])
     record_of = {image.numpy().tobytes(): record for record, image in enumerate(images)}
     assert len(record_of) == len(split) == 120
 
     def part(world, num_steps):
         """Some steps from the last checkpoint on: the records that this rank was given, by micro-batch."""
-        schedule, state, position = Schedule.of(cfg, len(split), world.size), state_of(world, seed=1), Position()
-        if folder := checkpoint.to_resume("auto", tmp_path, world):
+        schedule, state, position = Schedule.of(cfg, len(split), world.size), state_of(world, seed=1), Progress()
+        if folder := newest.to_resume("auto", tmp_path, world):
             position = schedule.resume(checkpoint.load(folder, state, IDENTITY))
         queue, given = data.Loader(split, cfg, world).train(position.examples, schedule.examples, batch), []
         last = position.step + num_steps
         while position.examples < schedule.examples and position.step < last:
-            now = schedule.at(position)
+            now = schedule.plan(position)
             given += [[record_of[image.numpy().tobytes()] for image in images]
                       for images, _ in queue.take(now.micro_batches)]
             position = position.after(now)
-        saver = savers.Saver(tmp_path, world, IDENTITY, keep=1)
+        saver = savers.Saver(tmp_path, world, IDENTITY, keep_checkpoints=1)
         saver.save(state, position)
         saver.finish(last=True)
         return given, position
@@ -86,7 +89,7 @@ def test_buffers_that_differ_between_ranks_are_kept(readers, tmp_path):
 
     def read(world):
         state = of(world, 0)
-        checkpoint.load(checkpoint.to_resume("auto", tmp_path, world), state, IDENTITY)
+        checkpoint.load(newest.to_resume("auto", tmp_path, world), state, IDENTITY)
         files = state.exchange.files()
         assert bool(files) == (world.size == 3)  # they still differ, and are kept so
         return state.backbone.norm.running_mean.clone(), state.backbone.norm.running_var.clone()

@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from tests.support.checkpoints import IDENTITY, everything, position, save, state_of
 from tests.support.processes import wait_until
 from tests.support.worlds import run_ranks
-from xc import checkpoint, tensor_file
-from xc import saver as savers
-from xc.config import UserError
-from xc.world import World
+from xc.checkpoint import layout, newest, tensor_file
+from xc.checkpoint import state as checkpoint
+from xc.checkpoint import writer as savers
+from xc.comm.world import World
+from xc.errors import UserError
 
 
 def test_newest_are_kept_and_found(tmp_path):
@@ -26,13 +27,13 @@ def test_newest_are_kept_and_found(tmp_path):
         return [folder.name for folder in sorted((tmp_path / "checkpoints").iterdir(), key=lambda f: int(f.name[5:]))]
 
     assert saved_after(5, 9, 99999999, 100000000) == ["step-99999999", "step-100000000"]
-    assert checkpoint.to_resume("auto", tmp_path, World()).name == "step-100000000"
+    assert newest.to_resume("auto", tmp_path, World()).name == "step-100000000"
     # one that goes on from an earlier step gives up the later ones
     assert saved_after(11) == ["step-00000011"]
     assert saved_after(12, 12, 13) == ["step-00000012", "step-00000013"]
-    assert checkpoint.to_resume("auto", tmp_path, World()).name == "step-00000013"
-    assert checkpoint.to_resume("auto", tmp_path / "elsewhere", World()) is None
-    assert checkpoint.to_resume("", tmp_path, World()) is None
+    assert newest.to_resume("auto", tmp_path, World()).name == "step-00000013"
+    assert newest.to_resume("auto", tmp_path / "elsewhere", World()) is None
+    assert newest.to_resume("", tmp_path, World()) is None
 
 
 def test_a_save_that_fails_leaves_the_last_one_and_is_not_taken_for_whole(tmp_path, monkeypatch):
@@ -44,7 +45,7 @@ def test_a_save_that_fails_leaves_the_last_one_and_is_not_taken_for_whole(tmp_pa
     monkeypatch.setattr(tensor_file, "write", no_space)
     with pytest.raises(UserError, match="No space left"):
         run_ranks(2, lambda w: save(w, tmp_path, 2))
-    assert checkpoint.to_resume("auto", tmp_path, World()).name == "step-00000001"
+    assert newest.to_resume("auto", tmp_path, World()).name == "step-00000001"
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device"),
@@ -54,7 +55,7 @@ def test_training_goes_on_after_a_save_that_failed(error, tmp_path, monkeypatch,
     fails, write = {2, 3, 5, 6, 7}, tensor_file.write
 
     def body(world):
-        saver = savers.Saver(tmp_path, world, IDENTITY, keep=9)
+        saver = savers.Saver(tmp_path, world, IDENTITY, keep_checkpoints=9)
 
         def failing(path, *rest, **progress):
             if world.rank == 1 and int(path.parent.name[6:14]) in fails:
@@ -105,13 +106,13 @@ def test_the_state_may_change_while_it_is_written(tmp_path, monkeypatch):
         saver.save(state, position(3))
         for tensor in everything(state).values():
             tensor.fill_(9)
-        world.everyone.all_gather_object(None)
+        world.all_ranks.all_gather_object(None)
         begun.set()
         saver.finish()
 
     run_ranks(3, body)
     state = state_of(World(), seed=2)
-    checkpoint.load(checkpoint.to_resume("auto", tmp_path, World()), state, IDENTITY)
+    checkpoint.load(newest.to_resume("auto", tmp_path, World()), state, IDENTITY)
     assert all(torch.equal(a, b) for a, b in zip(everything(state).values(),
                                                  everything(state_of(World(), seed=1)).values(), strict=True))
 
@@ -131,7 +132,7 @@ def test_one_that_cannot_be_deleted_does_not_keep_the_others(tmp_path, monkeypat
     remove = shutil.rmtree
     monkeypatch.setattr(savers.shutil, "rmtree", refuse)
     for step in range(1, 7):
-        run_ranks(2, lambda w, step=step: save(w, tmp_path, step, keep=1))
+        run_ranks(2, lambda w, step=step: save(w, tmp_path, step, keep_checkpoints=1))
     left = sorted(os.listdir(tmp_path / "checkpoints"))
     assert len(left) == 2 and left[0].startswith(".step-00000001.removed-") and left[1] == "step-00000006"
 
@@ -155,7 +156,7 @@ def test_a_checkpoint_stays_where_another_cannot_take_its_place(tmp_path, monkey
     run_ranks(1, body)
     assert "Input/output error" in capsys.readouterr().err and renamed
     assert os.listdir(tmp_path / "checkpoints") == ["step-00000001"]
-    checkpoint.check(tmp_path / "checkpoints" / "step-00000001")
+    layout.check(tmp_path / "checkpoints" / "step-00000001")
 
 
 @pytest.mark.parametrize("hindrance", ["busy", "link", "none"])
@@ -175,7 +176,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_costs_nothing(hindrance, tmp_p
         monkeypatch.setattr(savers.shutil, "rmtree", refuse)
 
     def body(world):
-        saver, state = savers.Saver(tmp_path, world, IDENTITY, keep=1), state_of(world, seed=1)
+        saver, state = savers.Saver(tmp_path, world, IDENTITY, keep_checkpoints=1), state_of(world, seed=1)
         for step in 2, 3, 4, 5, 5:
             saver.save(state, position(step))
         saver.finish(last=True)
@@ -184,11 +185,11 @@ def test_an_old_checkpoint_that_cannot_be_deleted_costs_nothing(hindrance, tmp_p
     said = capsys.readouterr().err
     assert said.count("an old checkpoint could not be deleted") == (5 if hindrance == "busy" else 0)
     assert "could not be written" not in said
-    assert [f.name for f in checkpoint.folders(folder)] == ["step-00000005"]
-    checkpoint.check(folder / "step-00000005")
+    assert [f.name for f in layout.folders(folder)] == ["step-00000005"]
+    layout.check(folder / "step-00000005")
     assert hindrance != "link" or (tmp_path / "elsewhere" / "meta.json").exists()
     monkeypatch.undo()
-    run_ranks(2, lambda w: save(w, tmp_path, 6, keep=1))  # now it can be
+    run_ranks(2, lambda w: save(w, tmp_path, 6, keep_checkpoints=1))  # now it can be
     assert os.listdir(folder) == ["step-00000006"]
 
 
@@ -212,4 +213,4 @@ def test_every_slow_file_is_progress_to_the_watchdog(tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_file, "write", slow)
     save(World(), tmp_path)
     assert len(files) == 3 and len(said) >= 3
-    checkpoint.check(tmp_path / "checkpoints" / "step-00000003")
+    layout.check(tmp_path / "checkpoints" / "step-00000003")

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.launch import Launched
-from xc import world as worlds
-from xc.config import UserError
-from xc.world import Leave, MpiWorld
+from xc.comm import launch
+from xc.comm import world as worlds
+from xc.comm.world import MpiWorld
+from xc.errors import ExitRun, UserError
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def signals():
 
 
 @pytest.mark.parametrize("end, code, out, error", [
-    (Leave(75, "left"), 75, "left\n", ""),
+    (ExitRun(75, "left"), 75, "left\n", ""),
     (UserError("a mistake"), 2, "", "error: a mistake\n"),
     (ValueError("record 7\nis broken"), 2, "", "error: rank 0: record 7 is broken\n"),
     (KeyboardInterrupt(), 130, "", "interrupted\n"),
@@ -33,7 +34,7 @@ def test_how_main_ends_is_how_the_process_ends(end, code, out, error, signals, c
         raise end
 
     with pytest.raises(SystemExit) as exit:
-        worlds.run(main)
+        launch.run(main)
     said = capsys.readouterr()
     assert exit.value.code == code and said.out == out
     assert said.err == error if error is not None else said.err.startswith("rank 0 failed:\nTraceback")

@@ -8,14 +8,14 @@ from tests.support.worlds import run_ranks
 
 def test_a_collective_that_one_rank_skips_fails():
     with pytest.raises(AssertionError, match="disagree"):
-        run_ranks(2, lambda w: w.everyone.all_reduce(torch.ones(2)) if w.rank else w.everyone.all_gather_object(1))
+        run_ranks(2, lambda w: w.all_ranks.all_reduce(torch.ones(2)) if w.rank else w.all_ranks.all_gather_object(1))
 
 
 def test_shapes_and_dtypes_are_compared():
     with pytest.raises(AssertionError, match="disagree"):
-        run_ranks(2, lambda w: w.everyone.all_reduce(torch.ones(1 + w.rank)))
+        run_ranks(2, lambda w: w.all_ranks.all_reduce(torch.ones(1 + w.rank)))
     with pytest.raises(AssertionError, match="disagree"):
-        run_ranks(2, lambda w: w.everyone.all_reduce(torch.ones(1, dtype=[torch.float32, torch.float64][w.rank])))
+        run_ranks(2, lambda w: w.all_ranks.all_reduce(torch.ones(1, dtype=[torch.float32, torch.float64][w.rank])))
 
 
 def test_shifts_and_pieces_are_checked():
@@ -35,7 +35,7 @@ def test_the_error_of_one_rank_is_raised_and_ends_the_others():
     def body(world):
         if world.rank == 1:
             raise ZeroDivisionError
-        world.everyone.all_reduce(torch.ones(1))
+        world.all_ranks.all_reduce(torch.ones(1))
 
     with pytest.raises(ZeroDivisionError):
         run_ranks(3, body)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from xc.comm.world import World
 from xc.config import Config
-from xc.data.augment import _uniform, augment, prepared
+from xc.data.augment import augment, prepared
+from xc.data.hashing import uniform
 from xc.data.loader import Loader, open_splits
 
 
@@ -41,7 +42,7 @@ def test_pixels_become_numbers_from_minus_one_to_one(shape):
 @pytest.mark.parametrize("shape", [(5, 1, 32, 32), (3, 3, 9, 9), (0, 1, 8, 8)])
 def test_augmentation_is_an_affine_map_a_blur_and_a_factor(shape):
     images = torch.randn(shape)
-    u = torch.from_numpy(_uniform(9, 100, len(images), 6)).float() * 2 - 1
+    u = torch.from_numpy(uniform(9, 100, len(images), 6)).float() * 2 - 1
     turn, zoom = math.radians(8) * u[:, 3], 1 + 0.12 * u[:, 2]
     cos, sin = zoom * turn.cos(), zoom * turn.sin()
     theta = torch.stack([cos, -sin, 0.16 * u[:, 0], sin, cos, 0.16 * u[:, 1]], 1).reshape(-1, 2, 3)
@@ -56,9 +57,9 @@ def test_augmentation_is_an_affine_map_a_blur_and_a_factor(shape):
 
 
 def test_uniform_numbers():
-    u = _uniform(3, 0, 20000, 6)
+    u = uniform(3, 0, 20000, 6)
     assert u.min() >= 0 and u.max() < 1
     assert np.allclose(u.mean(0), 0.5, atol=0.01) and np.allclose(u.var(0), 1 / 12, atol=0.003)
     assert np.abs(np.corrcoef(u.T) - np.eye(6)).max() < 0.03  # columns
     assert abs(np.corrcoef(u[1:, 0], u[:-1, 0])[0, 1]) < 0.03  # neighbours
-    assert abs(np.corrcoef(u[:, 0], _uniform(4, 0, 20000, 6)[:, 0])[0, 1]) < 0.03  # seeds
+    assert abs(np.corrcoef(u[:, 0], uniform(4, 0, 20000, 6)[:, 0])[0, 1]) < 0.03  # seeds

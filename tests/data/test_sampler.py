@@ -119,5 +119,5 @@ def test_orders_work_after_very_many_epochs():
 def test_counts_that_are_not_of_the_labels_are_refused(change):
     counts = COUNTS.copy()
     counts[[0, 1]] += change, -change
-    with pytest.raises(ValueError, match="class_counts are not those of the labels"):
+    with pytest.raises(ValueError, match="class_counts do not match the labels"):
         ByClass(lambda start, stop: LABELS[start:stop], counts, counts > 0, 0)

@@ -95,7 +95,9 @@ def test_a_slice_of_missing_classes_is_refused(text, message, made, tmp_path, ca
 
 
 def test_rows_that_are_not_classes_are_not_sliced(made, tmp_path, capsys):
-    line = refused(capsys, main, "slice", made(head="mach"), tmp_path / "out.safetensors", "--classes", "1")
+    folder = made()
+    checkpoint.write_meta(folder, checkpoint.read_meta(folder) | {"rows_are": "buckets of 2 hashes"})
+    line = refused(capsys, main, "slice", folder, tmp_path / "out.safetensors", "--classes", "1")
     assert "buckets of 2 hashes, none is the row of one class" in line
 
 
@@ -139,7 +141,7 @@ def test_every_damaged_file_is_named(how, made, tmp_path, capsys):
 def test_info_describes_a_checkpoint(made, tmp_path, capsys):
     made(step=1, top1=0.25)
     made(step=2, top1=0.5)
-    folder = made(2, step=3, keep=3)
+    folder = made(2, step=3, keep_checkpoints=3)
     call(main, "info", folder, "--json")
     facts = json.loads(capsys.readouterr().out)
     state = everything(state_of(World(), 1))

@@ -18,7 +18,7 @@ from tests.support.images import IMAGE_KINDS, picture, png, smooth, with_checksu
 from tests.support.packs import contents, file_hashes
 from xc.data.images import MAX_SCANS, decode, decode_plain_jpeg, open_header, open_image
 from xc.data.pack import Pack
-from xc.data.pack_split import Images
+from xc.data.pack_split import PackSplit
 
 MOST = 10**6  # pixels
 
@@ -197,7 +197,7 @@ def test_none_and_header_leave_it_to_the_reader(tmp_path, capsys):
     data_tools.show.main([str(tmp_path / "none0"), "--json"])
     undecodable = json.loads(capsys.readouterr().out)["train"]["sample"]["undecodable"]
     assert [int(re.search(r"record (\d+): ", fault)[1]) for fault in undecodable] == sorted(bad)
-    reader = Images(pack, 3, 6, max_bad_records=2)
+    reader = PackSplit(pack, 3, 6, max_bad_records=2)
     assert len(reader.examples(np.arange(len(pack)), replace=False)[0]) == 9 and reader.bad_records == bad
 
 

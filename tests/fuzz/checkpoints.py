@@ -22,7 +22,7 @@ from xc.model import head_table as heads
 from xc.optim import schedule
 from xc.optim.noise_scale import NoiseScale
 from xc.optim.optimizers import RowSGD, backbone_optimizer
-from xc.run.loss_meter import Losses
+from xc.run.loss_meter import LossMeter
 
 CLASSES, WIDTH = 23, 4
 IDENTITY = {"seed": 0, "classes_digest": "abc"}
@@ -50,14 +50,14 @@ def a_state(flags, begun):
         for parameter in net.parameters():
             parameter.grad = torch.ones_like(parameter)
         body.step()
-    return checkpoint.State(net, body, head, RowSGD(head, cfg.head_momentum, 0.0), gradients, NoiseScale(), Losses())
+    return checkpoint.State(net, body, head, RowSGD(head, cfg.head_momentum), gradients, NoiseScale(), LossMeter())
 
 
 def make_runs(folder):
     for name, flags in SETTINGS.items():
-        writer = saver.Saver(folder / name, World(), IDENTITY, keep=2)
+        writer = saver.Saver(folder / name, World(), IDENTITY, keep_checkpoints=2)
         for step in 3, 4:
-            writer.save(a_state(flags, begun=True), schedule.Position(step, 7 * step, 7), 0.5)
+            writer.save(a_state(flags, begun=True), schedule.Progress(step, 7 * step, 7), 0.5)
         writer.finish(last=True)
 
 
@@ -144,8 +144,8 @@ def read_run(folder, out):
     for run in sorted(folder.iterdir()):
         state = a_state(SETTINGS[run.name], begun=False)
         with contextlib.redirect_stderr(io.StringIO()):
-            newest = newest.to_resume("auto", run, World())
-        with World().agreed():
-            checkpoint.load(newest, state, IDENTITY)
+            folder = newest.to_resume("auto", run, World())
+        with World().raise_on_all_ranks():
+            checkpoint.load(folder, state, IDENTITY)
         state.head.select(torch.tensor([0, 5, 22]), 3)  # looks into the graph
         checkpoint.files_of(state, World())  # what was read can be written

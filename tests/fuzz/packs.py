@@ -93,7 +93,7 @@ def read_packs(folder, out):
         some = min(300, len(one))
         one.class_names(0, min(1000, one.num_classes))
         one.labels(0, some)
-        split = data.Images(one, 1, 8)
+        split = data.PackSplit(one, 1, 8)
         split.examples(np.arange(some))
         split.order(0).records(0, 3)
         one.verify()

@@ -16,15 +16,15 @@ def make_timeline(folder):
     for step in range(3):
         for lane, name, tid in (("step", f"step {step}", 0), ("compute", "forward", 1000), ("network", "sum", 2000)):
             events.append({"ph": "X", "pid": 0, "tid": tid, "cat": lane, "name": name, "ts": 1e3 * step, "dur": 9e2})
-    (folder / "timeline.json").write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    (folder / "trace.json").write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
 
 def change_timeline(random, folder):
-    change_json_file(random, folder / "timeline.json")
+    change_json_file(random, folder / "trace.json")
 
 
 def read_timeline(folder, out):
-    command(data_tools.show.main, folder / "timeline.json", "--json")
+    command(data_tools.show.main, folder / "trace.json", "--json")
 
 
 def make_fonts(folder):

@@ -15,9 +15,9 @@ from xc.run import metrics
 
 
 def make_metrics(folder):
-    log = metrics.Metrics(folder, 0, schedule.Position(), 9, 63)
+    log = metrics.Metrics(folder, 0, schedule.Progress(), 9, 63)
     for step in range(1, 5):
-        log.log(schedule.Position(step, 7 * step, 7), loss=1 / step)
+        log.log(schedule.Progress(step, 7 * step, 7), loss=1 / step)
     log.close()
     shutil.rmtree(folder / "tensorboard")
 
@@ -62,7 +62,7 @@ FLAGS = [name.replace("_", "-") for name in config.Config.__dataclass_fields__]
 
 def read_arguments(folder, out):
     cfg = config.parse([f"@{folder / 'run.args'}"])
-    with World().agreed():
+    with World().raise_on_all_ranks():
         run_folder.check(cfg)
         schedule.Schedule.of(cfg, 1000, 1)
     (out / "again.args").write_text(config.as_arguments(cfg), errors="surrogateescape")

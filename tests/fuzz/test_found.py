@@ -72,9 +72,9 @@ def test_a_negative_dim_of_synthetic_images():
 
 
 def test_a_timeline_that_is_no_text(tmp_path, capsys):
-    (tmp_path / "timeline.json").write_bytes(b'{"traceEvents": ["' + b"x" * 10**6 + b'\xff"]}')
+    (tmp_path / "trace.json").write_bytes(b'{"traceEvents": ["' + b"x" * 10**6 + b'\xff"]}')
     with pytest.raises(SystemExit):
-        data_tools.show.main([str(tmp_path / "timeline.json")])
+        data_tools.show.main([str(tmp_path / "trace.json")])
     text = capsys.readouterr().err
     assert text.count("\n") == 1 and len(text) < 1100
 
@@ -83,18 +83,18 @@ def test_a_timeline_that_is_no_text(tmp_path, capsys):
                          ids=["rank", "time", "format", "none"])
 def test_a_timeline_of_odd_numbers(key, value, tmp_path):
     make_timeline(tmp_path)
-    events = json.loads((tmp_path / "timeline.json").read_text())
+    events = json.loads((tmp_path / "trace.json").read_text())
     events["traceEvents"][2][key] = value
-    (tmp_path / "timeline.json").write_text(json.dumps(events))
+    (tmp_path / "trace.json").write_text(json.dumps(events))
     with pytest.raises(timeline.TraceError, match="is not a trace"):
-        timeline.read(tmp_path / "timeline.json")
+        timeline.read(tmp_path / "trace.json")
 
 
 
 @pytest.mark.parametrize("text", ["\udc80", "$\\frac$", "a\nb", "x" * 2000])
 def test_a_timeline_with_odd_names_is_printed(text, tmp_path, capsys):
     make_timeline(tmp_path)
-    path = tmp_path / "timeline.json"
+    path = tmp_path / "trace.json"
     events = json.loads(path.read_text())
     for event in events["traceEvents"]:
         event["name"] = text

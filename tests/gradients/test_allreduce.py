@@ -10,9 +10,11 @@ from torch import nn
 
 from tests.support.gradients import NET, give, now
 from tests.support.worlds import run_ranks
+from xc.comm.world import World
 from xc.config import Config
-from xc.exchange import AllReduce, Dgc, build
-from xc.world import World
+from xc.gradients.allreduce import AllReduce
+from xc.gradients.dgc import Dgc
+from xc.gradients.exchanges import build
 
 
 def gradients(world, exchange_of, passes=1):

@@ -8,10 +8,12 @@ from torch import nn
 
 from tests.support.gradients import NET, give, now
 from tests.support.worlds import run_ranks, write_files
+from xc.comm.traffic import sent_all_gather, sent_all_reduce
 from xc.config import Config
-from xc.exchange import AllReduce, Dgc, build
-from xc.topk import message_bytes
-from xc.traffic import sent_all_gather, sent_all_reduce
+from xc.gradients.allreduce import AllReduce
+from xc.gradients.dgc import Dgc
+from xc.gradients.exchanges import build
+from xc.gradients.topk import message_bytes
 
 # (ranks, ranks of a host or 0 for one level)
 WORLDS = [(1, 0), (3, 0), (2, 1), (2, 2), (4, 2), (10, 5)]  # 10: parts differ in size
@@ -41,7 +43,7 @@ def test_nothing_is_lost(size, per_host, bits, density):
             given = add(given, [plain.get_parameter(n).grad for n in matrices(net)])
             delivered = add(delivered, [p.grad for p in matrices(net).values()])
             exchange.zero_grad()
-        flat = [(b.first + b.part.first, b.kept["v"]) for b in exchange._sparse]
+        flat = [(b.first + b.part.first, b.unsent["v"]) for b in exchange._sparse]
         return given, delivered, flat, order(exchange, net)
 
     results = run_ranks(size, body, ranks_per_host=per_host)
@@ -136,7 +138,7 @@ def test_residuals_are_summed_on_another_number_of_ranks(before, after, tmp_path
         whole = torch.zeros(exchanges[0]._sparse[-1].last, dtype=torch.float64)
         for bucket in (b for exchange in exchanges for b in exchange._sparse):
             start = bucket.first + bucket.part.first
-            whole[start : start + len(bucket.part)] += bucket.kept[name].double()
+            whole[start : start + len(bucket.part)] += bucket.unsent[name].double()
         return whole
 
     def write(world):
@@ -162,7 +164,7 @@ def test_residuals_are_summed_on_another_number_of_ranks(before, after, tmp_path
     if before == after:  # bit for bit, the signs of zeros too
         for a, b in zip(written, found, strict=True):
             for x, y in zip(a._sparse, b._sparse, strict=True):
-                assert all(torch.equal(x.kept[n].view(torch.int32), y.kept[n].view(torch.int32)) for n in "uv")
+                assert all(torch.equal(x.unsent[n].view(torch.int32), y.unsent[n].view(torch.int32)) for n in "uv")
 
 
 @pytest.mark.parametrize("size, per_host, warned", [(1, 0, "on one rank"), (2, 2, "on one host"), (2, 1, "")])
@@ -173,7 +175,7 @@ def test_nothing_sparse_inside_one_host(size, per_host, warned, capsys):
         exchange = build(copy.deepcopy(NET), world, cfg)
         give(exchange._backbone, exchange, world.rank, density=0.01)
         exchange.reduce()
-        return sum(bucket.kept["v"].abs().sum().item() for bucket in exchange._sparse)
+        return sum(bucket.unsent["v"].abs().sum().item() for bucket in exchange._sparse)
 
     residuals = run_ranks(size, body, ranks_per_host=per_host)
     assert capsys.readouterr().err.count(warned or "warning") == bool(warned)

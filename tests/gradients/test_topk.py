@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xc.gradients.topk import message_bytes, pack, top_places, unpack
+from xc.gradients.topk import message_bytes, pack, topk_indices, unpack
 
 
 @pytest.mark.parametrize("size, k", [(1, 1), (7, 7), (1000, 1), (1009, 37), (4099, 4000)])
@@ -17,7 +17,7 @@ def test_the_k_largest(size, k, kind):
         values = values.sign()
     if kind == "few":
         values[size // 2 :] = 0
-    places = top_places(values, k)
+    places = topk_indices(values, k)
     assert len(places) == k == len(places.unique())
     torch.testing.assert_close(values[places].abs().sort().values, values.abs().sort().values[-k:], rtol=0, atol=0)
 
@@ -26,7 +26,7 @@ def test_a_number_that_is_none_does_not_stop_it():
     """It is in the loss too, which ends the run with a line of its own."""
     values = torch.randn(10_000)
     values[77] = torch.nan
-    assert 77 in top_places(values, 10) and len(top_places(torch.full((10_000,), torch.nan), 10)) == 10
+    assert 77 in topk_indices(values, 10) and len(topk_indices(torch.full((10_000,), torch.nan), 10)) == 10
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from tests.support.graphs import GRIDS, brute, built, clustered, recall, refreshed, rows_of, whole
-from xc import knn_graph, neighbors, ring_search
+from xc.knn import build as neighbors
+from xc.knn import graph as knn_graph
+from xc.knn import search as ring_search
 
 
 @pytest.mark.parametrize("ranks, width", [*GRIDS, (4, 4)])

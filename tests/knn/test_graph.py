@@ -6,8 +6,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.support.graphs import brute, built, refreshed, rows_of, whole
-from xc.knn_graph import KnnGraph
-from xc.shard import Shard
+from xc.comm.shard import Shard
+from xc.knn.graph import KnnGraph
 
 
 def test_lookup_and_storage():

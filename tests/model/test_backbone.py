@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tests.support.worlds import run_ranks
-from xc import backbone as backbones
-from xc.config import UserError
-from xc.shard import Shard
-from xc.world import World
+from xc.comm.shard import Shard
+from xc.comm.world import World
+from xc.errors import UserError
+from xc.model import backbone as backbones
 
 
 @pytest.mark.parametrize("name, channels, size, parameters", [

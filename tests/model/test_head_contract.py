@@ -5,9 +5,9 @@ import torch
 
 from tests.support.heads import WORLDS, G, examples, of_name
 from tests.support.worlds import run_ranks
-from xc.heads import HEADS
-from xc.optim import RowSGD
-from xc.shard import Shard
+from xc.comm.shard import Shard
+from xc.model.head_table import HEADS
+from xc.optim.optimizers import RowSGD
 
 
 # Of two classes some ranks own none; mach has a bucket of two classes or more.
@@ -17,7 +17,7 @@ def test_contract(name, num_classes, world_size, model_parallel_size):
     """Five steps, the graph or index built before the third."""
     def body(world):
         head = of_name(name, num_classes, world)
-        optimizer = RowSGD(head, 0.9, 0.01)
+        optimizer = RowSGD(head, 0.9)
         optimizer.param_groups[0]["lr"] = 0.5
         features, labels = examples(num_classes)
         part = Shard.of(G, world.size, world.rank)
@@ -31,17 +31,17 @@ def test_contract(name, num_classes, world_size, model_parallel_size):
             head.reduce()
             assert head.row_grad.shape == (head.num_active, head.weight.shape[1])
             assert torch.isfinite(head.row_grad).all() and torch.isfinite(mine.grad).all()
-            if head.active is not None:
-                assert (head.active.diff() > 0).all() and torch.isin(labels_here, head.active).all()
-                assert len(head.active) == 0 or 0 <= head.active[0] <= head.active[-1] < len(head.weight)
-                if head.offset is not None:
-                    assert (head.offset[torch.isin(head.active, labels_here)] == 0).all()
+            if head.selection.active is not None:
+                assert (head.selection.active.diff() > 0).all() and torch.isin(labels_here, head.selection.active).all()
+                assert len(head.selection.active) == 0 or 0 <= head.selection.active[0] <= head.selection.active[-1] < len(head.weight)
+                if head.selection.offset is not None:
+                    assert (head.selection.offset[torch.isin(head.selection.active, labels_here)] == 0).all()
             optimizer.step()
             head.zero_grad()
             losses.append(loss.item())
-        found = head.audit(mine.detach(), labels[part.first : part.last])
-        assert 0 < found["active"] <= max(num_classes, 2 * head.num_rows)
-        places = head.label_places(features[part.first : part.last], labels[part.first : part.last])
+        found = head.selection_quality(mine.detach(), labels[part.first : part.last])
+        assert 0 < found["active"] <= num_classes
+        places = head.num_scores_above_target(features[part.first : part.last], labels[part.first : part.last])
         assert ((places >= 0) & (places < num_classes)).all()
         return losses, head.weight
 

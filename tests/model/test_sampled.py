@@ -6,13 +6,14 @@ import torch.nn.functional as F
 
 from tests.support.heads import SEED, WORLDS, D, G, assert_like_dense, dense, examples, with_margin
 from tests.support.worlds import run_ranks, write_files
-from xc.config import Config, UserError
-from xc.heads import HEADS, build
-from xc.heads.base import initial_rows
-from xc.heads.knn import num_neighbors
-from xc.heads.partial import budget
-from xc.shard import Shard
-from xc.world import World
+from xc.comm.shard import Shard
+from xc.comm.world import World
+from xc.config import Config
+from xc.errors import UserError
+from xc.model.head import initial_rows
+from xc.model.head_table import HEADS, build
+from xc.model.knn import num_neighbors
+from xc.model.sampled import budget
 
 PARTIAL = ["knn", "sampled", "selective"]
 
@@ -40,11 +41,12 @@ def step(head, world, num_classes, at=1):
 
 
 @pytest.mark.parametrize("name", PARTIAL)
-@pytest.mark.parametrize("num_classes, padding", [(3, "corrected"), (10, "plain"), (37, "corrected"), (37, "plain")])
+@pytest.mark.parametrize("num_classes, sampling_correction", [(3, True), (10, False), (37, True), (37, False)])
 @pytest.mark.parametrize("world_size, model_parallel_size", WORLDS)
-def test_all_classes_active_is_the_full_softmax(name, num_classes, padding, world_size, model_parallel_size):
+def test_all_classes_active_is_the_full_softmax(name, num_classes, sampling_correction, world_size,
+                                                model_parallel_size):
     def body(world):
-        head = a_head(name, num_classes, world, num_classes, padding=padding, logits_mb=1e-4)
+        head = a_head(name, num_classes, world, num_classes, sampling_correction=sampling_correction, logits_mb=1e-4)
         return *step(head, world, num_classes), head.shard
 
     ranks = run_ranks(world_size, body, model_parallel_size)
@@ -52,17 +54,19 @@ def test_all_classes_active_is_the_full_softmax(name, num_classes, padding, worl
 
 
 @pytest.mark.parametrize("name", PARTIAL)
-@pytest.mark.parametrize("padding, margin, size", [
-    ("corrected", "none", 0.0), ("plain", "none", 0.0), ("corrected", "arcface", 0.5)])
+@pytest.mark.parametrize("sampling_correction, margin, size", [
+    (True, "none", 0.0), (False, "none", 0.0), (True, "arcface", 0.5)])
 @pytest.mark.parametrize("world_size, model_parallel_size", WORLDS)
-def test_equals_the_dense_softmax_over_the_active_classes(name, padding, margin, size, world_size, model_parallel_size):
+def test_equals_the_dense_softmax_over_the_active_classes(name, sampling_correction, margin, size, world_size,
+                                                          model_parallel_size):
     num_classes, active = 61, 23
 
     def body(world):
-        head = a_head(name, num_classes, world, active, padding=padding, margin=margin, margin_size=size)
+        head = a_head(name, num_classes, world, active, sampling_correction=sampling_correction, margin=margin,
+                      margin_size=size)
         loss, feature_grad, row_grad = step(head, world, num_classes)
-        offset = torch.zeros(len(head.active)) if head.offset is None else head.offset
-        return loss, feature_grad, row_grad, head.active + head.shard.first, offset
+        offset = torch.zeros(len(head.selection.active)) if head.selection.offset is None else head.selection.offset
+        return loss, feature_grad, row_grad, head.selection.active + head.shard.first, offset
 
     ranks = run_ranks(world_size, body, model_parallel_size)
     copy = ranks[: model_parallel_size]
@@ -85,7 +89,7 @@ def test_copies_of_the_classifier_choose_alike(name):
     def body(world):
         head = a_head(name, 61, world, 23)
         loss, _, row_grad = step(head, world, 61)
-        return loss, row_grad, head.active
+        return loss, row_grad, head.selection.active
 
     for one, two in zip(run_ranks(2, body) * 2, run_ranks(4, body, 2), strict=True):
         assert torch.equal(one[2], two[2])
@@ -103,12 +107,12 @@ def test_corrected_partition_function_averages_to_the_full_one(name, world_size)
     def body(world):
         head = a_head(name, num_classes, world, 25)
         step(head, world, num_classes)
-        candidates = head.candidates(labels) if name != "selective" else head._near(F.normalize(features), labels)
+        candidates = head.candidates(labels) if name != "selective" else head._search(F.normalize(features), labels)
         sums = []
-        for head.step in range(draws):
-            head.activate(labels, *candidates)
-            assert len(head.active) == max(head.quota, len(torch.unique(labels[head.shard.owns(labels)])) + 1)
-            sums.append((logits[:, head.active + head.shard.first] + head.offset).exp().sum(1))
+        for at in range(draws):
+            head.selection = head.choose(labels, at, *candidates)
+            assert len(head.selection.active) == max(head.quota, len(torch.unique(labels[head.shard.owns(labels)])) + 1)
+            sums.append((logits[:, head.selection.active + head.shard.first] + head.selection.offset).exp().sum(1))
         return torch.stack(sums)
 
     sums = sum(run_ranks(world_size, body))  # (draws, G)
@@ -118,10 +122,10 @@ def test_corrected_partition_function_averages_to_the_full_one(name, world_size)
 
 
 @pytest.mark.parametrize("name", PARTIAL)
-def test_plain_padding_never_exceeds_the_full_loss(name):
+def test_without_the_sampling_correction_it_never_exceeds_the_full_loss(name):
     full = dense(61, True, 7.0, "none", 0.0)[0]
     for at in range(20):
-        assert run_ranks(2, lambda w, at=at: step(a_head(name, 61, w, 23, padding="plain"), w, 61, at))[0][0] <= full
+        assert run_ranks(2, lambda w, at=at: step(a_head(name, 61, w, 23, sampling_correction=False), w, 61, at))[0][0] <= full
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 4])
@@ -140,8 +144,8 @@ def test_near_classes_by_best_place(world_size):
         here = torch.arange(head.shard.first, head.shard.last)
         right = here[torch.isin(here, labels)] - head.shard.first
         room = int(share * (head.quota - len(right)))
-        near = head._best(*head.candidates(labels), right, room)
-        assert torch.isin(torch.cat([right, near]), head.active).all() and not torch.isin(near, right).any()
+        near = head._nearest(*head.candidates(labels), right, room, 1)
+        assert torch.isin(torch.cat([right, near]), head.selection.active).all() and not torch.isin(near, right).any()
         others = here[~torch.isin(here, labels)]
         assert best[here[near]].tolist() == best[others].sort().values[:room].tolist()
         return room
@@ -152,25 +156,25 @@ def test_near_classes_by_best_place(world_size):
 def test_of_one_place_each_class_has_its_turn():
     head = a_head("knn", 61, World(), 41)
     first = set()
-    for head.step in range(200):
+    for at in range(200):
         candidates = torch.arange(10, 40)
-        first.add(head._best(candidates, torch.zeros_like(candidates), candidates[:0], 1).item())
+        first.add(head._nearest(candidates, torch.zeros_like(candidates), candidates[:0], 1, at).item())
     assert len(first) > 25  # of 30 in 200 draws; by id it would be one
 
 
 def test_quota_is_raised_for_right_classes():
     """All labels lie in the first of two shards, which has room for fewer."""
-    def body(world, padding):
-        head = HEADS["sampled"](40, D, world, active_classes=8, padding=padding)
+    def body(world, sampling_correction):
+        head = HEADS["sampled"](40, D, world, active_classes=8, sampling_correction=sampling_correction)
         head.select(torch.arange(7)[world.rank :: 2], 0)
-        return len(head.active), head.quota
+        return len(head.selection.active), head.quota
 
-    assert run_ranks(2, lambda w: body(w, "corrected")) == [(8, 4), (4, 4)]
-    assert run_ranks(2, lambda w: body(w, "plain")) == [(7, 4), (4, 4)]
+    assert run_ranks(2, lambda w: body(w, True)) == [(8, 4), (4, 4)]
+    assert run_ranks(2, lambda w: body(w, False)) == [(7, 4), (4, 4)]
 
 
 @pytest.mark.parametrize("world_size, model_parallel_size", [(1, 1), (3, 3), (4, 2)])
-def test_audit_counts_top_logits_and_the_gap(world_size, model_parallel_size):
+def test_selection_quality_counts_top_logits_and_the_gap(world_size, model_parallel_size):
     num_classes = 230
     features, labels = examples(num_classes)
     logits = 7.0 * F.normalize(features) @ F.normalize(initial_rows(Shard(0, num_classes), D, SEED, torch.float64)).T
@@ -179,8 +183,8 @@ def test_audit_counts_top_logits_and_the_gap(world_size, model_parallel_size):
         head = a_head("knn", num_classes, world, 60, num_neighbors=20, logits_mb=1e-3)
         step(head, world, num_classes)
         part = Shard.of(G, world.size, world.rank)
-        found = head.audit(features[part.first : part.last].detach(), labels[part.first : part.last])
-        return found, head.active + head.shard.first, head.offset
+        found = head.selection_quality(features[part.first : part.last].detach(), labels[part.first : part.last])
+        return found, head.selection.active + head.shard.first, head.selection.offset
 
     ranks = run_ranks(world_size, body, model_parallel_size)
     active, offset = (torch.cat([r[i] for r in ranks[:model_parallel_size]]) for i in (1, 2))
@@ -221,7 +225,7 @@ def test_a_saved_graph_names_the_same_classes_to_any_ranks(before, after, tmp_pa
 
 def test_a_graph_is_refreshed_where_an_angle_is_given():
     def body(world, angle):
-        head = a_head("knn", 200, world, 60, num_neighbors=9, graph_angle=angle)
+        head = a_head("knn", 200, world, 60, num_neighbors=9, graph_refresh_angle=angle)
         head.refresh(1, due=True)
         head.weight[:5] += 0.3
         return head.refresh(2, due=True)["graph_requeried"]
@@ -230,10 +234,10 @@ def test_a_graph_is_refreshed_where_an_angle_is_given():
     assert run_ranks(2, lambda w: body(w, 0.0))[0] == 1
 
 
-def test_with_corrected_padding_one_random_class_stays():
+def test_with_sampling_correction_one_random_class_stays():
     head = a_head("knn", 61, World(), 30, near_share=1.0)
     step(head, World(), 61)
-    assert (head.offset > 0).sum() == 1
+    assert (head.selection.offset > 0).sum() == 1
 
 
 def settings(**flags):

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 from tests.support.heads import SEED, WORLDS, D, G, assert_like_dense, dense, examples
 from tests.support.worlds import run_ranks
-from xc.heads import HEADS
-from xc.heads.base import initial_rows
-from xc.shard import Shard
+from xc.comm.shard import Shard
+from xc.model.head import initial_rows
+from xc.model.head_table import HEADS
 
 MARGINS = [("none", 0.0), ("cosface", 0.35), ("arcface", 0.5)]
 
@@ -89,7 +89,7 @@ def test_label_places_are_exact(world_size, model_parallel_size, num_classes):
     def body(world):
         head = HEADS["full"](num_classes, D, world, seed=SEED, dtype=torch.float64, logits_mb=2e-4)
         part = Shard.of(G, world.size, world.rank)
-        return head.label_places(features[part.first : part.last], labels[part.first : part.last])
+        return head.num_scores_above_target(features[part.first : part.last], labels[part.first : part.last])
 
     assert torch.cat(run_ranks(world_size, body, model_parallel_size)).tolist() == expected.tolist()
 
@@ -99,7 +99,7 @@ def test_of_equal_scores_the_lower_id_wins():
         head = HEADS["full"](4, 2, world, dtype=torch.float64)
         head.weight[:] = torch.tensor([1.0, 0.0])
         features = torch.tensor([[1.0, 0.0]] * 4, dtype=torch.float64)
-        return head.label_places(features, torch.arange(4)).tolist()
+        return head.num_scores_above_target(features, torch.arange(4)).tolist()
 
     assert run_ranks(2, body) == [[0, 1, 2, 3]] * 2
 

@@ -5,8 +5,8 @@ import torch
 
 from tests.support.graphs import built, clustered, whole
 from tests.support.launch import mpirun
-from xc.knn_graph import KnnGraph
-from xc.shard import Shard
+from xc.comm.shard import Shard
+from xc.knn.graph import KnnGraph
 
 pytestmark = [pytest.mark.mpi, pytest.mark.long]
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.mpi
 
 @pytest.fixture(scope="module")
 def reference(tiny_packs, tmp_path_factory):
-    """Losses of six steps, then top-1 and top-5, in one process without any launcher."""
+    """LossMeter of six steps, then top-1 and top-5, in one process without any launcher."""
     out = tmp_path_factory.mktemp("reference") / "run"
     run(sys.executable, "train.py", "--data", tiny_packs, "--out", out, "--steps", 6, *UNEVEN)
     assert len(losses(out)) == 6 and len(accuracies(out)) == 1
@@ -105,9 +105,9 @@ def test_micro_batches_do_not_depend_on_the_ranks(tiny_packs, tmp_path):
     """Nor does the batch norm of the features, which is over a micro-batch of all ranks."""
     flags = ["--data", tiny_packs, "--steps", 6, *UNEVEN, "--global-batch", 26, "--micro-batches", 2]
     run(sys.executable, "train.py", *flags, "--out", tmp_path / "alone")
-    mpirun(3, "train.py", *flags, "--out", tmp_path / "run", "--timeline-steps", 2)
+    mpirun(3, "train.py", *flags, "--out", tmp_path / "run", "--trace-steps", 2)
     assert_equal_losses(losses(tmp_path / "run"), losses(tmp_path / "alone"))
-    spans = json.loads((tmp_path / "run" / "timeline.json").read_text())["traceEvents"]
+    spans = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
     assert {span["pid"] for span in spans} == {0, 1, 2}
     assert {"shards.all_gather", "shards.reduce_scatter", "backbone.dense"} <= {span["name"] for span in spans}
 

@@ -1,4 +1,4 @@
-"""Losses are scaled and gradients scaled back; a step that overflows on one rank is skipped on all."""
+"""LossMeter are scaled and gradients scaled back; a step that overflows on one rank is skipped on all."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 
 from tests.support.gradients import NET, give
 from tests.support.worlds import run_ranks
-from xc import backbone as backbones
+from xc.comm.world import World
 from xc.config import Config
 from xc.gradients.allreduce import AllReduce
 from xc.gradients.dgc import Dgc

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from tests.support.worlds import run_ranks
-from xc.exchange import AllReduce, Dgc
-from xc.loss_scale import LossScale
-from xc.noise_scale import NoiseScale
-from xc.schedule import Now
-from xc.shard import Shard
+from xc.comm.shard import Shard
+from xc.gradients.allreduce import AllReduce
+from xc.gradients.dgc import Dgc
+from xc.optim.loss_scale import LossScale
+from xc.optim.noise_scale import NoiseScale
+from xc.optim.schedule import StepPlan
 
 G = 12
 NET = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 1))
@@ -43,9 +44,9 @@ def test_norms_are_those_of_the_first_micro_batch_and_of_all(kind, size, num_par
     def body(world):
         net = copy.deepcopy(NET)
         exchange = kind(net, world, bucket_mb=100, loss_scale=LossScale(True, scale) if scale else None)
-        now, found = Now(0.1, G, num_parts, 1.0), []
+        now, found = StepPlan(0.1, G, num_parts, 1.0), []
         for look in range(looks):
-            exchange.watched = None if look == 1 else look
+            exchange.noise_seed = None if look == 1 else look
             for i in range(num_parts):
                 mine = Shard.of(G // num_parts, size, world.rank)
                 if i == num_parts - 1:
@@ -53,7 +54,7 @@ def test_norms_are_those_of_the_first_micro_batch_and_of_all(kind, size, num_par
                 inputs = examples()[i * G // num_parts + mine.first : i * G // num_parts + mine.last]
                 (loss_of(net, inputs) * (scale or 1)).backward()
                 if i == 0 and num_parts > 1:
-                    exchange.first_passed()
+                    exchange.after_first_backward()
             assert exchange.reduce()
             found.append(exchange.norms(now))
             exchange.zero_grad()
@@ -76,15 +77,15 @@ def test_a_sketch_has_the_norm_of_the_whole():
         net = nn.ModuleList([nn.Linear(300, 700), nn.Linear(300, 500, bias=False), nn.Linear(3, 2)])
         exchange = AllReduce(net, world, bucket_mb=0.3)
         ratios = []
-        for exchange.watched in range(30):
-            generator = torch.Generator().manual_seed(100 * world.rank + exchange.watched)
+        for exchange.noise_seed in range(30):
+            generator = torch.Generator().manual_seed(100 * world.rank + exchange.noise_seed)
             numbers = torch.randn(10**6, generator=generator)
             for bucket in exchange._buckets:
                 bucket.flat.copy_(numbers[: len(bucket.flat)])
-            exchange.first_passed()
-            exchange.begin(Now(0.1, 12, 2))
+            exchange.after_first_backward()
+            exchange.begin(StepPlan(0.1, 12, 2))
             exchange.reduce()
-            first, _, whole, _ = exchange.norms(Now(0.1, 12, 2))
+            first, _, whole, _ = exchange.norms(StepPlan(0.1, 12, 2))
             exact = sum(bucket.flat.double().square().sum().item() for bucket in exchange._buckets)
             assert first == pytest.approx(4 * whole, rel=1e-5)
             ratios.append(whole / exact)
@@ -113,7 +114,7 @@ def test_it_finds_the_noise_that_was_put_in(small, large):
     generator = torch.Generator().manual_seed(0)
     mean, noise, kept = a_mean(generator, 2.0), NoiseScale(), []
     for _ in range(4000):
-        noise.look(*looks_at(generator, mean, (300 / 50) ** 0.5, small, large))
+        noise.measure(*looks_at(generator, mean, (300 / 50) ** 0.5, small, large))
         kept.append((noise.noise, noise.signal))
     tr, square = torch.tensor(kept[500:]).mean(0).tolist()
     assert tr == pytest.approx(300, rel=0.05) and square == pytest.approx(2, rel=0.25)
@@ -126,7 +127,7 @@ def test_a_scale_is_known_only_where_the_signal_stands_out(seed):
     for square in 0.0, 100.0:  # against noise of 300 / 32 in the larger batch
         noise, mean, found = NoiseScale(), a_mean(generator, 1.0) * square**0.5, []
         for _ in range(300):
-            noise.look(*looks_at(generator, mean, (300 / 50) ** 0.5, 4, 32))
+            noise.measure(*looks_at(generator, mean, (300 / 50) ** 0.5, 4, 32))
             found.append(noise.examples is not None)
         known[square] = sum(found) / len(found)
     assert known[100.0] > 0.9 and known[0.0] < 0.3
@@ -142,7 +143,7 @@ def test_growth_follows_the_noise_scale_without_leaps(seed):
         for i in range(1000):
             factor = last ** (min(max(0, i - 200), 600) / 600)
             found = looks_at(generator, mean * factor**0.5, (300 / 50) ** 0.5, 8, 64)
-            noise.look(*found, grows_from=15 if i >= 200 else 0)
+            noise.measure(*found, grows_from=15 if i >= 200 else 0)
             grown.append(noise.grown)
         assert set(grown[:200]) == {1.0} and grown == sorted(grown)
         assert all(b / a <= 1.1 + 1e-9 for a, b in itertools.pairwise(grown))
@@ -153,5 +154,5 @@ def test_the_first_looks_count_alike():
     noise = NoiseScale()
     assert noise.examples is None
     for value in 1.0, 2.0, 6.0:
-        noise.look(value, 1.0, 0.0, 0.5)
+        noise.measure(value, 1.0, 0.0, 0.5)
     assert noise.noise == pytest.approx(2 * 3.0)

@@ -7,29 +7,30 @@ import torch
 from torch import nn
 
 from tests.support.worlds import run_ranks
+from xc.comm.world import World
 from xc.config import Config
 from xc.gradients.dgc import Dgc
+from xc.model.head import Selection
 from xc.model.head_table import HEADS
 from xc.optim.optimizers import Lars, RowSGD, backbone_optimizer
-from xc.optim.schedule import Now
+from xc.optim.schedule import StepPlan
 
 D = 5
 
 
 def with_active(head, active, grad):
-    head.active, head.row_grad = active, grad
+    head.selection, head.row_grad = Selection(active), grad
     return head
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("listed", [False, True])  # all rows active: unsaid, or as a list of them
-def test_all_rows_active_is_torch_sgd(weight_decay, momentum, listed):
+def test_all_rows_active_is_torch_sgd(momentum, listed):
     def body(world):
         head = HEADS["full"](10, D, world)
         mine, theirs = head.weight, head.weight.clone().requires_grad_()
-        optimizer = RowSGD(head, momentum, weight_decay)
-        reference = torch.optim.SGD([theirs], lr=0.3, momentum=momentum, weight_decay=weight_decay)
+        optimizer = RowSGD(head, momentum)
+        reference = torch.optim.SGD([theirs], lr=0.3, momentum=momentum)
         for step in range(4):
             optimizer.param_groups[0]["lr"] = reference.param_groups[0]["lr"] = 0.3 / (1 + step)
             theirs.grad = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(step))
@@ -45,10 +46,10 @@ def test_all_rows_active_is_torch_sgd(weight_decay, momentum, listed):
 def test_a_row_knows_only_the_steps_in_which_it_was_active(block_bytes, monkeypatch):
     monkeypatch.setattr("xc.optim.optimizers._BLOCK_BYTES", block_bytes)
     head = HEADS["full"](23, D, World(), dtype=torch.float64)
-    optimizer = RowSGD(head, 0.9, 0.01)
+    optimizer = RowSGD(head, 0.9)
     optimizer.param_groups[0]["lr"] = 0.3
     rows = [row.clone().requires_grad_() for row in head.weight]
-    references = [torch.optim.SGD([row], lr=0.3, momentum=0.9, weight_decay=0.01) for row in rows]
+    references = [torch.optim.SGD([row], lr=0.3, momentum=0.9) for row in rows]
     generator = torch.Generator().manual_seed(0)
     for _ in range(12):
         before = head.weight.clone()
@@ -66,13 +67,13 @@ def test_a_row_knows_only_the_steps_in_which_it_was_active(block_bytes, monkeypa
 
 def test_no_momentum_needs_no_memory():
     head = HEADS["full"](10, D, World())
-    assert RowSGD(head, 0.0, 0.0).momentum_rows.numel() == 0
+    assert RowSGD(head, 0.0).momentum_rows.numel() == 0
 
 
 def test_rounding_is_right_on_average_and_to_a_neighbour():
     values = torch.tensor([1.0, -1.0, 1.003, -1.003, 1e-30, 3.1415926, -65000.3, 0.0])
     head = HEADS["full"](1, D, World(), dtype=torch.bfloat16)
-    optimizer = RowSGD(head, 0.0, 0.0)
+    optimizer = RowSGD(head, 0.0)
     optimizer._random = None
     rounded = optimizer._rounded(values.repeat(20_000, 1).clone()).double()
     spacing = values.double().abs() * 2**-7
@@ -87,7 +88,7 @@ def test_steps_too_small_for_bfloat16_are_not_lost():
     def drift(world):
         head = HEADS["full"](400, 16, world, dtype=torch.bfloat16)
         head.weight.fill_(1.0)  # where bfloat16 numbers are 1/128 apart
-        optimizer = RowSGD(head, 0.0, 0.0)
+        optimizer = RowSGD(head, 0.0)
         optimizer.param_groups[0]["lr"] = 1.0
         for step in range(100):
             head.step = step
@@ -106,7 +107,7 @@ def test_bfloat16_rows_follow_float32_rows():
     ends = []
     for dtype in torch.float32, torch.bfloat16:
         head = HEADS["full"](500, 16, World(), dtype=dtype)
-        optimizer = RowSGD(head, 0.9, 0.01)
+        optimizer = RowSGD(head, 0.9)
         optimizer.param_groups[0]["lr"] = 0.05
         generator = torch.Generator().manual_seed(0)
         for head.step in range(30):
@@ -121,7 +122,7 @@ def test_bfloat16_rows_follow_float32_rows():
 
 def lars(parameters, weight_decay=0.5, trust=0.1, momentum=0.9):
     """As `backbone_optimizer` makes it, with a trust that is seen in float32."""
-    cfg = Config("d", "o", optimizer="lars", lr=2.0, momentum=momentum, weight_decay=weight_decay)
+    cfg = Config("d", "o", optimizer="lars", lr=2.0, momentum=momentum)
     optimizer = backbone_optimizer(nn.ParameterList(parameters), cfg)
     optimizer.trust = trust
     return optimizer
@@ -182,7 +183,7 @@ def test_lars_under_dgc_goes_about_as_far_as_without(size, density):
         for step in range(200):
             grad = torch.randn(7, 30, generator=torch.Generator().manual_seed(step))
             if exchange:
-                exchange.begin(Now(0.1, size, 1, density))
+                exchange.begin(StepPlan(0.1, size, 1, density))
             else:
                 optimizer.zero_grad()
             (net.weight * grad).sum().div(size if exchange else 1).backward()

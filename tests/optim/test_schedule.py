@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from xc.config import Config, parse
 from xc.errors import UserError
-from xc.optim.schedule import Position, Schedule, interval
+from xc.optim.schedule import Progress, Schedule, interval
 from xc.optim.schedule_plot import draw, steps_of
 
 
@@ -26,7 +26,7 @@ def rates(one):
 
 
 def after(one, step):
-    """The Position after so many steps."""
+    """The Progress after so many steps."""
     *_, (position, now) = itertools.islice(steps_of(one), step)
     return position.after(now)
 
@@ -68,20 +68,20 @@ def test_units_agree(texts):
 
 def test_fccs_grows_between_hold_and_tail():
     one = fccs(lr=2.0, warmup="0.4epochs", hold="10%", growth="50%", tail="25%")
-    assert (one.warmup, one.hold, one.growth, one.tail, one.rounds) == (40, 40, 200, 100, 400)
+    assert (one.warmup, one.hold, one.growth, one.tail, one.length) == (40, 40, 200, 100, 400)
     steps = list(steps_of(one))
     assert sum(now.global_batch for _, now in steps) == 4 * 10_000 == one.examples
     assert len(steps) == one.num_steps == len(one.starts)
     for position, now in steps:
         done = position.examples // 100
-        assert now.round == done and now.micro_batches == now.rounds == now.global_batch // 100
+        assert now.first_accumulation_step == done and now.micro_batches == now.accumulation_steps == now.global_batch // 100
         if done < 80:
-            assert now.rounds == 1
+            assert now.accumulation_steps == 1
         elif done < 280:
             exact = 1 + 7 * (1 - math.cos(math.pi * (done - 80) / 200)) / 2
-            assert abs(now.rounds - exact) <= 0.5
+            assert abs(now.accumulation_steps - exact) <= 0.5
         elif done + 8 <= 400:
-            assert now.rounds == 8
+            assert now.accumulation_steps == 8
         if 40 <= done <= 300:
             assert now.lr == 2.0
         elif done > 300:
@@ -108,16 +108,16 @@ def test_nothing_is_lost_at_any_setting(batch, most, steps, warmup, hold, tail, 
     try:
         one = Schedule.of(Config("d", "o", **settings), num_records=100_000, num_ranks=1)
     except ValueError as error:
-        assert "no course with these parts" in str(error) or "no time to grow" in str(error)
+        assert "no schedule with these parts" in str(error) or "no time to grow" in str(error)
         return
     assert one.num_steps == steps
-    seen = Position()
+    seen = Progress()
     for position, now in steps_of(one):
-        assert position == seen and 1 <= now.rounds <= most and now.micro_batches == now.rounds * parts
-        assert now.global_batch == now.rounds * batch * parts
+        assert position == seen and 1 <= now.accumulation_steps <= most and now.micro_batches == now.accumulation_steps * parts
+        assert now.global_batch == now.accumulation_steps * batch * parts
         seen = position.after(now)
         assert one.resume(seen) == seen
-    assert seen.examples == one.examples == one.rounds * batch * parts and seen.step == steps
+    assert seen.examples == one.examples == one.length * batch * parts and seen.step == steps
 
 
 def test_the_number_of_ranks_changes_nothing():
@@ -127,16 +127,16 @@ def test_the_number_of_ranks_changes_nothing():
 
 def test_auto_grows_with_the_noise_and_never_beyond():
     one = fccs(fccs="auto", hold="10%", micro_batches=2)
-    assert one.course != fccs().course == schedule().course
-    assert one.course != fccs(fccs="auto", global_batch=200, micro_batches=2).course  # a multiple of another batch
-    assert not one.is_warm(Position(49, 4900, 100)) and one.is_warm(Position(50, 5000, 100))
+    assert one.batch_schedule != fccs().batch_schedule == schedule().batch_schedule
+    assert one.batch_schedule != fccs(fccs="auto", global_batch=200, micro_batches=2).batch_schedule  # a multiple of another batch
+    assert not one.is_warm(Progress(49, 4900, 100)) and one.is_warm(Progress(50, 5000, 100))
     assert one.num_steps is None and one.least_steps == 50
-    early, late = Position(3, 300, 100), Position(200, 20_000, 100)
+    early, late = Progress(3, 300, 100), Progress(200, 20_000, 100)
     assert not one.grows(early) and one.grows(late)
-    assert [one.at(late, growth).rounds for growth in (1, 1.4, 1.6, 7.9, 8, 100)] == [1, 1, 2, 8, 8, 8]
-    assert one.at(early, 5).rounds == 1
-    assert one.at(Position(1, one.examples - 300, 800), 8).rounds == 3  # what is left
-    assert one.resume(Position(40, 20_000, 800)).step == 40  # any number of steps can lead there
+    assert [one.plan(late, growth).accumulation_steps for growth in (1, 1.4, 1.6, 7.9, 8, 100)] == [1, 1, 2, 8, 8, 8]
+    assert one.plan(early, 5).accumulation_steps == 1
+    assert one.plan(Progress(1, one.examples - 300, 800), 8).accumulation_steps == 3  # what is left
+    assert one.resume(Progress(40, 20_000, 800)).step == 40  # any number of steps can lead there
 
 
 def test_due_once_an_interval():
@@ -146,7 +146,7 @@ def test_due_once_an_interval():
     assert [p.step for p in positions if s.due(p, "0")] == []
     assert [p.step for p in positions if s.due(p, "25%")] == [8, 16, 24]
     assert [p.step for p in positions if s.due(p, "10steps")] == [10, 20, 30]
-    assert not s.due(Position(), "1steps")
+    assert not s.due(Progress(), "1steps")
     grown = fccs(hold="0", tail="0")
     positions = [p.after(now) for p, now in steps_of(grown)]
     found = [p.examples for p in positions if grown.due(p, "0.5epochs")]
@@ -160,7 +160,7 @@ def test_due_once_an_interval():
     ({"schedule": "fccs", "max_batch": 1280}, "--max-batch 1280 is more than the 1000 training examples"),
     ({"schedule": "fccs", "max_batch": 300}, "--max-batch 300 is not a multiple of --global-batch 128: take 256"),
     ({"schedule": "fccs", "hold": "50%", "tail": "60%"},
-     r"--hold 50% \(39\) .* --tail 60% \(47\) are 90 rounds .* has 78"),
+     r"--hold 50% \(39\) .* --tail 60% \(47\) are 90 accumulation steps .* has 78"),
     ({"schedule": "fccs", "max_batch": 256, "growth": "100steps"}, r"--growth 100steps \(100\).* but the run has 78"),
     ({"schedule": "fccs", "max_batch": 256, "hold": "60%", "tail": "35%"}, "leave the batch no time to grow"),
     ({"epochs": 1e300}, r"--epochs 1e.300 are .* take at most 1e.08"),
@@ -191,15 +191,15 @@ def test_flags_that_cannot_be_meant(arguments, text):
 
 def test_a_position_of_another_schedule_is_refused():
     s = schedule(global_batch=100)
-    assert s.resume(Position(3, 300, 100)) == Position(3, 300, 100)
+    assert s.resume(Progress(3, 300, 100)) == Progress(3, 300, 100)
     with pytest.raises(ValueError, match="ends after 100 .10000.: give more"):
-        s.resume(Position(101, 10_100, 100))
+        s.resume(Progress(101, 10_100, 100))
     with pytest.raises(ValueError, match="same --global-batch"):
-        s.resume(Position(3, 384, 128))
+        s.resume(Progress(3, 384, 128))
     grown = fccs()
     middle = after(grown, 100)
     assert grown.resume(middle) == middle
-    with pytest.raises(ValueError, match="same course of the batch"):
+    with pytest.raises(ValueError, match="same schedule of the batch"):
         fccs(hold="30%").resume(middle)
 
 

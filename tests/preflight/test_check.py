@@ -8,8 +8,10 @@ import pytest
 from tests.support.facts import facts_of
 from tests.support.launch import ROOT
 from tests.support.worlds import run_ranks
-from xc import doctor
-from xc.config import Config, UserError, as_arguments, parse
+from xc.config import Config, as_arguments, parse
+from xc.errors import UserError
+from xc.preflight import hosts, network
+from xc.preflight import report as doctor
 
 DATA = ["--data", "synth:classes=300,dim=16,test=50", "--feature-dim", 16, "--global-batch", 30]
 
@@ -71,12 +73,12 @@ def test_a_plan_that_does_not_fit(flags, tmp_path, capsys):
 
 def test_other_code_on_one_rank_is_named(monkeypatch):
     here = threading.local()
-    monkeypatch.setattr(doctor, "_digest", lambda: "new" if here.rank == 2 else "old")
+    monkeypatch.setattr(hosts, "_digest", lambda: "new" if here.rank == 2 else "old")
 
     def body(world):
         here.rank = world.rank
         report = doctor.Report()
-        doctor.software(report, world)
+        hosts.software(report, world)
         return report
 
     for report in run_ranks(3, body):
@@ -108,8 +110,8 @@ def test_clocks(ahead):
             return time.time() + (ahead if world.rank == 2 else 0.0)
 
         report = doctor.Report()
-        doctor.clocks(report, world, clock)
-        return doctor.clock_offsets(world, clock), report
+        network.clocks(report, world, clock)
+        return network.clock_offsets(world, clock), report
 
     for offsets, report in run_ranks(3, body):
         assert all(low <= true <= high for (low, high), true in zip(offsets, (0.0, 0.0, ahead), strict=True))
@@ -118,18 +120,18 @@ def test_clocks(ahead):
 
 
 @pytest.mark.parametrize("finding, facts, state, text", [
-    (doctor.threads, [facts_of(), facts_of()], "ok", "2 of 2 rank(s) on 2 core(s)"),
-    (doctor.threads, [facts_of(), facts_of(threads=2)], "warning", "OMP_NUM_THREADS=1"),
-    (doctor.threads, [facts_of(cores=[0]), facts_of(cores=[0])], "warning", "binding_policy=none"),
-    (doctor.threads, [facts_of(cores=[0]), facts_of(cores=[1])], "ok", ""),
-    (doctor.shared_memory, [facts_of(shared_memory=2**23)], "ok", ""),
-    (doctor.shared_memory, [facts_of(shared_memory=2**23)] * 2, "warning", "--shm-size"),
-    (doctor.interfaces, [facts_of(), facts_of(host="b", addresses=[("eth0", "10.0.0.2")])], "ok", ""),
-    (doctor.interfaces, [facts_of(), facts_of(host="b")], "warning", "10.0.0.1 on a, b"),
-    (doctor.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "10.0.0.0/8"})] * 2, "ok", "if_include"),
-    (doctor.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "ib0"})], "wrong", "ib0 is not on a"),
-    (doctor.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "10.1.0.0/16"})], "wrong", "is not on a"),
-    (doctor.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "10.1/x"})], "wrong", "10.1/x"),
+    (hosts.threads, [facts_of(), facts_of()], "ok", "2 of 2 rank(s) on 2 core(s)"),
+    (hosts.threads, [facts_of(), facts_of(threads=2)], "warning", "OMP_NUM_THREADS=1"),
+    (hosts.threads, [facts_of(cores=[0]), facts_of(cores=[0])], "warning", "binding_policy=none"),
+    (hosts.threads, [facts_of(cores=[0]), facts_of(cores=[1])], "ok", ""),
+    (hosts.shared_memory, [facts_of(shared_memory=2**23)], "ok", ""),
+    (hosts.shared_memory, [facts_of(shared_memory=2**23)] * 2, "warning", "--shm-size"),
+    (hosts.interfaces, [facts_of(), facts_of(host="b", addresses=[("eth0", "10.0.0.2")])], "ok", ""),
+    (hosts.interfaces, [facts_of(), facts_of(host="b")], "warning", "10.0.0.1 on a, b"),
+    (hosts.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "10.0.0.0/8"})] * 2, "ok", "if_include"),
+    (hosts.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "ib0"})], "wrong", "ib0 is not on a"),
+    (hosts.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "10.1.0.0/16"})], "wrong", "is not on a"),
+    (hosts.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "10.1/x"})], "wrong", "10.1/x"),
 ])
 def test_what_follows_from_facts(finding, facts, state, text):
     report = doctor.Report()
@@ -143,5 +145,5 @@ def test_gpus():
     gpu = {"count": 2, "name": "G", "free": 2**34, "index": 0}
     for num_ranks, state in (1, "warning"), (2, "ok"), (3, "wrong"):
         report = doctor.Report()
-        doctor.gpus(report, [facts_of(device="cuda", gpu=gpu)] * num_ranks)
+        hosts.gpus(report, [facts_of(device="cuda", gpu=gpu)] * num_ranks)
         assert states(report) == [("GPUs", state)]

@@ -6,11 +6,12 @@ from dataclasses import replace
 import torch
 
 from tests.support.facts import facts_of
-from xc import doctor
+from xc.comm.world import World
 from xc.config import Config
-from xc.memory_plan import ON_HOST
-from xc.metrics import peak_rss_mb
-from xc.world import World
+from xc.preflight import hosts, memory, storage
+from xc.preflight import report as doctor
+from xc.preflight.memory_plan import ON_HOST
+from xc.run.metrics import peak_rss_mb
 
 
 def test_memory_of_a_cgroup(tmp_path):
@@ -19,16 +20,16 @@ def test_memory_of_a_cgroup(tmp_path):
 
     def left(limit):
         (group / "memory.max").write_text(f"{limit}\n")
-        return doctor._left_in(group, "memory.max", "memory.current", "inactive_file")
+        return hosts._left_in(group, "memory.max", "memory.current", "inactive_file")
 
     (group / "memory.current").write_text("700\n")
     (group / "memory.stat").write_text("anon 600\ninactive_file 40\n")
     assert left(1000) == 340 and left("max") is None
-    assert doctor._left_in(tmp_path, "memory.max", "memory.current", "inactive_file") is None
-    assert 2**26 < doctor.memory_available() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert hosts._left_in(tmp_path, "memory.max", "memory.current", "inactive_file") is None
+    assert 2**26 < hosts.memory_available() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-EXAMPLES = doctor.Examples(100_000, 10**6, (16,), 0, 1, "")
+EXAMPLES = storage.Examples(100_000, 10**6, (16,), 0, 1, "")
 
 
 def planned(cfg, memory, device="cpu", gpu=None):
@@ -36,7 +37,7 @@ def planned(cfg, memory, device="cpu", gpu=None):
     world = World()
     world.size, world.device = 2, torch.device(device)
     report, facts = doctor.Report(), facts_of(memory=memory, taken=0, device=device, gpu=gpu)
-    plan = doctor.memory(report, cfg, world, [facts, facts], EXAMPLES)
+    plan = memory.memory(report, cfg, world, [facts, facts], EXAMPLES)
     (state, _, value, remedy), = report.findings
     return plan, state, f"{value} -> {remedy}"
 
@@ -79,6 +80,6 @@ def test_a_plan_allocates_nothing():
     before = peak_rss_mb()
     cfg = Config("synth:classes=100000000,dim=128", check=1)
     world, report = World(), doctor.Report()
-    facts = doctor.host_facts(report, world)
-    plan = doctor.memory(report, cfg, world, facts, doctor.data_set(report, cfg, world))
+    facts = hosts.host_facts(report, world)
+    plan = memory.memory(report, cfg, world, facts, storage.data_set(report, cfg, world))
     assert plan.parts["class rows"] == 100_000_000 * 128 * torch.float32.itemsize and peak_rss_mb() - before < 300

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from xc.optim.schedule import Position
+from xc.optim.schedule import Progress
 from xc.run.metrics import Metrics, Timer
 
 
 def at(step):
-    return Position(step, 10 * step, 10)
+    return Progress(step, 10 * step, 10)
 
 
 def lines(folder):
@@ -17,7 +17,7 @@ def lines(folder):
 
 
 def test_a_later_launch_drops_what_it_does_again(tmp_path, capsys):
-    metrics = Metrics(tmp_path, 0, Position(), 9, 90)
+    metrics = Metrics(tmp_path, 0, Progress(), 9, 90)
     for step in range(1, 5):
         metrics.log(at(step), loss=step / 3)
     metrics.close()
@@ -32,7 +32,7 @@ def test_a_later_launch_drops_what_it_does_again(tmp_path, capsys):
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
-    metrics = Metrics(tmp_path, 1, Position(), 9, 90)
+    metrics = Metrics(tmp_path, 1, Progress(), 9, 90)
     metrics.log(at(1), loss=1.0)
     metrics.close()
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
@@ -53,10 +53,10 @@ def test_timer_counts_phases_only(monkeypatch):
 
 
 def test_a_full_disk_does_not_end_the_run(tmp_path, capsys):
-    metrics = Metrics(tmp_path, 0, Position(), 10, 100)
+    metrics = Metrics(tmp_path, 0, Progress(), 10, 100)
     metrics._lines = open("/dev/full", "a", buffering=1)
     for step in 1, 2, 3:
-        metrics.log(Position(step, 10 * step, 10), loss=1.0)
+        metrics.log(Progress(step, 10 * step, 10), loss=1.0)
     metrics.close()
     found = capsys.readouterr()
     assert found.err.count("warning: metrics of step 1 and later ones may be missing") == 1

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from xc import watchdog
+from xc.run import watchdog
 
 _PATIENCE_SECONDS = 60
 STALLED, WAITING = ("data", False, 100.0), ("shards.all_gather", True, 99.0)  # what, waits for others, idle seconds
@@ -68,8 +68,8 @@ def line_of(capfd):
     (0, 3, {2: WAITING}, "rank 1: no answer; ranks 0, 2: waiting in shards.all_gather"),
     (1, 3, {}, "rank 0: no answer; rank 1: waiting in shards.all_gather")])
 def test_a_rank_that_stalls_is_named_and_all_end(rank, size, answers, sentence, watched, capfd):
-    watchdog.at(7)
-    watchdog.note("data") if size == 1 else watchdog.note("shards.all_gather", waits=True)
+    watchdog.at_step(7)
+    watchdog.heartbeat("data") if size == 1 else watchdog.heartbeat("shards.all_gather", waits=True)
     world = watched(rank, size, answers)
     assert world.ended.wait(_PATIENCE_SECONDS) and world.code == 1
     assert line_of(capfd) == f"error: nothing has moved on for 0.1 s (--stall-seconds), at step 7: {sentence}"
@@ -79,7 +79,7 @@ def test_a_rank_that_stalls_is_named_and_all_end(rank, size, answers, sentence, 
 @pytest.mark.parametrize("busy", [("long work", False, 0.01), ("shards.all_gather", True, 0.01)])
 def test_a_rank_that_works_for_long_is_no_stall(busy, watched):
     """The others wait for it, ask again and again, and never end it."""
-    watchdog.note("shards.all_gather", waits=True)
+    watchdog.heartbeat("shards.all_gather", waits=True)
     world = watched(0, 3, {1: busy, 2: WAITING})
     enough = threading.Event()
     threading.Thread(target=lambda: _until(lambda: world.mailbox.sent.count((1, "patience")) >= 5, enough)).start()
@@ -89,9 +89,9 @@ def test_a_rank_that_works_for_long_is_no_stall(busy, watched):
 
 def test_what_other_threads_do_is_no_progress(watched):
     """Readers and writers beside the steps may go on where the steps do not."""
-    watchdog.note("shards.all_gather", waits=True)
+    watchdog.heartbeat("shards.all_gather", waits=True)
     world, over = watched(1, 2, {}), threading.Event()
-    threading.Thread(target=lambda: [watchdog.note("reading") for _ in iter(lambda: over.wait(0.01), True)]).start()
+    threading.Thread(target=lambda: [watchdog.heartbeat("reading") for _ in iter(lambda: over.wait(0.01), True)]).start()
     try:
         assert _until(lambda: (0, "report") in world.mailbox.sent)
     finally:

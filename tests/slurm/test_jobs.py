@@ -16,7 +16,7 @@ from tests.support.checkout import copy_checkout
 from tests.support.launch import losses, mpirun
 from tests.support.slurm_cluster import Cluster, missing
 from tests.support.training import SYNTH
-from xc.pack import open_splits
+from xc.data.pack import open_splits
 
 pytestmark = [pytest.mark.mpi, pytest.mark.long, pytest.mark.timeout(900)]
 FLAGS = [*SYNTH[1:], "--eval-every", 0]

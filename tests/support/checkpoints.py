@@ -5,20 +5,20 @@ import copy
 import torch
 
 from tests.support.worlds import run_ranks
-from xc import backbone as backbones
-from xc import checkpoint
-from xc import saver as savers
-from xc.exchange import AllReduce
-from xc.heads import HEADS
-from xc.losses import Losses
-from xc.noise_scale import NoiseScale
-from xc.optim import RowSGD
-from xc.schedule import Position
-from xc.world import World
+from xc.checkpoint import state as checkpoint
+from xc.checkpoint import writer as savers
+from xc.comm.world import World
+from xc.gradients.allreduce import AllReduce
+from xc.model import backbone as backbones
+from xc.model.head_table import HEADS
+from xc.optim.noise_scale import NoiseScale
+from xc.optim.optimizers import RowSGD
+from xc.optim.schedule import Progress
+from xc.run.loss_meter import LossMeter
 
 C, D = 10, 4
 HEAD_SETTINGS = {"full": {}, "knn": {"active_classes": 6, "num_neighbors": 3, "graph_angle": 5.0},
-                 "selective": {"active_classes": 6}, "mach": {"buckets": 7, "repetitions": 2}}
+                 "selective": {"active_classes": 6}}
 # outside of the threads, which share torch's random generator
 NETS = {seed: backbones.build("small", (1, 16, 16), D, seed, World()) for seed in (1, 2)}
 IDENTITY = {"seed": 5, "classes_digest": "abc"}
@@ -27,21 +27,21 @@ IDENTITY = {"seed": 5, "classes_digest": "abc"}
 def state_of(world, seed, num_classes=C, head="full"):
     net = copy.deepcopy(NETS[seed])
     head = HEADS[head](num_classes, D, world, seed=seed, **HEAD_SETTINGS[head])
-    state = checkpoint.State(net, torch.optim.SGD(net.parameters(), 0.1, 0.9), head, RowSGD(head, 0.9, 0.0),
-                             AllReduce(net, world), NoiseScale(), Losses())
+    state = checkpoint.State(net, torch.optim.SGD(net.parameters(), 0.1, 0.9), head, RowSGD(head, 0.9),
+                             AllReduce(net, world), NoiseScale(), LossMeter())
     for p in net.parameters():
         p.grad = torch.ones_like(p)
-    state.body_optimizer.step()
+    state.backbone_optimizer.step()
     state.head_optimizer.momentum_rows.copy_(head.weight * 2)
     return state
 
 
 def position(step):
-    return Position(step, 7 * step, 7)
+    return Progress(step, 7 * step, 7)
 
 
-def save(world, run, step=3, keep=2, top1=None, num_classes=C, head="full", seed=1):
-    saver = savers.Saver(run, world, IDENTITY, keep)
+def save(world, run, step=3, keep_checkpoints=2, top1=None, num_classes=C, head="full", seed=1):
+    saver = savers.CheckpointWriter(run, world, IDENTITY, keep_checkpoints)
     state = state_of(world, seed, num_classes, head)
     state.head.refresh(0, due=True)
     saver.save(state, position(step), top1)
@@ -52,7 +52,7 @@ def everything(state):
     """{name: tensor} of this rank."""
     return {"weight": state.head.weight, "momentum": state.head_optimizer.momentum_rows,
             **{f"net.{k}": v for k, v in state.backbone.state_dict().items()},
-            **{f"sgd.{i}": s["momentum_buffer"] for i, s in enumerate(state.body_optimizer.state.values())}}
+            **{f"sgd.{i}": s["momentum_buffer"] for i, s in enumerate(state.backbone_optimizer.state.values())}}
 
 
 def graph_of(head):

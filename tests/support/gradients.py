@@ -2,16 +2,16 @@
 
 import torch
 
-from xc import backbone as backbones
-from xc.schedule import Now
-from xc.world import World
+from xc.comm.world import World
+from xc.model import backbone as backbones
+from xc.optim.schedule import StepPlan
 
 # outside of the threads, which share torch's random generator; without its norm, which has sums of its own
 NET = backbones.build("small", (1, 16, 16), 8, 1, World())[0]
 
 
 def now(density=1.0):
-    return Now(0.1, 2, 1, density)
+    return StepPlan(0.1, 2, 1, density)
 
 
 def give(net, exchange, seed, scale=1.0, density=1.0, passes=1):

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.support.worlds import run_ranks
-from xc.neighbors import build, refresh
-from xc.shard import Shard
+from xc.comm.shard import Shard
+from xc.knn.build import build, refresh
 
 GRIDS = [(1, 1), (3, 3), (4, 2)]
 

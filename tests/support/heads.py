@@ -5,10 +5,10 @@ import math
 import torch
 import torch.nn.functional as F
 
+from xc.comm.shard import Shard
 from xc.config import Config
-from xc.heads import HEADS
-from xc.heads.base import initial_rows
-from xc.shard import Shard
+from xc.model.head import initial_rows
+from xc.model.head_table import HEADS
 
 D, G, SEED = 5, 11, 3
 # (ranks, ranks that together hold one copy of the classifier): one rank, shards, copies, copies of shards
@@ -50,7 +50,7 @@ def dense(num_classes, cosine, scale, margin, size, dtype=torch.float64):
 def of_name(name, num_classes, world, dtype=torch.float64):
     """A head as train.py makes it, half of the classes active where it leaves some out."""
     cfg = Config(data="d", out="o", head=name, feature_dim=D, seed=SEED, global_batch=G, near_share=0.5,
-                 active_classes=min(num_classes, max(G, num_classes // 2)), repetitions=2, graph="exact")
+                 active_classes=min(num_classes, max(G, num_classes // 2)), graph="exact")
     head = HEADS[name]
     return head(num_classes, D, world, seed=SEED, dtype=dtype, **head.settings(cfg, num_classes))
 

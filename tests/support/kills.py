@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tests.support.launch import Launched, losses, run
 from tests.support.processes import of_run, ranks_of, wait_until
-from xc import checkpoint
+from xc.checkpoint import layout as checkpoint
 
 _STEPS_A_SAVE = 20
 _TRAIN = ["train.py", "--data", "synth:classes=300,dim=16,test=0", "--feature-dim", 16, "--global-batch", 30,

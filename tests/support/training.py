@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from tests.support.worlds import run_ranks
-from xc.config import UserError
+from xc.errors import UserError
 
 # On synthetic vectors; every step logged.
 SYNTH = ["train.py", "--data", "synth:classes=300,dim=16,test=50", "--feature-dim", 16, "--global-batch", 30,

@@ -1,6 +1,6 @@
 """W ranks as threads of this process: a world of four starts in milliseconds.
 
-Every collective compares its name, dtype and shape across ranks, so that what would hang under MPI fails here.
+Every collective compares its name, dtype and shape cross_host ranks, so that what would hang under MPI fails here.
 """
 
 import threading
@@ -88,17 +88,18 @@ class ThreadGroup(Group):
 
 
 class ThreadWorld(World):
-    def __init__(self, rank, everyone, shards, replicas, host, across, background):
+    def __init__(self, rank, all_ranks, shards, replicas, host, cross_host, background):
         super().__init__("cpu")
         self.background = background
-        self.rank, self.size = rank, everyone.size
+        self.rank, self.size = rank, all_ranks.size
         self.shard_ranks = range(rank - shards.rank, rank - shards.rank + shards.size)
-        self.everyone, self.shards, self.replicas, self.host, self.across = everyone, shards, replicas, host, across
+        self.all_ranks, self.shards, self.replicas = all_ranks, shards, replicas
+        self.host, self.cross_host = host, cross_host
 
     def all_reduce_async(self, tensor, name):
         def wait():
-            self.everyone._exchange("name", torch.zeros(()), name)
-            return self.everyone.all_reduce(tensor)
+            self.all_ranks._exchange("name", torch.zeros(()), name)
+            return self.all_ranks.all_reduce(tensor)
 
         return wait
 
@@ -114,7 +115,7 @@ def run_ranks(size, body, model_parallel_size=0, ranks_per_host=0):
 
     0: one copy of the classifier over all ranks; all ranks on one host
     """
-    everyone, background = _Meeting(size), _Meeting(size)
+    all_ranks, background = _Meeting(size), _Meeting(size)
 
     def grid(width):
         return ([_Meeting(width) for _ in range(size // width)], [_Meeting(size // width) for _ in range(width)])
@@ -125,14 +126,14 @@ def run_ranks(size, body, model_parallel_size=0, ranks_per_host=0):
 
     def work(rank):
         world = ThreadWorld(
-            rank, ThreadGroup(rank, everyone), ThreadGroup(rank % width, rows[rank // width]),
+            rank, ThreadGroup(rank, all_ranks), ThreadGroup(rank % width, rows[rank // width]),
             ThreadGroup(rank // width, columns[rank % width]), ThreadGroup(rank % per_host, hosts[rank // per_host]),
             ThreadGroup(rank // per_host, places[rank % per_host]), ThreadGroup(rank, background))
         try:
             results[rank] = body(world)
         except BaseException as e:
             errors.append(e)
-            for meeting in (everyone, background, *rows, *columns, *hosts, *places):
+            for meeting in (all_ranks, background, *rows, *columns, *hosts, *places):
                 meeting.barrier.abort()
 
     threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(size)]

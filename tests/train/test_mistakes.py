@@ -11,8 +11,8 @@ import pytest
 
 from tests.support.launch import error_lines, last_json, losses, run
 from tests.support.training import QUICK, SYNTH, call_main, files_of, refusal
-from xc.data import Images
-from xc.pack import open_splits
+from xc.data.pack import open_splits
+from xc.data.pack_split import PackSplit
 
 
 def train(*arguments, **options):
@@ -110,7 +110,7 @@ def test_records_that_cannot_be_used_are_named(spoil, text, tiny_packs, tmp_path
     with h5py.File(tmp_path / "packs" / "train" / "shard-00000.h5", "a") as file:
         spoil(file)
     with pytest.raises(ValueError, match=text):
-        Images(open_splits(tmp_path / "packs")["train"], 1, 16).examples(np.arange(12))
+        PackSplit(open_splits(tmp_path / "packs")["train"], 1, 16).examples(np.arange(12))
 
 
 # --- run folders ---

@@ -6,19 +6,18 @@ import pytest
 import torch
 
 from tests.support.worlds import run_ranks
-from xc import backbone as backbones
-from xc import pipeline
-from xc.exchange import AllReduce
-from xc.heads import HEADS
-from xc.metrics import Timer
-from xc.schedule import Now
-from xc.shard import Shard
-from xc.world import World
+from xc.comm.shard import Shard
+from xc.comm.world import World
+from xc.gradients.allreduce import AllReduce
+from xc.model import backbone as backbones
+from xc.model.head_table import HEADS
+from xc.optim.schedule import StepPlan
+from xc.run.metrics import Timer
+from xc.train import pipeline
 
 C, D, G = 23, 8, 24
 WITH_NORM = backbones.build("small", (1, 16, 16), D, 1, World())
-SETTINGS = {"full": {}, "sampled": {"active_classes": 19}, "knn": {"active_classes": 19, "num_neighbors": 3},
-            "mach": {"buckets": 7, "repetitions": 3}}
+SETTINGS = {"full": {}, "sampled": {"active_classes": 19}, "knn": {"active_classes": 19, "num_neighbors": 3}}
 
 
 def examples():
@@ -42,15 +41,15 @@ def step(world, net, head_name, num_parts, feature_bits=32):
     net = copy.deepcopy(net).double()
     for module in net.modules():
         if isinstance(module, backbones.FeatureNorm):  # its group is that of the world which it was built in
-            module._everyone = world.everyone
+            module._group = world.all_ranks
     head = HEADS[head_name](C, D, world, dtype=torch.float64, seed=5, **SETTINGS[head_name])
     exchange = AllReduce(net, world)
-    now = Now(0.1, G, num_parts)
+    now = StepPlan(0.1, G, num_parts)
     batch = parts_of(world, num_parts)
     labels = torch.cat([part for _, part in batch])
     head.refresh(1, due=True)
     head.select(labels, 1)
-    loss, features = pipeline.run(net, head, exchange, batch, labels, now, Timer(), feature_bits)
+    loss, features = pipeline.forward_backward(net, head, exchange, batch, labels, now, Timer(), feature_bits)
     exchange.reduce()
     head.reduce()
     assert features.shape == (len(batch[0][1]), D) and not features.requires_grad
@@ -121,12 +120,12 @@ def test_a_step_of_several_rounds_is_the_sum_of_theirs(size, width, rounds, of_r
         labels = torch.cat([part for _, part in batch])
         head.refresh(1, due=True)
         head.select(labels, first_round, num_rounds)
-        now = Now(0.1, G * num_rounds // rounds, len(batch), rounds=num_rounds)
-        loss, _ = pipeline.run(net, head, exchange, batch, labels, now, Timer())
+        now = StepPlan(0.1, G * num_rounds // rounds, len(batch), accumulation_steps=num_rounds)
+        loss, _ = pipeline.forward_backward(net, head, exchange, batch, labels, now, Timer())
         exchange.reduce()
         head.reduce()
         rows = torch.zeros_like(head.weight)
-        rows[slice(None) if head.active is None else head.active] = head.row_grad
+        rows[slice(None) if head.selection.active is None else head.selection.active] = head.row_grad
         assert head.num_active == len(head.row_grad)
         return loss, [p.grad.clone() for p in net.parameters()], rows, head.num_active
 

@@ -60,11 +60,11 @@ def main():
     collectives, width = sys.argv[1], int(sys.argv[2])
     world = MpiWorld("cpu", width, collectives)
     copy = world.rank // width
-    check(world.everyone, list(range(world.size)), world.rank)
+    check(world.all_ranks, list(range(world.size)), world.rank)
     check(world.shards, list(range(copy * width, (copy + 1) * width)), world.rank)
     check(world.replicas, list(range(world.rank % width, world.size, width)), world.rank)
     check(world.host, list(range(world.size)), world.rank)
-    check(world.across, [world.rank], world.rank)
+    check(world.cross_host, [world.rank], world.rank)
 
     tensors = [torch.full((1000,), float(world.rank + i)) for i in range(5)]
     waits = [world.all_reduce_async(t, f"t{i}") for i, t in enumerate(tensors)]

@@ -13,7 +13,7 @@ from xc.comm.world import MpiWorld
 
 def main():
     world = MpiWorld("cpu")
-    world.everyone.all_reduce(torch.ones(1))
+    world.all_ranks.all_reduce(torch.ones(1))
     if world.rank == world.size - 1:
         if sys.argv[1] == "exception":
             raise RuntimeError("a bug on one rank")
@@ -21,10 +21,10 @@ def main():
             raise ValueError("record 7 is broken")
         if sys.argv[1] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-    with world.agreed():
+    with world.raise_on_all_ranks():
         if sys.argv[1] == "agreed" and world.rank == 1:
             raise OSError("disk full")
-    world.everyone.all_reduce(torch.ones(1))
+    world.all_ranks.all_reduce(torch.ones(1))
 
 
 if __name__ == "__main__":

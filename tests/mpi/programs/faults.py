@@ -18,7 +18,11 @@ import time
 
 import torch
 
-from xc import data, exchange, pipeline, rollback, world
+from xc.checkpoint import rollback
+from xc.comm import groups, launch, world
+from xc.data import loader as data
+from xc.gradients import dgc as exchange
+from xc.train import step
 
 FAULTY_RANK, AT_CALL, BAD_STEP = 1, 12, 21
 
@@ -43,7 +47,7 @@ def at_a_call_of(function, fault):
         nonlocal calls
         result = function(*arguments)
         calls += 1
-        if calls == AT_CALL and world.launched_rank() == FAULTY_RANK:
+        if calls == AT_CALL and launch.launched_rank() == FAULTY_RANK:
             fault()
         return result
 
@@ -68,13 +72,13 @@ if __name__ == "__main__":
     elif name == "kill-message":
         exchange.SparseBucket.select = at_a_call_of(exchange.SparseBucket.select, kill)
     elif name == "nan":
-        pipeline.run = spoiled(pipeline.run)
+        step.forward_backward = spoiled(step.forward_backward)
     elif name == "without":
         rollback.Rollbacks.skipped = {BAD_STEP - 1, BAD_STEP}
     elif name == "none":
         pass
     else:
-        data.Queue.take = at_a_call_of(data.Queue.take, globals()[name])
+        data.BatchQueue.take = at_a_call_of(data.BatchQueue.take, globals()[name])
     import train
 
     launch.run(train.main)

@@ -9,9 +9,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from tests.support.graphs import clustered
-from xc.neighbors import build, refresh
-from xc.shard import Shard
-from xc.world import MpiWorld, run
+from xc.comm.launch import run
+from xc.comm.shard import Shard
+from xc.comm.world import MpiWorld
+from xc.knn.build import build, refresh
 
 
 def main():
