@@ -95,8 +95,8 @@ def show_trace(parser, args):
         print(name)
         for rank, of_rank in ranks.items():
             phases = "  ".join(f"{phase} {ms:.1f}" for phase, ms in of_rank["phases_ms"].items())
-            print(f"  {rank}: {phases} ms; transfers in flight {of_rank['network_ms']:.1f} ms, {of_rank['behind_ms']:.1f} of "
-                  "them during computation")
+            print(f"  {rank}: {phases} ms; transfers in flight {of_rank['network_ms']:.1f} ms, "
+                  f"{of_rank['behind_ms']:.1f} of them during computation")
 
 
 def main(argv=None):

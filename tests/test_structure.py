@@ -1,4 +1,5 @@
-"""The layout holds: imports run one way, launchers stay in xc/comm, data_tools knows files alone, nothing grows huge."""
+"""The layout: imports run one way, launchers stay in xc/comm, data_tools knows file layouts only, nothing grows
+huge."""
 
 import ast
 from pathlib import Path
@@ -80,7 +81,8 @@ def test_nothing_grows_huge():
     for path in sources(XC, ROOT / "data_tools", ROOT / "train.py"):
         text = path.read_text()
         tree = ast.parse(text)
-        assert text.count("\n") <= MOST_LINES or f"Longer than {MOST_LINES} lines" in (ast.get_docstring(tree) or ""), path
+        reason = f"Longer than {MOST_LINES} lines" in (ast.get_docstring(tree) or "")
+        assert reason or text.count("\n") <= MOST_LINES, path
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 lines = node.end_lineno - node.lineno + 1

@@ -1,1 +1,0 @@
-"""Hybrid-parallel training of classifiers over very many classes."""

@@ -46,7 +46,8 @@ def test_read_in_any_order(whole):
 def test_neighbours_are_read_together(whole, monkeypatch):
     pack = Pack(whole[0])
     read, calls = xc.data.hdf5_tables.TableFile.read_bytes, []
-    monkeypatch.setattr(xc.data.hdf5_tables.TableFile, "read_bytes", lambda self, *what: calls.append(what[0]) or read(self, *what))
+    monkeypatch.setattr(xc.data.hdf5_tables.TableFile, "read_bytes",
+                        lambda self, *what: calls.append(what[0]) or read(self, *what))
     pack.read(np.arange(len(pack)))
     assert calls.count("bytes") == pack.num_shards
     calls.clear()

@@ -33,7 +33,8 @@ def test_contract(name, num_classes, world_size, model_parallel_size):
             assert torch.isfinite(head.row_grad).all() and torch.isfinite(mine.grad).all()
             if head.selection.active is not None:
                 assert (head.selection.active.diff() > 0).all() and torch.isin(labels_here, head.selection.active).all()
-                assert len(head.selection.active) == 0 or 0 <= head.selection.active[0] <= head.selection.active[-1] < len(head.weight)
+                active = head.selection.active
+                assert len(active) == 0 or 0 <= active[0] <= active[-1] < len(head.weight)
                 if head.selection.offset is not None:
                     assert (head.selection.offset[torch.isin(head.selection.active, labels_here)] == 0).all()
             optimizer.step()

@@ -74,7 +74,8 @@ def test_fccs_grows_between_hold_and_tail():
     assert len(steps) == one.num_steps == len(one.starts)
     for position, now in steps:
         done = position.examples // 100
-        assert now.first_accumulation_step == done and now.micro_batches == now.accumulation_steps == now.global_batch // 100
+        assert now.first_accumulation_step == done
+        assert now.micro_batches == now.accumulation_steps == now.global_batch // 100
         if done < 80:
             assert now.accumulation_steps == 1
         elif done < 280:
@@ -113,7 +114,8 @@ def test_nothing_is_lost_at_any_setting(batch, most, steps, warmup, hold, tail, 
     assert one.num_steps == steps
     seen = Progress()
     for position, now in steps_of(one):
-        assert position == seen and 1 <= now.accumulation_steps <= most and now.micro_batches == now.accumulation_steps * parts
+        assert position == seen and 1 <= now.accumulation_steps <= most
+        assert now.micro_batches == now.accumulation_steps * parts
         assert now.global_batch == now.accumulation_steps * batch * parts
         seen = position.after(now)
         assert one.resume(seen) == seen
@@ -128,7 +130,8 @@ def test_the_number_of_ranks_changes_nothing():
 def test_auto_grows_with_the_noise_and_never_beyond():
     one = fccs(fccs="auto", hold="10%", micro_batches=2)
     assert one.batch_schedule != fccs().batch_schedule == schedule().batch_schedule
-    assert one.batch_schedule != fccs(fccs="auto", global_batch=200, micro_batches=2).batch_schedule  # a multiple of another batch
+    # Multiples of another batch are another schedule.
+    assert one.batch_schedule != fccs(fccs="auto", global_batch=200, micro_batches=2).batch_schedule
     assert not one.is_warm(Progress(49, 4900, 100)) and one.is_warm(Progress(50, 5000, 100))
     assert one.num_steps is None and one.least_steps == 50
     early, late = Progress(3, 300, 100), Progress(200, 20_000, 100)

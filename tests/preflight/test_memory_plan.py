@@ -76,7 +76,8 @@ def test_tables_are_as_planned(num_ranks, width, settings):
     if cfg.head == "knn":
         shards = width or num_ranks
         most = shards * plan.parts["graph"]
-        assert 0 <= most - sum(graphs[:shards]) <= shards * (5 + bool(cfg.graph_refresh_angle) * (4 * -(-C // shards) + D))
+        codes = bool(cfg.graph_refresh_angle) * (4 * -(-C // shards) + D)
+        assert 0 <= most - sum(graphs[:shards]) <= shards * (5 + codes)
 
 
 def test_a_partial_step_has_the_gradients_planned():

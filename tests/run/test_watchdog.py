@@ -91,7 +91,8 @@ def test_what_other_threads_do_is_no_progress(watched):
     """Readers and writers beside the steps may go on where the steps do not."""
     watchdog.heartbeat("shards.all_gather", waits=True)
     world, over = watched(1, 2, {}), threading.Event()
-    threading.Thread(target=lambda: [watchdog.heartbeat("reading") for _ in iter(lambda: over.wait(0.01), True)]).start()
+    beats = iter(lambda: over.wait(0.01), True)
+    threading.Thread(target=lambda: [watchdog.heartbeat("reading") for _ in beats]).start()
     try:
         assert _until(lambda: (0, "report") in world.mailbox.sent)
     finally:

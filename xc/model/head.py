@@ -37,8 +37,8 @@ class Head:
     """Full softmax: all classes take part in every step.
 
     A step calls `refresh`, `select`, `forward` (once per micro-batch), `reduce`, the row optimizer and `zero_grad`.
-    train/pipeline.py calls the parts of `forward`, `directions`, a gather and `loss`, one by one, to overlap them. Heads
-    that leave classes out override `select`.
+    train/pipeline.py calls the parts of `forward`, `directions`, a gather and `loss`, one by one, to overlap them.
+    Heads that leave classes out override `select`.
 
     weight      (S, D)  class rows of this shard; no autograd leaf: RowSGD updates them
     row_grad    (A, D)  gradient of the active rows, summed over the micro-batches and, by `reduce`, over the replicas;
