@@ -52,7 +52,7 @@ def test_every_example_is_seen_once_an_epoch_whoever_goes_on(worlds, batch, most
             given += [[record_of[image.numpy().tobytes()] for image in images]
                       for images, _ in queue.take(now.micro_batches)]
             position = position.after(now)
-        saver = savers.Saver(tmp_path, world, IDENTITY, keep_checkpoints=1)
+        saver = savers.CheckpointWriter(tmp_path, world, IDENTITY, keep=1)
         saver.save(state, position)
         saver.finish(last=True)
         return given, position
@@ -83,7 +83,7 @@ def test_buffers_that_differ_between_ranks_are_kept(readers, tmp_path):
     def write(world):
         state = of(world, 1)
         state.exchange.begin(None)  # a step
-        saver = savers.Saver(tmp_path, world, IDENTITY, 2)
+        saver = savers.CheckpointWriter(tmp_path, world, IDENTITY, 2)
         saver.save(state, position(1))
         saver.finish()
 

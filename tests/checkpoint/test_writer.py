@@ -55,7 +55,7 @@ def test_training_goes_on_after_a_save_that_failed(error, tmp_path, monkeypatch,
     fails, write = {2, 3, 5, 6, 7}, tensor_file.write
 
     def body(world):
-        saver = savers.Saver(tmp_path, world, IDENTITY, keep_checkpoints=9)
+        saver = savers.CheckpointWriter(tmp_path, world, IDENTITY, keep=9)
 
         def failing(path, *rest, **progress):
             if world.rank == 1 and int(path.parent.name[6:14]) in fails:
@@ -80,7 +80,7 @@ def test_training_goes_on_after_a_save_that_failed(error, tmp_path, monkeypatch,
 def test_what_is_no_number_is_not_saved(tmp_path, capsys):
     """On whichever rank it is; what was saved before is there to go back to."""
     def body(world):
-        saver, state = savers.Saver(tmp_path, world, IDENTITY, 2), state_of(world, seed=1)
+        saver, state = savers.CheckpointWriter(tmp_path, world, IDENTITY, 2), state_of(world, seed=1)
         saver.save(state, position(1))
         if world.rank == 2:
             state.head.weight[1, 2] = torch.nan
@@ -102,7 +102,7 @@ def test_the_state_may_change_while_it_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_file, "write", slow)
 
     def body(world):
-        saver, state = savers.Saver(tmp_path, world, IDENTITY, 2), state_of(world, seed=1)
+        saver, state = savers.CheckpointWriter(tmp_path, world, IDENTITY, 2), state_of(world, seed=1)
         saver.save(state, position(3))
         for tensor in everything(state).values():
             tensor.fill_(9)
@@ -149,7 +149,7 @@ def test_a_checkpoint_stays_where_another_cannot_take_its_place(tmp_path, monkey
     monkeypatch.setattr(Path, "rename", refuse)
 
     def body(world):
-        saver = savers.Saver(tmp_path, world, IDENTITY, 1)
+        saver = savers.CheckpointWriter(tmp_path, world, IDENTITY, 1)
         saver.save(state_of(world, 2), position(1))
         saver.finish()
 
@@ -176,7 +176,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_costs_nothing(hindrance, tmp_p
         monkeypatch.setattr(savers.shutil, "rmtree", refuse)
 
     def body(world):
-        saver, state = savers.Saver(tmp_path, world, IDENTITY, keep_checkpoints=1), state_of(world, seed=1)
+        saver, state = savers.CheckpointWriter(tmp_path, world, IDENTITY, keep=1), state_of(world, seed=1)
         for step in 2, 3, 4, 5, 5:
             saver.save(state, position(step))
         saver.finish(last=True)

@@ -55,7 +55,7 @@ def a_state(flags, begun):
 
 def make_runs(folder):
     for name, flags in SETTINGS.items():
-        writer = saver.Saver(folder / name, World(), IDENTITY, keep_checkpoints=2)
+        writer = saver.CheckpointWriter(folder / name, World(), IDENTITY, keep=2)
         for step in 3, 4:
             writer.save(a_state(flags, begun=True), schedule.Progress(step, 7 * step, 7), 0.5)
         writer.finish(last=True)

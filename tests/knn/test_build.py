@@ -30,7 +30,7 @@ def test_many_rows_alike(ranks):
 
 def test_blocks_and_rounds_change_nothing(monkeypatch):
     rows = rows_of(500)
-    monkeypatch.setattr(ring_search, "_ROUND_BYTES", 4 * 12 * 33)
+    monkeypatch.setattr(ring_search, "_BLOCK_BYTES", 4 * 12 * 33)
     monkeypatch.setattr(ring_search, "CHUNK", 100)
     monkeypatch.setattr(knn_graph, "CHUNK", 100)
     graphs = [graph for graph, _ in built(rows, 5, 3)]

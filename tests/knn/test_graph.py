@@ -58,7 +58,7 @@ def test_any_ranks_read_any_ranks_files(method, num_classes, tmp_path):
 def test_files_that_cannot_be_used_are_named(tmp_path):
     paths = write([graph for graph, _ in built(rows_of(50), 3, 2)], tmp_path)
     shard = Shard(0, 50)
-    with pytest.raises(ValueError, match="50 classes, 3 neighbours.*build the graph of these 51 classes anew"):
+    with pytest.raises(ValueError, match="50 classes, 3 neighbours.*build the graph of these 51 classes again"):
         KnnGraph.read(paths, Shard(0, 51), 51)
     with pytest.raises(ValueError, match="hold 25 of the 50 classes"):
         KnnGraph.read(paths[:1], shard, 50)

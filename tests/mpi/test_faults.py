@@ -57,7 +57,7 @@ def test_a_rank_that_stalls_is_named_and_the_run_ends(ranks, fault, sentence, tm
                      seconds=250)
     assert process.returncode not in (0, 2, 75)
     (line,) = errors(process)
-    assert line.startswith("error: nothing has moved on for 20 s (--stall-seconds), at step 1")
+    assert line.startswith("error: no rank made progress for 20 s (--stall-seconds), at step 1")
     assert line.endswith(sentence)
     assert re.search(rf'File ".*", line \d+ in {fault}', process.stderr), process.stderr  # stacks
     assert_nothing_left(out)

@@ -16,7 +16,7 @@ from xc.optim.loss_scale import _GROW_AFTER, _LARGEST, LossScale
 
 
 def test_it_halves_at_an_overflow_and_doubles_after_long_without():
-    scale = LossScale.of(Config("d", "o", amp="fp16"))
+    scale = LossScale.of(Config(data="d", out="o", amp="fp16"))
     assert scale.active and scale.scale == 2.0**16
     scale.update(False)
     assert scale.scale == 2.0**15
@@ -34,7 +34,7 @@ def test_it_halves_at_an_overflow_and_doubles_after_long_without():
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_nothing_else_is_scaled(amp):
-    scale = LossScale.of(Config("d", "o", amp=amp))
+    scale = LossScale.of(Config(data="d", out="o", amp=amp))
     for _ in range(_GROW_AFTER + 1):
         scale.update(True)
     assert not scale.active and scale.scale == 1.0

@@ -122,7 +122,7 @@ def test_bfloat16_rows_follow_float32_rows():
 
 def lars(parameters, weight_decay=0.5, trust=0.1, momentum=0.9):
     """As `backbone_optimizer` makes it, with a trust that is seen in float32."""
-    cfg = Config("d", "o", optimizer="lars", lr=2.0, momentum=momentum)
+    cfg = Config(data="d", out="o", optimizer="lars", lr=2.0, momentum=momentum, weight_decay=weight_decay)
     optimizer = backbone_optimizer(nn.ParameterList(parameters), cfg)
     optimizer.trust = trust
     return optimizer
@@ -194,7 +194,7 @@ def test_lars_under_dgc_goes_about_as_far_as_without(size, density):
                 exchange.zero_grad()
         return (net.weight.detach() - start.weight).norm().item()
 
-    cfg = Config("d", "o", optimizer="lars", lr=1.0, weight_decay=0.0, momentum=0.5)
+    cfg = Config(data="d", out="o", optimizer="lars", lr=1.0, weight_decay=0.0, momentum=0.5)
     dense = walk(World(), cfg, lambda net, world: None)
     found = run_ranks(size, lambda w: walk(w, cfg, lambda net, world: Dgc(net, world, momentum=0.5)))
     assert len(set(found)) == 1
@@ -203,5 +203,5 @@ def test_lars_under_dgc_goes_about_as_far_as_without(size, density):
 
 def test_the_optimizer_of_a_config():
     net = nn.Linear(2, 2)
-    assert type(backbone_optimizer(net, Config("d", "o"))) is torch.optim.SGD
-    assert type(backbone_optimizer(net, Config("d", "o", optimizer="lars"))) is Lars
+    assert type(backbone_optimizer(net, Config(data="d", out="o"))) is torch.optim.SGD
+    assert type(backbone_optimizer(net, Config(data="d", out="o", optimizer="lars"))) is Lars

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xc.comm.world import World
 from xc.config import Config, parse
 from xc.errors import UserError
 from xc.optim.schedule import Progress, Schedule, interval
@@ -14,7 +15,7 @@ from xc.optim.schedule_plot import draw, steps_of
 
 
 def schedule(num_records=1000, num_ranks=2, **flags):
-    return Schedule.of(Config("d", "o", **flags), num_records, num_ranks)
+    return Schedule.of(Config(data="d", out="o", **flags), num_records, num_ranks)
 
 
 def fccs(**flags):
@@ -63,11 +64,11 @@ def test_a_time_is_a_number_and_a_unit(text, found):
 @pytest.mark.parametrize("texts", [("1epochs", "10steps", "1000examples", "10%", "1")])
 def test_units_agree(texts):
     assert {schedule(global_batch=100, epochs=10.0, warmup=text).warmup for text in texts} == {10}
-    assert {fccs(hold=text).hold for text in ("0.4", "40steps", "4000examples", "10%")} == {40}
+    assert {fccs(fccs_hold=text).hold for text in ("0.4", "40steps", "4000examples", "10%")} == {40}
 
 
 def test_fccs_grows_between_hold_and_tail():
-    one = fccs(lr=2.0, warmup="0.4epochs", hold="10%", growth="50%", tail="25%")
+    one = fccs(lr=2.0, warmup="0.4epochs", fccs_hold="10%", fccs_growth="50%", fccs_tail="25%")
     assert (one.warmup, one.hold, one.growth, one.tail, one.length) == (40, 40, 200, 100, 400)
     steps = list(steps_of(one))
     assert sum(now.global_batch for _, now in steps) == 4 * 10_000 == one.examples
@@ -92,9 +93,9 @@ def test_fccs_grows_between_hold_and_tail():
 
 
 def test_growth_has_all_the_room_unless_it_is_told_otherwise():
-    assert fccs(hold="10%", tail="25%", warmup="5%").growth == 240
-    assert fccs(tail="0").growth == 400 - 50  # half an epoch of warm-up
-    assert fccs(growth="60steps").growth == 60  # of one round, as all steps that a course is given in
+    assert fccs(fccs_hold="10%", fccs_tail="25%", warmup="5%").growth == 240
+    assert fccs(fccs_tail="0").growth == 400 - 50  # half an epoch of warm-up
+    assert fccs(fccs_growth="60steps").growth == 60  # of one round, as all steps that a course is given in
 
 
 @settings(max_examples=40, deadline=None)
@@ -103,11 +104,11 @@ def test_growth_has_all_the_room_unless_it_is_told_otherwise():
 def test_nothing_is_lost_at_any_setting(batch, most, steps, warmup, hold, tail, growth, parts):
     """Every example of the run is in one step; as many updates as asked for, or a line that says why not."""
     settings = {"schedule": "fccs", "global_batch": batch * parts, "max_batch": batch * parts * most, "steps": steps,
-                "warmup": f"{warmup}%", "hold": f"{hold}%", "tail": f"{tail}%", "micro_batches": parts}
+                "warmup": f"{warmup}%", "fccs_hold": f"{hold}%", "fccs_tail": f"{tail}%", "micro_batches": parts}
     if most > 1:
-        settings["growth"] = f"{growth}%"
+        settings["fccs_growth"] = f"{growth}%"
     try:
-        one = Schedule.of(Config("d", "o", **settings), num_records=100_000, num_ranks=1)
+        one = Schedule.of(Config(data="d", out="o", **settings), num_records=100_000, num_ranks=1)
     except ValueError as error:
         assert "no schedule with these parts" in str(error) or "no time to grow" in str(error)
         return
@@ -128,10 +129,10 @@ def test_the_number_of_ranks_changes_nothing():
 
 
 def test_auto_grows_with_the_noise_and_never_beyond():
-    one = fccs(fccs="auto", hold="10%", micro_batches=2)
+    one = fccs(batch_growth="auto", fccs_hold="10%", micro_batches=2)
     assert one.batch_schedule != fccs().batch_schedule == schedule().batch_schedule
     # Multiples of another batch are another schedule.
-    assert one.batch_schedule != fccs(fccs="auto", global_batch=200, micro_batches=2).batch_schedule
+    assert one.batch_schedule != fccs(batch_growth="auto", global_batch=200, micro_batches=2).batch_schedule
     assert not one.is_warm(Progress(49, 4900, 100)) and one.is_warm(Progress(50, 5000, 100))
     assert one.num_steps is None and one.least_steps == 50
     early, late = Progress(3, 300, 100), Progress(200, 20_000, 100)
@@ -150,7 +151,7 @@ def test_due_once_an_interval():
     assert [p.step for p in positions if s.due(p, "25%")] == [8, 16, 24]
     assert [p.step for p in positions if s.due(p, "10steps")] == [10, 20, 30]
     assert not s.due(Progress(), "1steps")
-    grown = fccs(hold="0", tail="0")
+    grown = fccs(fccs_hold="0", fccs_tail="0")
     positions = [p.after(now) for p, now in steps_of(grown)]
     found = [p.examples for p in positions if grown.due(p, "0.5epochs")]
     assert [n // 5000 for n in found] == [1, 2, 3, 4, 5, 6, 7]  # steps of up to 800 examples fall on no exact place
@@ -162,13 +163,15 @@ def test_due_once_an_interval():
     ({"global_batch": 2000}, "--global-batch 2000 is more than the 1000 training examples"),
     ({"schedule": "fccs", "max_batch": 1280}, "--max-batch 1280 is more than the 1000 training examples"),
     ({"schedule": "fccs", "max_batch": 300}, "--max-batch 300 is not a multiple of --global-batch 128: take 256"),
-    ({"schedule": "fccs", "hold": "50%", "tail": "60%"},
-     r"--hold 50% \(39\) .* --tail 60% \(47\) are 90 accumulation steps .* has 78"),
-    ({"schedule": "fccs", "max_batch": 256, "growth": "100steps"}, r"--growth 100steps \(100\).* but the run has 78"),
-    ({"schedule": "fccs", "max_batch": 256, "hold": "60%", "tail": "35%"}, "leave the batch no time to grow"),
+    ({"schedule": "fccs", "fccs_hold": "50%", "fccs_tail": "60%"},
+     r"--fccs-hold 50% \(39\) .* --fccs-tail 60% \(47\) are 90 accumulation steps .* has 78"),
+    ({"schedule": "fccs", "max_batch": 256, "fccs_growth": "100steps"},
+     r"--fccs-growth 100steps \(100\).* but the run has 78"),
+    ({"schedule": "fccs", "max_batch": 256, "fccs_hold": "60%", "fccs_tail": "35%"}, "leave the batch no time to grow"),
     ({"epochs": 1e300}, r"--epochs 1e.300 are .* take at most 1e.08"),
     ({"schedule": "fccs", "max_batch": 256, "steps": 10**8}, "--steps 100000000 are up to 2e.08"),
-    ({"schedule": "fccs", "max_batch": 256, "fccs": "auto", "micro_batches": 2, "steps": 50}, "cannot be kept to"),
+    ({"schedule": "fccs", "max_batch": 256, "batch_growth": "auto", "micro_batches": 2, "steps": 50},
+     "cannot be kept to"),
     ({"exchange": "dgc", "density_warmup": "10"}, "would not reach --density 0.01"),
 ])
 def test_what_does_not_fit_the_data(flags, text):
@@ -178,13 +181,14 @@ def test_what_does_not_fit_the_data(flags, text):
 
 
 @pytest.mark.parametrize("arguments, text", [
-    (["--warmup", "soon"], "--warmup 'soon' is not allowed: a number and its unit"),
+    (["--warmup", "soon"], "--warmup 'soon' is not allowed: give a number and its unit"),
     (["--max-batch", "256"], "--max-batch 256 is a part of --schedule fccs"),
-    (["--schedule", "fccs", "--fccs", "auto"], "leaves the batch no room to grow"),
-    (["--schedule", "fccs", "--fccs", "auto", "--max-batch", "512", "--growth", "5%"], "--growth 5% has no meaning"),
-    (["--schedule", "fccs", "--fccs", "auto", "--max-batch", "512"], "batches of two sizes"),
+    (["--schedule", "fccs", "--batch-growth", "auto"], "--batch-growth auto needs a --max-batch above"),
+    (["--schedule", "fccs", "--batch-growth", "auto", "--max-batch", "512", "--fccs-growth", "5%"],
+     "--fccs-growth 5% has no meaning"),
+    (["--schedule", "fccs", "--batch-growth", "auto", "--max-batch", "512"], "batches of two sizes"),
     (["--graph-every", "0"], "a time above 0"),
-    (["--schedule", "fccs", "--growth", "5%"], "--growth 5% needs a --max-batch above"),
+    (["--schedule", "fccs", "--growth", "5%"], "--fccs-growth 5% needs a --max-batch above"),
 ])
 def test_flags_that_cannot_be_meant(arguments, text):
     with pytest.raises(UserError) as error:
@@ -203,7 +207,7 @@ def test_a_position_of_another_schedule_is_refused():
     middle = after(grown, 100)
     assert grown.resume(middle) == middle
     with pytest.raises(ValueError, match="same schedule of the batch"):
-        fccs(hold="30%").resume(middle)
+        fccs(fccs_hold="30%").resume(middle)
 
 
 def test_density_falls_by_quarters_during_its_warmup():
@@ -218,12 +222,12 @@ def test_density_falls_by_quarters_during_its_warmup():
     assert densities(odd)[:8] == [0.25] * 4 + [0.1] * 4
 
 
-@pytest.mark.parametrize("flags", [{}, {"fccs": "auto", "micro_batches": 2}])
+@pytest.mark.parametrize("flags", [{}, {"batch_growth": "auto", "micro_batches": 2}])
 def test_a_picture_of_it(flags, tmp_path, capsys):
-    draw(fccs(**flags), tmp_path / "s.png")
+    draw(fccs(**flags), tmp_path / "s.png", World())
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
     assert "40,000 examples" in capsys.readouterr().out
-    with pytest.raises(OSError, match="nowhere"):
-        draw(fccs(), tmp_path / "nowhere" / "s.png")
+    with pytest.raises(UserError, match="nowhere"):
+        draw(fccs(), tmp_path / "nowhere" / "s.png", World())
     with pytest.raises(ValueError, match="end in .png"):
-        draw(fccs(), tmp_path)
+        draw(fccs(), tmp_path, World())

@@ -8,8 +8,9 @@ import torch
 from tests.support.facts import facts_of
 from xc.comm.world import World
 from xc.config import Config
-from xc.preflight import hosts, memory, storage
-from xc.preflight import report as doctor
+from xc.preflight import hosts, storage
+from xc.preflight import report as reports
+from xc.preflight.memory import memory as plan_of_memory
 from xc.preflight.memory_plan import ON_HOST
 from xc.run.metrics import peak_rss_mb
 
@@ -36,14 +37,14 @@ def planned(cfg, memory, device="cpu", gpu=None):
     """(Plan, state, text) of two ranks of a host with so much memory free."""
     world = World()
     world.size, world.device = 2, torch.device(device)
-    report, facts = doctor.Report(), facts_of(memory=memory, taken=0, device=device, gpu=gpu)
-    plan = memory.memory(report, cfg, world, [facts, facts], EXAMPLES)
+    report, facts = reports.Report(), facts_of(memory=memory, taken=0, device=device, gpu=gpu)
+    plan = plan_of_memory(report, cfg, world, [facts, facts], EXAMPLES)
     (state, _, value, remedy), = report.findings
     return plan, state, f"{value} -> {remedy}"
 
 
 def test_memory_against_the_plan():
-    cfg = Config("d", "o", head_momentum=0.9, feature_dim=1024)
+    cfg = Config(data="d", out="o", head_momentum=0.9, feature_dim=1024)
     plan, state, text = planned(cfg, 2**50)
     assert state == "ok" and all(size < 0.01 * plan.total or name in text for name, size in plan.parts.items())
     assert planned(cfg, 2 * plan.total / 0.95)[1] == "warning"
@@ -64,7 +65,7 @@ def test_memory_against_the_plan():
 
 
 def test_memory_of_a_gpu_is_not_the_hosts():
-    cfg = Config("d", "o")
+    cfg = Config(data="d", out="o")
     gpu = {"count": 1, "name": "G", "free": 2**40, "index": 0}  # for both ranks
     plan, state, _ = planned(cfg, 2**40, "cuda", gpu)
     on_host = sum(plan.parts[part] for part in ON_HOST)
@@ -79,7 +80,7 @@ def test_a_plan_allocates_nothing():
     """The rows alone would be 48 GiB."""
     before = peak_rss_mb()
     cfg = Config("synth:classes=100000000,dim=128", check=1)
-    world, report = World(), doctor.Report()
+    world, report = World(), reports.Report()
     facts = hosts.host_facts(report, world)
-    plan = memory.memory(report, cfg, world, facts, storage.data_set(report, cfg, world))
+    plan = plan_of_memory(report, cfg, world, facts, storage.data_set(report, cfg, world))
     assert plan.parts["class rows"] == 100_000_000 * 128 * torch.float32.itemsize and peak_rss_mb() - before < 300

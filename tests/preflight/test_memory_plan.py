@@ -27,7 +27,7 @@ GRIDS = [(1, 0), (3, 0), (4, 2), (4, 1)]
 
 
 def config(**settings):
-    return Config("d", "o", feature_dim=D, global_batch=G, **settings)
+    return Config(data="d", out="o", feature_dim=D, global_batch=G, **settings)
 
 
 def planned(cfg, num_ranks, network=NOTHING, num_classes=C, **options):
@@ -38,8 +38,7 @@ def planned(cfg, num_ranks, network=NOTHING, num_classes=C, **options):
 @pytest.mark.parametrize("settings", [
     {}, {"head_momentum": 0.9}, {"row_dtype": "bfloat16", "head_momentum": 0.9},
     {"head": "sampled", "active_classes": 0.4}, {"head": "knn", "active_classes": 0.5, "neighbors": 7},
-    {"head": "knn", "active_classes": 0.5, "neighbors": 7, "graph_angle": 5.0, "head_momentum": 0.5},
-    {"head": "mach", "active_classes": 60.0, "repetitions": 3},
+    {"head": "knn", "active_classes": 0.5, "neighbors": 7, "graph_refresh_angle": 5.0, "head_momentum": 0.5},
 ])
 def test_tables_are_as_planned(num_ranks, width, settings):
     """On rank 0, which no rank exceeds; the edges of a graph are those of all ranks."""
@@ -100,7 +99,7 @@ def test_laws(head):
     assert extra == 2 * one.parts["class rows"] == 2 * (with_momentum.on_disk - one.on_disk)
     half = planned(config(head=head, active_classes=0.5, row_dtype="bfloat16"), 1)
     assert 2 * half.parts["class rows"] == one.parts["class rows"]
-    with pytest.raises(UserError, match="--head knnn"):
+    with pytest.raises(UserError, match="--head 'knnn'"):
         planned(config(head="knnn"), 1)
 
 
@@ -122,7 +121,7 @@ def test_a_network_is_as_it_is_built(name, shape):
     (1, 0, {}), (3, 0, {"head_momentum": 0.9}), (2, 0, {"head": "knn"}), (3, 0, {"head": "selective"}),
     (2, 0, {"exchange": "dgc"}), (2, 1, {"row_dtype": "bfloat16"})])
 def test_a_checkpoint_is_as_large_as_planned(ranks, width, settings, tmp_path):
-    cfg = Config("d", "o", active_classes=900.0, model_parallel_size=width, **settings)
+    cfg = Config(data="d", out="o", active_classes=900.0, model_parallel_size=width, **settings)
     net = backbones.build("mlp", (16,), cfg.feature_dim, 0, World())
 
     def body(world):
@@ -134,7 +133,7 @@ def test_a_checkpoint_is_as_large_as_planned(ranks, width, settings, tmp_path):
             p.grad = torch.ones_like(p) if p.grad is None else p.grad
         state.backbone_optimizer.step()
         head.refresh(1, due=True)
-        saver = CheckpointWriter(tmp_path, world, {"seed": 0}, keep_checkpoints=1)
+        saver = CheckpointWriter(tmp_path, world, {"seed": 0}, keep=1)
         saver.save(state, Progress(1, 128, 128))
         saver.finish(last=True)
 

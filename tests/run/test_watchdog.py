@@ -72,7 +72,7 @@ def test_a_rank_that_stalls_is_named_and_all_end(rank, size, answers, sentence, 
     watchdog.heartbeat("data") if size == 1 else watchdog.heartbeat("shards.all_gather", waits=True)
     world = watched(rank, size, answers)
     assert world.ended.wait(_PATIENCE_SECONDS) and world.code == 1
-    assert line_of(capfd) == f"error: nothing has moved on for 0.1 s (--stall-seconds), at step 7: {sentence}"
+    assert line_of(capfd) == f"error: no rank made progress for 0.1 s (--stall-seconds), at step 7: {sentence}"
     assert {to for to, word in world.mailbox.sent if word == "end"} == set(range(size))
 
 
@@ -82,7 +82,7 @@ def test_a_rank_that_works_for_long_is_no_stall(busy, watched):
     watchdog.heartbeat("shards.all_gather", waits=True)
     world = watched(0, 3, {1: busy, 2: WAITING})
     enough = threading.Event()
-    threading.Thread(target=lambda: _until(lambda: world.mailbox.sent.count((1, "patience")) >= 5, enough)).start()
+    threading.Thread(target=lambda: _until(lambda: world.mailbox.sent.count((1, "continue")) >= 5, enough)).start()
     assert enough.wait(_PATIENCE_SECONDS)
     assert not world.ended.is_set() and (1, "end") not in world.mailbox.sent
 

@@ -17,7 +17,7 @@ from xc.optim.schedule import Progress
 from xc.run.loss_meter import LossMeter
 
 C, D = 10, 4
-HEAD_SETTINGS = {"full": {}, "knn": {"active_classes": 6, "num_neighbors": 3, "graph_angle": 5.0},
+HEAD_SETTINGS = {"full": {}, "knn": {"active_classes": 6, "num_neighbors": 3, "graph_refresh_angle": 5.0},
                  "selective": {"active_classes": 6}}
 # outside of the threads, which share torch's random generator
 NETS = {seed: backbones.build("small", (1, 16, 16), D, seed, World()) for seed in (1, 2)}

@@ -35,12 +35,13 @@ def finished(tiny_packs, tmp_path_factory):
     (["--global-batch", 3], "--global-batch 3 is less than the 4 ranks"),
     (["--global-batch", 12, "--micro-batches", 5], "--micro-batches 5 does not divide --global-batch 12"),
     (["--global-batch", 12, "--micro-batches", 4], "--micro-batches 4 is more than the 3 examples of a rank"),
-    (["--exchange", "dgc", "--density", 0], "--density 0.0 is not allowed: a share above 0 and up to 1"),
+    (["--exchange", "dgc", "--density", 0], "--density 0.0 is not allowed: give a number above 0, at most 1"),
     (["--exchange", "dgc", "--density", 1.5], "--density 1.5 is not allowed"),
     (["--exchange", "dgc", "--global-batch", 12, "--epochs", 4], "--density-warmup 4epochs is"),
-    (["--global-batch", 12, "--schedule", "fccs", "--hold", "200steps"], "shorten one, or take a longer run"),
+    (["--global-batch", 12, "--schedule", "fccs", "--fccs-hold", "200steps"], "shorten one, or take a longer run"),
     (["--global-batch", 12, "--schedule", "fccs", "--max-batch", 132], "more than the 120 training examples"),
-    (["--global-batch", 12, "--schedule", "fccs", "--max-batch", 24, "--fccs", "auto"], "give --micro-batches 2"),
+    (["--global-batch", 12, "--schedule", "fccs", "--max-batch", 24, "--batch-growth", "auto"],
+     "give --micro-batches 2"),
     (["--bakbone", "small"], "did you mean --backbone?"),
     (["@missing.args"], "missing.args"),
     (["--global-batch", 12, "--schedule-plot", "/nowhere/s.png"], "No such file"),
@@ -56,7 +57,7 @@ def test_flags_and_data_do_not_fit(arguments, text, tiny_packs, tmp_path, monkey
     (["--head", "sampled", "--active-classes", 29], "a batch of 30 can have 30 different ones"),
     (["--head", "knn", "--active-classes", 90, "--neighbors", 300], "take at most 299"),
     (["--head", "knn", "--graph-every", "often"], "--graph-every 'often'"),
-    (["--head", "knnn"], "--head knnn is not known"),
+    (["--head", "knnn"], "invalid choice: 'knnn'"),
 ])
 def test_a_mistake_about_the_head(arguments, text, tmp_path, monkeypatch):
     assert text in refusal(monkeypatch, 2, *SYNTH[1:], "--out", tmp_path / "run", *arguments)

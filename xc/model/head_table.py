@@ -3,7 +3,6 @@
 import sys
 
 from xc.config import Config
-from xc.errors import UserError
 from xc.model.head import Head
 from xc.model.knn import KnnHead
 from xc.model.sampled import SampledHead
@@ -12,19 +11,12 @@ from xc.model.selective import SelectiveHead
 HEADS = {"full": Head, "knn": KnnHead, "sampled": SampledHead, "selective": SelectiveHead}
 
 
-def named(name):
-    """The class of the head of that name; UserError where there is none."""
-    if name not in HEADS:
-        raise UserError(f"--head {name} is not known: take one of {', '.join(HEADS)}")
-    return HEADS[name]
-
-
 def build(cfg, num_classes, world):
     """The head of a Config; UserError where its name is not known or its settings do not fit the classes.
 
     Rank 0 warns of flags that this head does not read.
     """
-    head = named(cfg.head)
+    head = HEADS[cfg.head]
     unused = {flag for other in HEADS.values() for flag in other.flags} - set(head.flags)
     if world.rank == 0:
         for flag in sorted(flag for flag in unused if getattr(cfg, flag) != getattr(Config, flag)):

@@ -21,17 +21,17 @@ class KnnHead(SampledHead):
 
     flags = (*SampledHead.flags, "neighbors", "near_share", "graph", "graph_every", "graph_refresh_angle")
 
-    def __init__(self, *args, num_neighbors, graph="auto", graph_angle=0.0, **kwargs):
-        """num_neighbors: K; graph: exact, approx or auto; graph_angle: degrees, see `knn.build.refresh`."""
+    def __init__(self, *args, num_neighbors, graph="auto", graph_refresh_angle=0.0, **kwargs):
+        """num_neighbors: K; graph: exact, approx or auto; graph_refresh_angle: degrees, see `knn.build.refresh`."""
         super().__init__(*args, **kwargs)
-        self.num_neighbors, self.method, self.angle = num_neighbors, graph, math.radians(graph_angle)
+        self.num_neighbors, self.method, self.angle = num_neighbors, graph, math.radians(graph_refresh_angle)
         self.graph = None
 
     @classmethod
     def settings(cls, cfg, num_classes):
         return super().settings(cfg, num_classes) | {
             "near_share": cfg.near_share, "num_neighbors": num_neighbors(cfg, num_classes), "graph": cfg.graph,
-            "graph_angle": cfg.graph_refresh_angle}
+            "graph_refresh_angle": cfg.graph_refresh_angle}
 
     def refresh(self, step, due):
         if not due:

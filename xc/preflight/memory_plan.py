@@ -115,7 +115,7 @@ class _Head:
 
     @classmethod
     def of(cls, cfg, num_classes, num_shards):
-        settings = heads.named(cfg.head).settings(cfg, num_classes)
+        settings = heads.HEADS[cfg.head].settings(cfg, num_classes)
         num_rows = len(Shard.of(num_classes, num_shards, 0))
         quota = len(Shard.of(settings.get("active_classes", num_classes), num_shards, 0))
         return cls(cfg, num_shards, num_rows,
