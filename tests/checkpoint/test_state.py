@@ -19,7 +19,7 @@ GRIDS = [(1, 1), (2, 1), (3, 3), (4, 2), (12, 12)]
 
 
 @pytest.mark.parametrize("head, grids", [
-    ("full", GRIDS), ("knn", GRIDS), ("selective", GRIDS[::2]), ("mach", GRIDS[::2])])
+    ("full", GRIDS), ("knn", GRIDS), ("selective", GRIDS[::2])])
 def test_any_world_reads_any_worlds(head, grids, tmp_path):
     for writers, width in grids:
         run = tmp_path / f"{writers}-{width}"
