@@ -3,7 +3,7 @@
     python benchmarks/convergence.py --data glyphs --runs runs/convergence-glyphs --plot glyphs.png
 
     --data    glyphs (data/glyphs.pack, which `make train` makes), omniglot (data/omniglot.pack, see README) or synth,
-              100,000 made-up classes
+              100,000 synthetic classes
     --heads   as in softmax_table.py: full knn:0.1
     --arms    of ARMS, beside the baseline; --extra, of those that one seed is enough for
     --seeds   of the baseline and of the arms with the first head; the first one is tuned with

@@ -125,7 +125,7 @@ def _saved(name, found, number, case, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("fuzz", help="readers of strangers' files")
+    one = commands.add_parser("fuzz", help="readers of untrusted files")
     one.add_argument("--minutes", type=float, default=10, help="of all targets together (%(default)s)")
     one.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="NAME",
                      help=f"of {', '.join(TARGETS)}; all")

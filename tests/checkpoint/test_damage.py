@@ -33,7 +33,7 @@ def test_damage_is_found_and_an_older_one_is_taken(damage, file, tmp_path, capsy
         error = capsys.readouterr().err
         assert error.count("is damaged") == 1 and file in error
     (tmp_path / "checkpoints" / "step-00000001" / "meta.json").write_text("{")
-    with pytest.raises(UserError, match="no older one is whole"):
+    with pytest.raises(UserError, match="no older checkpoint is valid"):
         run_ranks(2, lambda w: newest.to_resume("auto", tmp_path, w))
 
 
@@ -104,7 +104,7 @@ def spoil(folder, what):
 
 @pytest.mark.parametrize("what, text", [
     ("no meta", "not a checkpoint"), ("meta is no json", "not a checkpoint"), ("version", "version 5"),
-    ("gap", "cover the class rows"), ("path", "cover the class rows"), ("position", "no position"),
+    ("gap", "cover the class rows"), ("path", "cover the class rows"), ("position", "no progress"),
     ("rows are no list", "cover the class rows"),
     ("no momentum", "optimizer.safetensors"), ("other momentum", "optimizer.safetensors"),
     ("cut rows", "rows-000000000000"), ("cut backbone", "backbone.safetensors"), ("no rows", "rows-000000000000"),

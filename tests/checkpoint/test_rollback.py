@@ -23,7 +23,7 @@ def test_steps_that_are_left_out_are_known_to_all_ranks(tmp_path):
 
 
 @pytest.mark.parametrize("most, text", [
-    (0, "the loss of step 22 is nan: take a smaller --lr"), (1, "the run has gone back 1 times, as --max-rollbacks"),
+    (0, "the loss of step 22 is nan: take a smaller --lr"), (1, "the run went back 1 times"),
     (2, "there is no checkpoint yet to go back to")])
 def test_a_run_may_go_back_so_often(most, text, tmp_path):
     (tmp_path / "rollbacks.json").write_text("[5]")

@@ -34,7 +34,7 @@ def test_any_world_reads_any_worlds(head, grids, tmp_path):
 def test_every_example_is_seen_once_an_epoch_whoever_goes_on(worlds, batch, most, tiny_packs, tmp_path):
     """From one world to another in the midst of an epoch, twice; also while the batch grows."""
     cfg = Config(data=str(tiny_packs), out="x", epochs=5.0, global_batch=batch, warmup="0.5epochs", augment=0.0,
-                 **({"schedule": "fccs", "max_batch": most, "hold": "10%"} if most > batch else {}))
+                 **({"schedule": "fccs", "max_batch": most, "fccs_hold": "10%"} if most > batch else {}))
     split = data.open_splits(cfg)["train"]
     images = augment.prepared(split.examples(range(len(split)))[0])
     record_of = {image.numpy().tobytes(): record for record, image in enumerate(images)}

@@ -209,7 +209,7 @@ def test_every_slow_file_is_progress_to_the_watchdog(tmp_path, monkeypatch):
         return result
 
     files = []
-    monkeypatch.setattr(savers.watchdog, "note", hear)
+    monkeypatch.setattr(savers.watchdog, "heartbeat", hear)
     monkeypatch.setattr(tensor_file, "write", slow)
     save(World(), tmp_path)
     assert len(files) == 3 and len(said) >= 3

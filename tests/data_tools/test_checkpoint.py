@@ -45,8 +45,7 @@ def test_merge_concatenates_the_shards(ranks, width, made, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("ranks, files, head", [
-    (3, 1, "full"), (2, 7, "full"), (1, 2, "knn"), (4, 3, "knn"), (2, 7, "selective"), (3, 1, "selective"),
-    (4, 3, "mach"), (1, 2, "mach")])
+    (3, 1, "full"), (2, 7, "full"), (1, 2, "knn"), (4, 3, "knn"), (2, 7, "selective"), (3, 1, "selective")])
 def test_reshard_writes_what_that_many_ranks_write(ranks, files, head, made, tmp_path):
     folder, out = made(ranks, head=head), tmp_path / "out"
     call(main, "reshard", folder, out, "--files", files)

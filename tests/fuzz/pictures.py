@@ -1,4 +1,4 @@
-"""Timelines and fonts."""
+"""Traces and fonts."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from tests.fuzz.case import command
 from tests.fuzz.changes import change_bytes, change_json_file, one_of
 
 
-def make_timeline(folder):
+def make_trace(folder):
     import matplotlib.pyplot  # noqa: F401  its first import makes folders of its own
 
     events = [{"ph": "M", "pid": 0, "name": "process_name", "args": {"name": "rank 0"}}]
@@ -19,11 +19,11 @@ def make_timeline(folder):
     (folder / "trace.json").write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
 
-def change_timeline(random, folder):
+def change_trace(random, folder):
     change_json_file(random, folder / "trace.json")
 
 
-def read_timeline(folder, out):
+def read_trace(folder, out):
     command(data_tools.show.main, folder / "trace.json", "--json")
 
 

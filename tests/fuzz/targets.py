@@ -7,7 +7,7 @@ from tests.fuzz.case import Target, attempt
 from tests.fuzz.checkpoints import change_meta, change_tables, make_runs, read_run
 from tests.fuzz.images import change_image, change_tree, make_images, make_tree, read_images, read_tree
 from tests.fuzz.packs import change_exported, change_packs, make_exported, make_packs, read_exported, read_packs
-from tests.fuzz.pictures import change_fonts, change_timeline, make_fonts, make_timeline, read_fonts, read_timeline
+from tests.fuzz.pictures import change_fonts, change_trace, make_fonts, make_trace, read_fonts, read_trace
 from tests.fuzz.settings import (
     change_arguments,
     change_metrics,
@@ -48,7 +48,7 @@ TARGETS = {
     "metrics": Target(make_metrics, change_metrics, read_metrics, ()),
     "arguments": Target(make_arguments, change_arguments, read_arguments, (ValueError,)),
     "synth": Target(make_synth, change_synth, read_synth, (UserError,)),
-    "timeline": Target(make_timeline, change_timeline, read_timeline, (ValueError,)),
+    "trace": Target(make_trace, change_trace, read_trace, (ValueError,)),
     "fonts": Target(make_fonts, change_fonts, read_fonts, (), font_faces.FONT_BYTES >> 19),
 }
 

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 import data_tools.show
-from data_tools.reports import trace as timeline
+from data_tools.reports import trace
 from tests.fuzz.checkpoints import IDENTITY, SETTINGS, a_state, make_runs
-from tests.fuzz.pictures import make_timeline
+from tests.fuzz.pictures import make_trace
 from xc import config
 from xc.checkpoint import layout
 from xc.checkpoint import state as checkpoint
@@ -71,7 +71,7 @@ def test_a_negative_dim_of_synthetic_images():
         synth.Spec.parse("synth:classes=5,dim=-1,images=1")
 
 
-def test_a_timeline_that_is_no_text(tmp_path, capsys):
+def test_a_trace_that_is_no_text(tmp_path, capsys):
     (tmp_path / "trace.json").write_bytes(b'{"traceEvents": ["' + b"x" * 10**6 + b'\xff"]}')
     with pytest.raises(SystemExit):
         data_tools.show.main([str(tmp_path / "trace.json")])
@@ -81,19 +81,19 @@ def test_a_timeline_that_is_no_text(tmp_path, capsys):
 
 @pytest.mark.parametrize("key, value", [("pid", float("inf")), ("ts", 10**400), ("tid", "%s"), ("tid", None)],
                          ids=["rank", "time", "format", "none"])
-def test_a_timeline_of_odd_numbers(key, value, tmp_path):
-    make_timeline(tmp_path)
+def test_a_trace_of_odd_numbers(key, value, tmp_path):
+    make_trace(tmp_path)
     events = json.loads((tmp_path / "trace.json").read_text())
     events["traceEvents"][2][key] = value
     (tmp_path / "trace.json").write_text(json.dumps(events))
-    with pytest.raises(timeline.TraceError, match="is not a trace"):
-        timeline.read(tmp_path / "trace.json")
+    with pytest.raises(trace.TraceError, match="is not a trace"):
+        trace.read(tmp_path / "trace.json")
 
 
 
 @pytest.mark.parametrize("text", ["\udc80", "$\\frac$", "a\nb", "x" * 2000])
-def test_a_timeline_with_odd_names_is_printed(text, tmp_path, capsys):
-    make_timeline(tmp_path)
+def test_a_trace_with_odd_names_is_printed(text, tmp_path, capsys):
+    make_trace(tmp_path)
     path = tmp_path / "trace.json"
     events = json.loads(path.read_text())
     for event in events["traceEvents"]:

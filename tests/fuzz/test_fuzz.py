@@ -44,7 +44,7 @@ def misread(folder, out):
     if what == "delete":
         (folder / "what").unlink()
     if what == "take":
-        np.ones(30 * 2**17)
+        np.ones(120 * 2**17)  # far beyond what other tests may free meanwhile
     if what == "lines":
         raise ValueError("two\nlines")
     if what == "another":

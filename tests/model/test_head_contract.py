@@ -9,7 +9,7 @@ from xc.comm.shard import Shard
 from xc.model.head_table import HEADS
 from xc.optim.optimizers import RowSGD
 
-NAMES = [name for name in HEADS if name != "mach"]  # tests/model/test_mach.py
+NAMES = list(HEADS)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -39,7 +39,6 @@ SCENARIOS = {
     "knn-approx": f"--head knn {NEAR} --graph approx --graph-angle 5",
     "sampled": "--head sampled --active-classes 0.2",
     "selective": f"--head selective {NEAR}",
-    "mach": "--head mach --active-classes 0.2",
     "dgc": "--exchange dgc --density 0.05 --density-warmup 20steps --micro-batches 2 --head knn " + NEAR,
     "fccs": "--schedule fccs --max-batch 96 --hold 20% --tail 40% --optimizer lars --lr 5 --head-lr-scale 1.6 "
             "--head knn --active-classes 0.3 --graph-every 20steps",

@@ -127,9 +127,9 @@ def test_records_that_cannot_be_used_are_named(spoil, text, tiny_packs, tmp_path
     (["--resume", "auto", "--backbone", "resnet18"], "backbone.safetensors"),
     (["--resume", "auto", "--sampler", "sqrt"], "sampler natural, this run sqrt"),
     (["--resume", "auto", "--sampler", "weighted"], "has no weights"),
-    (["--resume", "auto", "--exchange", "dgc", "--density-warmup", 0], "go on with the --exchange"),
+    (["--resume", "auto", "--exchange", "dgc", "--density-warmup", 0], "resume with the --exchange"),
     (["--resume", "nowhere"], "already holds a run"),
-    (["--resume", "auto", "--head", "ful"], "--head ful"),
+    (["--resume", "auto", "--head", "ful"], "argument --head: invalid choice"),
     (["--resume", "auto", "--backbone", "resnet19"], "--backbone resnet19"),
 ])
 def test_a_run_folder_is_not_lost_to_a_mistake(arguments, text, tiny_packs, finished, monkeypatch):
@@ -141,7 +141,7 @@ def test_a_run_folder_is_not_lost_to_a_mistake(arguments, text, tiny_packs, fini
 def test_a_run_with_another_exchange_is_not_resumed_by_the_dense_one(tiny_packs, tmp_path, monkeypatch):
     base = ["--data", tiny_packs, "--out", tmp_path / "run", "--momentum", 0]
     train(*base, "--exchange", "dgc", "--density-warmup", 0, "--steps", 2)
-    assert "go on with the --exchange" in refusal(monkeypatch, 1, *base, *QUICK, "--steps", 4, "--resume", "auto")
+    assert "resume with the --exchange" in refusal(monkeypatch, 1, *base, *QUICK, "--steps", 4, "--resume", "auto")
 
 
 def test_a_run_does_not_go_on_in_another_order(tiny_packs, finished, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ def memory(report, cfg, world, facts, examples):
 
     def planned(cfg, num_ranks):
         return Plan.of(cfg, examples.num_classes, num_ranks, seen, order_bytes=examples.order_bytes,
-                       most_rounds=examples.most_rounds, on_cpu=on_cpu)
+                       max_accumulation_steps=examples.max_accumulation_steps, on_cpu=on_cpu)
 
     def load(plan):
         """Shares of the free memory."""

@@ -73,14 +73,14 @@ class Plan:
         return sum(self.parts.values())
 
     @classmethod
-    def of(cls, cfg, num_classes, num_ranks, network, *, order_bytes=0, most_rounds=1, on_cpu=True):
+    def of(cls, cfg, num_classes, num_ranks, network, *, order_bytes=0, max_accumulation_steps=1, on_cpu=True):
         """UserError where the head's settings do not fit the number of classes.
 
         order_bytes  of the order of examples
-        most_rounds  of --global-batch examples, in a step
+        max_accumulation_steps  of --global-batch examples, in a step
         """
         head = _Head.of(cfg, num_classes, cfg.model_parallel_size or num_ranks)
-        micro_batch, taken = cfg.global_batch // cfg.micro_batches, cfg.micro_batches * most_rounds
+        micro_batch, taken = cfg.global_batch // cfg.micro_batches, cfg.micro_batches * max_accumulation_steps
         mine = len(Shard.of(micro_batch, num_ranks, 0))
         batch = mine * network.example
         group = sum(len(Shard.of(micro_batch, num_ranks, rank)) for rank in range(head.num_shards))
@@ -91,7 +91,8 @@ class Plan:
         parts = {
             "backbone": backbone, "its gradients": network.parameters, "its momentum": momentum,
             "residuals": 2 * sparse, "activations": (2 * under_way + 1) * mine * network.activations // 2,
-            "class rows": head.table, "their momentum": head.momentum, "their gradients": head.gradients(most_rounds),
+            "class rows": head.table, "their momentum": head.momentum,
+            "their gradients": head.gradients(max_accumulation_steps),
             "logits and active rows": head.logits(group, on_cpu), "graph": head.graph, "index": head.index,
             "building it": head.building, "features": 6 * under_way * group * cfg.feature_dim * 4,
             "batches": (taken + max(taken, PREFETCH) + 4 * cfg.loader_threads) * batch + order_bytes,
@@ -130,9 +131,9 @@ class _Head:
     def momentum(self):
         return self.table if self.cfg.head_momentum else 0
 
-    def gradients(self, most_rounds):
-        """float32; those of a step's rounds are added up over all their classes."""
-        whole = min(self.num_rows, most_rounds * self.num_active) if most_rounds > 1 else 0
+    def gradients(self, max_accumulation_steps):
+        """float32; those of a step's accumulation steps are added up over all their classes."""
+        whole = min(self.num_rows, max_accumulation_steps * self.num_active) if max_accumulation_steps > 1 else 0
         return 4 * self.cfg.feature_dim * (self.num_active + whole)
 
     def logits(self, group, on_cpu):

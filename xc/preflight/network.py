@@ -20,7 +20,7 @@ def agreement(report, world):
         report("agreement", "one rank: nothing to agree on")
         return
     sums = [int(world.all_ranks.all_reduce(torch.ones(1, device=world.device)).item()),
-            int(world.all_reduce_async(torch.ones(1, device=world.device), "doctor")().item())]
+            int(world.all_reduce_async(torch.ones(1, device=world.device), "preflight")().item())]
     wrong = any(of_all(world, lambda: sums != [world.size, world.size]))
     report.judge("agreement", f"MPI and Horovod both sum over {world.size} rank(s)", wrong and f"they found {sums}",
                  "build both against the MPI whose mpirun launches them: make setup", "wrong")

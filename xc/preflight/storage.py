@@ -28,7 +28,7 @@ class Examples:
     num_records: int
     input_shape: tuple
     order_bytes: int  # of the order of examples, in memory
-    most_rounds: int
+    max_accumulation_steps: int
     digest: str
 
 
@@ -40,8 +40,8 @@ def data_set(report, cfg, world):
         splits.update(loader.open_splits(cfg))
         train = splits["train"]
         order_bytes = train.order_bytes if isinstance(train, PackSplit) else 0
-        most_rounds = Schedule.of(cfg, len(train), world.size).max_accumulation_steps
-        return Examples(train.num_classes, len(train), train.input_shape, order_bytes, most_rounds,
+        max_accumulation_steps = Schedule.of(cfg, len(train), world.size).max_accumulation_steps
+        return Examples(train.num_classes, len(train), train.input_shape, order_bytes, max_accumulation_steps,
                         train.classes_digest)
 
     def read():
