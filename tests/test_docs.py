@@ -1,0 +1,154 @@
+"""README and docs: every command runs, every flag, file and link exists, every worked example does what it says."""
+
+import argparse
+import ast
+import re
+import shutil
+
+import pytest
+import torch
+
+from tests.support.docs import PAGES, ROOT, blocks, run_blocks, run_page
+from xc import config
+from xc.model import margin
+from xc.model.sampled import SampledHead
+from xc.optim import schedule
+
+PAGE_SECONDS = 550  # a page takes up to 90 s on two quiet cores
+# Of sbatch, srun, mpirun, horovodrun, pip, pytest and .ci/horovod_wheel.sh.
+FOREIGN_FLAGS = set("""
+    --account --array --batch --gpus-per-node --mpi --nodes --ntasks --ntasks-per-node --partition --signal
+    --oversubscribe --check-build --gloo --no-deps --key --durations""".split())
+PROGRAM = re.compile(r"train\.py|data_tools\.\w+|tests\.support\.\w+|benchmarks/\w+\.py|slurm/\w+\.sbatch(?: \w+)?")
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+PATH = re.compile(r"(?<![\w/.{-])(?:xc|data_tools|benchmarks|tests|slurm|docs|\.ci)/[\w/.-]*\w/?")
+
+
+def code_of(page):
+    """All code of a page, one command a line: its blocks but those of output, and its code spans."""
+    text = page.read_text()
+    found = [block.text.replace("\\\n", " ") for block in blocks(page) if block.language != "text"]
+    prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
+    found += [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", prose)]
+    return "\n".join(found)
+
+
+def flags_of(program):
+    """The flags of a program, old names left out; None: any, or the program is a placeholder."""
+    if program.startswith("slurm/"):
+        template, _, benchmark = program.removeprefix("slurm/").partition(".sbatch")
+        program = {"train": "train.py", "sweep": "train.py", "pack": "data_tools.pack", "test": "NAME",
+                   "bench": f"benchmarks/{benchmark.strip() or 'NAME'}.py"}[template]
+    if program in ("train.py", "benchmarks/dense_baseline.py"):
+        return {name for action in config._parser()._actions if action.help != argparse.SUPPRESS
+                for name in action.option_strings}
+    if "NAME" in program:
+        return None
+    path = ROOT / (program if program.endswith(".py") else program.replace(".", "/") + ".py")
+    assert path.is_file(), f"{program}: there is no such program"
+    shared = [ROOT / f"benchmarks/{name}.py" for name in ("hosts", "image_sets", "measure")]
+    return {"--help"} | {name for file in [path, *shared] for name in flags_in(file)}
+
+
+def flags_in(file):
+    """The flags that a file gives to argparse."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("add", "add_argument", "add_switch"):
+            for argument in node.args:
+                if isinstance(argument, ast.Constant) and str(argument.value).startswith("--"):
+                    yield argument.value
+                    if "BooleanOptional" in ast.unparse(node) or "add_switch" in ast.unparse(node.func):
+                        yield argument.value.replace("--", "--no-", 1)
+
+
+def commands(code):
+    """(program, its flags) of all commands in the code of a page."""
+    for line in re.split(r"[\n|;&]", code):
+        found = PROGRAM.search(line)
+        if found:
+            own, _, of_training = line[found.end() :].partition(" -- ")  # softmax_table.py gives these to train.py
+            yield found[0], FLAG.findall(own)
+            yield "train.py", FLAG.findall(of_training)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_says_what_it_is(page):
+    for block in blocks(page):
+        assert block.language in ("sh", "text", "python"), f"{block}: marked {block.language!r}"
+        assert block.not_run is None or block.language == "sh", f"{block}: nothing runs such a block"
+    comments = page.read_text().count("<!--")
+    assert comments == sum(block.not_run is not None for block in blocks(page)), "a comment that is above no block"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_and_flag_exists(page):
+    for program, flags in commands(code_of(page)):
+        known = flags_of(program)
+        assert known is None or set(flags) <= known, f"{program} has no {sorted(set(flags) - known)}"
+
+
+def test_every_flag_that_is_mentioned_exists():
+    known = FOREIGN_FLAGS | flags_of("train.py")
+    for file in [*ROOT.glob("data_tools/**/*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "tests/support/same_numbers.py"]:
+        known |= set(flags_in(file))
+    for page in PAGES:
+        assert set(FLAG.findall(code_of(page))) <= known, page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_and_link_exists(page):
+    for name in PATH.findall(code_of(page)):
+        assert (ROOT / name).exists(), name
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if not target.startswith("https://"):
+            path, _, heading = target.partition("#")
+            linked = page.parent / path if path else page
+            assert linked.exists(), target
+            slugs = [re.sub(r"[^\w -]", "", line.lower()).strip().replace(" ", "-")
+                     for line in linked.read_text().splitlines() if line.startswith("#")] if heading else [""]
+            assert heading in slugs, target
+
+
+def test_readme_fits_three_screens():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 180
+    assert [line for line in lines if len(line) > 100] == []
+
+
+def test_readme_names_every_page():
+    assert [page for page in (ROOT / "docs").glob("*.md") if f"docs/{page.name}" not in (ROOT / "README.md").read_text()
+            ] == []
+
+
+def test_architecture_names_every_file_of_the_library():
+    rows = re.findall(r"^\| `([\w/]+/)` \|[^|]+\| ([^|]+) \|$", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
+    named = {f"{'' if room == 'xc/' else room}{name}" for room, names in rows for name in re.findall(r"`(\w+)`", names)}
+    files = {str(path.relative_to(ROOT / "xc").with_suffix("")) for path in (ROOT / "xc").rglob("*.py")}
+    assert named == {name for name in files if not name.endswith("__init__")}
+
+
+def worked_examples():
+    """The names that the worked examples of architecture.md define, each run in the module it is for."""
+    page = ROOT / "docs/architecture.md"
+    names = {"torch": torch, "SampledHead": SampledHead} | vars(margin) | vars(schedule)
+    for block in blocks(page):
+        if block.language == "python":
+            exec(compile(block.text, str(block), "exec"), names)
+    return names
+
+
+def test_the_worked_examples_run():
+    names = worked_examples()
+    assert names["MARGINS"]["halved"](torch.tensor(0.5), 0.2).item() == pytest.approx(0.4)
+    assert issubclass(names["NextHead"], SampledHead)
+
+
+@pytest.mark.long
+@pytest.mark.mpi
+@pytest.mark.timeout(PAGE_SECONDS + 50)
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a page runs in a git clone of the checkout")
+@pytest.mark.parametrize("page", [page for page in PAGES if run_blocks(page)], ids=lambda page: page.name)
+def test_every_command_runs(page, tmp_path):
+    code, output = run_page(page, tmp_path / "checkout", PAGE_SECONDS)
+    shutil.rmtree(tmp_path / "checkout")
+    assert code == 0, output[-6000:]
