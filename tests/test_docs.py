@@ -4,11 +4,14 @@ import argparse
 import ast
 import re
 import shutil
+from argparse import Namespace
 
 import pytest
 import torch
 
-from tests.support.docs import PAGES, ROOT, blocks, run_blocks, run_page
+from tests.support.docs import PAGES, blocks, run_blocks, run_page
+from tests.support.launch import ROOT
+from tests.support.worlds import run_ranks
 from xc import config
 from xc.model import margin
 from xc.model.sampled import SampledHead
@@ -21,7 +24,7 @@ FOREIGN_FLAGS = set("""
     --oversubscribe --check-build --gloo --no-deps --key --durations""".split())
 PROGRAM = re.compile(r"train\.py|data_tools\.\w+|tests\.support\.\w+|benchmarks/\w+\.py|slurm/\w+\.sbatch(?: \w+)?")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
-PATH = re.compile(r"(?<![\w/.{-])(?:xc|data_tools|benchmarks|tests|slurm|docs|\.ci)/[\w/.-]*\w/?")
+PATH = re.compile(r"(?<![\w/.{-])(?:xc|data_tools|benchmarks|tests|slurm|docs|\.ci)/(?!logs)[\w/.-]*\w/?")
 
 
 def code_of(page):
@@ -39,7 +42,7 @@ def flags_of(program):
         template, _, benchmark = program.removeprefix("slurm/").partition(".sbatch")
         program = {"train": "train.py", "sweep": "train.py", "pack": "data_tools.pack", "test": "NAME",
                    "bench": f"benchmarks/{benchmark.strip() or 'NAME'}.py"}[template]
-    if program in ("train.py", "benchmarks/dense_baseline.py"):
+    if program == "train.py":
         return {name for action in config._parser()._actions if action.help != argparse.SUPPRESS
                 for name in action.option_strings}
     if "NAME" in program:
@@ -47,17 +50,19 @@ def flags_of(program):
     path = ROOT / (program if program.endswith(".py") else program.replace(".", "/") + ".py")
     assert path.is_file(), f"{program}: there is no such program"
     shared = [ROOT / f"benchmarks/{name}.py" for name in ("hosts", "image_sets", "measure")]
-    return {"--help"} | {name for file in [path, *shared] for name in flags_in(file)}
+    of_training = flags_of("train.py") if "config.parse([*" in path.read_text() else set()
+    return {"--help"} | of_training | {name for file in [path, *shared] for name in flags_in(file)}
 
 
 def flags_in(file):
     """The flags that a file gives to argparse."""
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("add", "add_argument", "add_switch"):
+        name = ast.unparse(node.func).split(".")[-1] if isinstance(node, ast.Call) else ""
+        if name in ("add", "add_argument", "add_switch"):
             for argument in node.args:
                 if isinstance(argument, ast.Constant) and str(argument.value).startswith("--"):
                     yield argument.value
-                    if "BooleanOptional" in ast.unparse(node) or "add_switch" in ast.unparse(node.func):
+                    if name == "add_switch" or "BooleanOptionalAction" in ast.unparse(node):
                         yield argument.value.replace("--", "--no-", 1)
 
 
@@ -76,8 +81,8 @@ def test_every_block_says_what_it_is(page):
     for block in blocks(page):
         assert block.language in ("sh", "text", "python"), f"{block}: marked {block.language!r}"
         assert block.not_run is None or block.language == "sh", f"{block}: nothing runs such a block"
-    comments = page.read_text().count("<!--")
-    assert comments == sum(block.not_run is not None for block in blocks(page)), "a comment that is above no block"
+    comments = re.findall("^<!--", page.read_text(), re.MULTILINE)
+    assert len(comments) == sum(block.not_run is not None for block in blocks(page)), "a comment that is above no block"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -89,8 +94,8 @@ def test_every_command_and_flag_exists(page):
 
 def test_every_flag_that_is_mentioned_exists():
     known = FOREIGN_FLAGS | flags_of("train.py")
-    for file in [*ROOT.glob("data_tools/**/*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "tests/support/same_numbers.py"]:
-        known |= set(flags_in(file))
+    for folder in "data_tools", "benchmarks", "tests/support":
+        known |= {flag for file in (ROOT / folder).glob("*.py") for flag in flags_in(file)}
     for page in PAGES:
         assert set(FLAG.findall(code_of(page))) <= known, page
 
@@ -121,7 +126,8 @@ def test_readme_names_every_page():
 
 
 def test_architecture_names_every_file_of_the_library():
-    rows = re.findall(r"^\| `([\w/]+/)` \|[^|]+\| ([^|]+) \|$", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
+    text = (ROOT / "docs/architecture.md").read_text()
+    rows = re.findall(r"^\| `([\w/]+/)` \|[^|]+\| ([^|]+) \|$", text, re.MULTILINE)
     named = {f"{'' if room == 'xc/' else room}{name}" for room, names in rows for name in re.findall(r"`(\w+)`", names)}
     files = {str(path.relative_to(ROOT / "xc").with_suffix("")) for path in (ROOT / "xc").rglob("*.py")}
     assert named == {name for name in files if not name.endswith("__init__")}
@@ -140,7 +146,15 @@ def worked_examples():
 def test_the_worked_examples_run():
     names = worked_examples()
     assert names["MARGINS"]["halved"](torch.tensor(0.5), 0.2).item() == pytest.approx(0.4)
-    assert issubclass(names["NextHead"], SampledHead)
+    assert names["_linear"](Namespace(warmup=10, length=110), 60) == 0.5
+
+    def next_classes(world):
+        head = names["NextHead"](20, 4, world, active_classes=6, near_share=1.0)
+        head.select(torch.tensor([3, 18]), step=0)
+        return head.selection.active + head.shard.first
+
+    active = torch.cat(run_ranks(2, next_classes)).tolist()
+    assert {3, 4, 18, 19} <= set(active) and len(active) == 6
 
 
 @pytest.mark.long

@@ -2,19 +2,20 @@
 
     python -m tests.support.docs README.md docs/data.md     runs the blocks of these pages and shows what they print
 
-A block marked `sh` is run, unless the line above it is a comment `<!-- not run: reason -->`. The blocks of a page run in
-their order, in one shell, in a copy of the checkout that has its .venv.
+A block marked `sh` is run, unless the line above it is a comment `<!-- not run: reason -->`. The blocks of a page run
+in their order, in one shell, in a clone of the checkout that has its .venv.
 """
 
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.checkout import clone_checkout
+from tests.support.launch import ROOT
+
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ENVIRONMENT = ["export PATH=$PWD/.venv/bin:$PATH OMP_NUM_THREADS=1",
                "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1",
@@ -61,29 +62,10 @@ def run_blocks(page):
     return [block for block in blocks(page) if block.language == "sh" and block.not_run is None]
 
 
-def copy_checkout(folder):
-    """A git clone of the checkout in a new folder, with what is not committed, and with its .venv."""
-    subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
-    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
-                            check=True, capture_output=True, text=True).stdout
-    for name in filter(None, listed.split("\0")):
-        (folder / name).unlink(missing_ok=True)
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    (folder / ".venv").unlink(missing_ok=True)
-    (folder / ".venv").symlink_to((ROOT / ".venv").resolve())
-    pack = ROOT / "data/glyphs.pack"
-    if pack.exists():  # otherwise a block that needs it makes it
-        (folder / "data").mkdir()
-        (folder / "data/glyphs.pack").symlink_to(pack)
-    return folder
-
-
 def run_page(page, folder, seconds):
     """Run the blocks of a page in a new folder. Returns exit code and output; the last line that begins with `==` names
     the block that failed."""
-    copy_checkout(folder)
+    clone_checkout(folder)
     script = ["set -euo pipefail", *ENVIRONMENT]
     for block in run_blocks(page):
         script += [f"echo '== {block}'", block.text]
