@@ -18,10 +18,10 @@ from xc.model.sampled import SampledHead
 from xc.optim import schedule
 
 PAGE_SECONDS = 550  # a page takes up to 90 s on two quiet cores
-# Of sbatch, srun, mpirun, horovodrun, pip, pytest and .ci/horovod_wheel.sh.
+# Of sbatch, srun, mpirun, horovodrun, pip, pytest, py-spy and .ci/horovod_wheel.sh.
 FOREIGN_FLAGS = set("""
     --account --array --batch --gpus-per-node --mpi --nodes --ntasks --ntasks-per-node --partition --signal
-    --oversubscribe --check-build --gloo --no-deps --key --durations""".split())
+    --oversubscribe --check-build --gloo --no-deps --key --durations --pdb --pid""".split())
 PROGRAM = re.compile(r"train\.py|data_tools\.\w+|tests\.support\.\w+|benchmarks/\w+\.py|slurm/\w+\.sbatch(?: \w+)?")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 PATH = re.compile(r"(?<![\w/.{-])(?:xc|data_tools|benchmarks|tests|slurm|docs|\.ci)/(?!logs)[\w/.-]*\w/?")
