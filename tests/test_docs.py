@@ -120,6 +120,11 @@ def test_readme_fits_three_screens():
     assert [line for line in lines if len(line) > 100] == []
 
 
+def test_results_name_every_benchmark():
+    text = (ROOT / "docs/results.md").read_text()
+    assert [path for path in (ROOT / "benchmarks").glob("*.py") if f"`benchmarks/{path.name}`" not in text] == []
+
+
 def test_readme_names_every_page():
     assert [page for page in (ROOT / "docs").glob("*.md") if f"docs/{page.name}" not in (ROOT / "README.md").read_text()
             ] == []
