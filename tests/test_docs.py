@@ -2,17 +2,24 @@
 
 import argparse
 import ast
+import base64
+import io
+import json
 import re
 import shutil
 from argparse import Namespace
 
 import pytest
 import torch
+from PIL import Image
 
+import data_tools.pack
+from data_tools.sources import detect
 from tests.support.docs import PAGES, blocks, run_blocks, run_page
 from tests.support.launch import ROOT
 from tests.support.worlds import run_ranks
 from xc import config
+from xc.gradients import exchanges
 from xc.model import margin
 from xc.model.sampled import SampledHead
 from xc.optim import schedule
@@ -28,9 +35,9 @@ PATH = re.compile(r"(?<![\w/.{-])(?:xc|data_tools|benchmarks|tests|slurm|docs|\.
 
 
 def code_of(page):
-    """All code of a page, one command a line: its blocks but those of output, and its code spans."""
+    """The commands of a page, one a line, and its code spans."""
     text = page.read_text()
-    found = [block.text.replace("\\\n", " ") for block in blocks(page) if block.language != "text"]
+    found = [block.text.replace("\\\n", " ") for block in blocks(page) if block.language == "sh"]
     prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
     found += [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", prose)]
     return "\n".join(found)
@@ -142,28 +149,54 @@ def test_architecture_names_every_file(folder, row):
     assert files == named
 
 
-def worked_examples():
-    """The names that the worked examples of architecture.md define, each run in the module it is for."""
-    page = ROOT / "docs/architecture.md"
-    names = {"torch": torch, "SampledHead": SampledHead} | vars(margin) | vars(schedule)
-    for block in blocks(page):
+@pytest.fixture(scope="module")
+def examples():
+    """The names that the worked examples of architecture.md define, in the modules they are for."""
+    names = {"torch": torch, "SampledHead": SampledHead} | vars(margin) | vars(schedule) | vars(exchanges)
+    for block in blocks(ROOT / "docs/architecture.md"):
         if block.language == "python":
             exec(compile(block.text, str(block), "exec"), names)
     return names
 
 
-def test_the_worked_examples_run():
-    names = worked_examples()
-    assert names["MARGINS"]["halved"](torch.tensor(0.5), 0.2).item() == pytest.approx(0.4)
-    assert names["_linear"](Namespace(warmup=10, length=110), 60) == 0.5
+def test_the_example_of_a_margin(examples):
+    assert examples["MARGINS"]["halved"](torch.tensor(0.5), 0.2).item() == pytest.approx(0.4)
 
-    def next_classes(world):
-        head = names["NextHead"](20, 4, world, active_classes=6, near_share=1.0)
+
+def test_the_example_of_a_schedule(examples):
+    assert examples["_linear"](Namespace(warmup=10, length=110), 60) == 0.5
+
+
+def test_the_example_of_a_head(examples):
+    def body(world):
+        head = examples["NextHead"](20, 4, world, active_classes=6, near_share=1.0)
         head.select(torch.tensor([3, 18]), step=0)
         return head.selection.active + head.shard.first
 
-    active = torch.cat(run_ranks(2, next_classes)).tolist()
+    active = torch.cat(run_ranks(2, body)).tolist()
     assert {3, 4, 18, 19} <= set(active) and len(active) == 6
+
+
+def test_the_example_of_an_exchange(examples):
+    def body(world):
+        net = torch.nn.Linear(3, 2)
+        exchange = examples["EXCHANGES"]["clipped"](net, world, config.Config(data="d", out="o"))
+        exchange.begin(schedule.StepPlan(0.1, 2, 1, 1.0))
+        (100 * net(torch.ones(1, 3)).sum()).backward()
+        exchange.reduce()
+        return torch.cat([p.grad.flatten() for p in net.parameters()]).norm().item()
+
+    assert run_ranks(2, body) == pytest.approx([1.0, 1.0])
+
+
+def test_the_example_of_a_source(examples, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(detect.KINDS, "jsonl", examples["FORMAT"])
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8)).save(buffer, "png")
+    row = {"label": "cat", "image": base64.b64encode(buffer.getvalue()).decode()}
+    (tmp_path / "list.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    data_tools.pack.main([str(tmp_path / "list.jsonl"), str(tmp_path / "pack"), "--workers", "0"])
+    assert "3 images of 1 classes" in capsys.readouterr().out
 
 
 @pytest.mark.long
