@@ -164,7 +164,7 @@ def test_the_example_of_a_margin(examples):
 
 
 def test_the_example_of_a_schedule(examples):
-    assert examples["_linear"](Namespace(warmup=10, length=110), 60) == 0.5
+    assert examples["DECAYS"]["linear"](Namespace(warmup=10, length=110), 60) == 0.5
 
 
 def test_the_example_of_a_head(examples):
