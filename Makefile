@@ -1,4 +1,4 @@
-# Everything lands in .venv and needs no root; the README lists the same steps without make.
+# Everything lands in .venv and needs no root; docs/install.md lists the same steps without make.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
@@ -61,7 +61,7 @@ data/glyphs.pack: | setup
 
 train: setup data/glyphs.pack  ## train on sample data: horovodrun with NP ranks (2), train.py with ARGS, into RUN
 	horovodrun -np $(NP) python train.py --data data/glyphs.pack --out $(RUN) $(ARGS)
-	echo 'resume it for longer: make train NP=$(NP) RUN=$(RUN) ARGS="--resume auto --epochs 20"'
+	echo 'train it for longer: make train NP=$(NP) RUN=$(RUN) ARGS="--resume auto --epochs 20"'
 
 # One pytest process per core; tests that start ranks take turns (tests/conftest.py). docs/testing.md says more.
 PYTEST := python -m pytest -q -n auto

@@ -39,6 +39,20 @@ def test_it_records_some_steps_of_all_ranks(steps, recorded, tmp_path):
             assert all(a[1] <= b[0] + 1e-3 for a, b in zip(ends, ends[1:], strict=False))
 
 
+def test_a_transfer_that_began_before_the_recording_is_cut(tmp_path):
+    def body(world):
+        trace = Trace(2, 0, 2, tmp_path, world, Timer())
+        wait = world.traffic.begin("early", 1, lambda: True, lambda: None)
+        trace.at(0)
+        wait()
+        trace.at(1)
+        trace.at(2)
+
+    run_ranks(2, body)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert [e["ts"] for e in events if e["name"] == "early"] == [0, 0]
+
+
 def test_none_is_written_unless_asked_for(tmp_path):
     run_ranks(2, lambda w: record(w, tmp_path, 0, range(30)))
     assert not list(tmp_path.iterdir())

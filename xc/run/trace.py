@@ -39,7 +39,9 @@ class Trace:
             self._step_begun = now
         if step == self._last:
             self._timer.on_end = self._world.traffic.on_end = None
-            spans = [(lane, name, begin - self._begun, end - self._begun) for lane, name, begin, end in self._spans]
+            # A transfer may have begun before the recording did, as the sum of the stop signals does.
+            spans = [(lane, name, max(0.0, begin - self._begun), end - self._begun)
+                     for lane, name, begin, end in self._spans]
             of_ranks = self._world.all_ranks.all_gather_object(spans)
             if self._world.rank == 0:
                 events = [event for rank, spans in enumerate(of_ranks) for event in _events(rank, spans)]
