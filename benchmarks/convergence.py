@@ -2,8 +2,8 @@
 
     python benchmarks/convergence.py --data glyphs --runs runs/convergence-glyphs --plot glyphs.png
 
-    --data    glyphs (data/glyphs.pack, which `make train` makes), omniglot (data/omniglot.pack, see README) or synth,
-              100,000 synthetic classes
+    --data    glyphs (data/glyphs.pack, which `make train` makes), omniglot (data/omniglot.pack, see docs/results.md)
+              or synth, 100,000 synthetic classes
     --heads   as in softmax_table.py: full knn:0.1
     --arms    of ARMS, beside the baseline; --extra, of those that one seed is enough for
     --seeds   of the baseline and of the arms with the first head; the first one is tuned with
@@ -72,7 +72,7 @@ def main():
     args = parser.parse_args()
     of_set = SETS[args.data]
     if not of_set["data"].startswith("synth:") and not (ROOT / of_set["data"]).exists():
-        raise SystemExit(f"error: {of_set['data']} is not there: see README, Results, for how to make it")
+        raise SystemExit(f"error: {of_set['data']} is not there: docs/results.md, FCCS, says how to make it")
     runs = Runs(args, of_set)
 
     schedule, rate = runs.tuned(args.heads[0])

@@ -30,7 +30,7 @@ def test_all_ranks_save_and_leave(ranks, which, number, tmp_path):
     process = Launched([*command, out])
     os.kill(ranks_once_running(out, ranks)[which], number)
     process = process.result(expect=75)
-    assert "all of which are saved; go on with it:" in process.stdout and "Traceback" not in process.stderr
+    assert "all of them saved; resume with:" in process.stdout and "Traceback" not in process.stderr
     (folder,) = (out / "checkpoints").iterdir()
     assert folder.name == f"step-{max(losses(out)):08d}" and max(losses(out)) < 300
     run(*command, out, "--resume", "auto")

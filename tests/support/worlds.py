@@ -1,6 +1,6 @@
 """W ranks as threads of this process: a world of four starts in milliseconds.
 
-Every collective compares its name, dtype and shape cross_host ranks, so that what would hang under MPI fails here.
+Every collective compares its name, dtype and shape across ranks, so that what would hang under MPI fails here.
 """
 
 import threading
