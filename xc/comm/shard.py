@@ -12,7 +12,7 @@ class Shard:
 
     @classmethod
     def of(cls, total, num_parts, part):
-        """Part number `part` of range(total) cut into `num_parts` near-equal parts, of which the first may be longer."""
+        """Part number `part` of range(total), cut into `num_parts` near-equal parts. The first ones may be longer."""
         size, remainder = divmod(total, num_parts)
         first = part * size + min(part, remainder)
         return cls(first, first + size + (part < remainder))

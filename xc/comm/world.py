@@ -68,7 +68,7 @@ class World:
         os._exit(code)
 
     def facts(self):
-        """{"host": name of this host, "settings": {variable: value} of those that decide how ranks reach each other}."""
+        """{"host": name, "settings": {variable: value}}: the variables that decide how ranks reach each other."""
         settings = {name: os.environ[name] for name in _NETWORK_VARIABLES if name in os.environ}
         return {"host": _host_name(), "settings": settings}
 
