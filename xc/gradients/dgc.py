@@ -1,8 +1,8 @@
 """Deep gradient compression: each rank sends only the largest of its accumulated gradients.
 
 Wire format: each rank sends one message for each bucket: an int32 buffer with the indices of the k values, then the k
-values. `pack` writes it and `unpack` reads it, both in topk.py. An all-gather brings the messages to all ranks. They all
-have the same k, so a message needs no header.
+values. `pack` writes it and `unpack` reads it, both in topk.py. An all-gather brings the messages to all ranks. All of
+them have the same k, so a message needs no header.
 """
 
 import math

@@ -31,8 +31,8 @@ def _dgc(backbone, world, cfg, two_level=False):
 
 def _dgc_hier(backbone, world, cfg):
     if world.cross_host is None:
-        raise UserError("--exchange dgc-hier needs the same number of ranks on every host: launch as many ranks on each, "
-                        "or use --exchange dgc")
+        raise UserError("--exchange dgc-hier needs the same number of ranks on every host: launch as many on each, or "
+                        "use --exchange dgc")
     return _dgc(backbone, world, cfg, two_level=True)
 
 
