@@ -148,7 +148,7 @@ class Config:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             if fault := _fault(f, getattr(self, f.name)):
-                raise UserError(f"{_option(f.name)} {getattr(self, f.name)!r} is not allowed: {fault}")
+                raise UserError(f"{option(f.name)} {getattr(self, f.name)!r} is not allowed: {fault}")
         if not (self.data or self.check):
             raise UserError("--data is missing: give the folder of a pack, or synth:classes=…")
         if not (self.out or self.schedule_plot or self.check):
@@ -162,10 +162,9 @@ class Config:
             raise UserError(f"--margin-size {self.margin_size} needs a margin: give --margin cosface or arcface")
 
     def _check_schedule(self):
-        for name in ("max_batch", "batch_growth", "fccs_hold", "fccs_growth", "fccs_tail"):
-            if self.schedule != "fccs" and getattr(self, name) != getattr(Config, name):
-                raise UserError(f"{_option(name)} {getattr(self, name)} is a part of --schedule fccs, not of "
-                                f"{self.schedule}: give that or leave it out")
+        for name in unused_flags(self, "schedule", _FLAGS_OF_SCHEDULES):
+            raise UserError(f"{option(name)} {getattr(self, name)} is a part of --schedule fccs, not of "
+                            f"{self.schedule}: give that or leave it out")
         grows = self.max_batch > self.global_batch
         if self.fccs_growth != Config.fccs_growth and not grows:
             raise UserError(f"--fccs-growth {self.fccs_growth} needs a --max-batch above --global-batch "
@@ -181,6 +180,19 @@ class Config:
         if self.micro_batches == 1:
             raise UserError("--batch-growth auto compares the gradients of batches of two sizes: give --micro-batches "
                             "2 or more")
+
+
+_FLAGS_OF_SCHEDULES = {name: () for name in SCHEDULES} | {
+    "fccs": ("max_batch", "batch_growth", "fccs_hold", "fccs_growth", "fccs_tail")}
+
+
+def unused_flags(cfg, choice, flags_of):
+    """Names of the fields that were set, that other values of the field `choice` read, but not the given one.
+
+    flags_of  {value of `choice`: names of the fields that this value reads}
+    """
+    unused = {flag for flags in flags_of.values() for flag in flags} - set(flags_of[getattr(cfg, choice)])
+    return sorted(flag for flag in unused if getattr(cfg, flag) != getattr(Config, flag))
 
 
 def interval(text):
@@ -212,7 +224,8 @@ def _fault(f, value):
     return None
 
 
-def _option(name):
+def option(name):
+    """The flag of a field."""
     return "--" + name.replace("_", "-")
 
 
@@ -251,10 +264,10 @@ def _parser():
         kind = {"type": f.type, "choices": f.metadata["choices"]}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        group.add_argument(_option(f.name), default=f.default, help=f.metadata["help"], **kind)
+        group.add_argument(option(f.name), default=f.default, help=f.metadata["help"], **kind)
         if f.metadata["alias"]:
             hidden = {"dest": f.name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-            group.add_argument(_option(f.metadata["alias"]), **kind | hidden)
+            group.add_argument(option(f.metadata["alias"]), **kind | hidden)
     parser.add_argument("--padding", dest="sampling_correction", default=argparse.SUPPRESS, help=argparse.SUPPRESS,
                         type=_sampling_correction)
     return parser
@@ -273,7 +286,7 @@ def parse(arguments=None):
     except UnicodeDecodeError as e:
         raise UserError(f"an argument file is not a text in UTF-8 ({e})") from e
     if unknown:
-        flags = [_option(f.name) for f in dataclasses.fields(Config)]
+        flags = [option(f.name) for f in dataclasses.fields(Config)]
         near = difflib.get_close_matches(unknown[0], flags, n=1)
         meant = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"unknown argument {unknown[0]}{meant}; see python train.py --help")
@@ -286,7 +299,7 @@ def as_arguments(cfg):
     for f in dataclasses.fields(Config):
         value = getattr(cfg, f.name)
         if f.type is bool and value != f.default:
-            lines.append(_option(f.name if value else f"no_{f.name}") + "\n")
+            lines.append(option(f.name if value else f"no_{f.name}") + "\n")
         elif value != f.default:
-            lines.append(f"{_option(f.name)} {shlex.join([str(value)])}\n")
+            lines.append(f"{option(f.name)} {shlex.join([str(value)])}\n")
     return "".join(lines)

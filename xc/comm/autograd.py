@@ -1,6 +1,6 @@
 """Collectives with gradients. They sum and never average.
 
-Horovod's own allgather averages its gradient over the ranks, which is wrong for a softmax that is split over them.
+Horovod's own allgather averages its gradient over the ranks. That is wrong for a softmax that is split over the ranks.
 """
 
 import torch
@@ -18,11 +18,13 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows, group, counts):
-    """Gather the rows of all ranks. Backward, the gradients of all ranks' copies are summed on the owner of a row.
+    """Gather the rows of all ranks. The backward pass sums a row's gradients of all ranks on the rank that owns it.
 
     rows     (B, D)  of this rank
     counts   the B of every rank of the group
-    returns  (G, D)
+    returns  (G, D), the same on every rank
+
+    Collective, and so is its backward pass.
     """
     return _GatherRows.apply(rows, group, counts)
 
@@ -39,20 +41,23 @@ class _SumOver(torch.autograd.Function):
 
 
 def sum_over(tensor, group):
-    """Sum over the group, the same on every rank. Backward, the gradients of all ranks' copies are summed as well."""
+    """Sum a tensor over the group. The backward pass sums the gradients of all ranks, too.
+
+    Collective, and so is its backward pass.
+    """
     return _SumOver.apply(tensor, group)
 
 
 def group_logsumexp(lse, group, addend=None):
-    """log(sum over the group of exp(lse)), elementwise. A rank that has nothing to add gives -inf.
+    """log(sum over the group of exp(lse)), elementwise. Collective; it has no gradient.
 
-    lse      (G,)
-    addend   (G,)  is summed over the group in the same collective; or None
-    returns  (G,), the same on every rank; with an addend, both results
+    lse      (G,)  -inf where this rank has nothing to add
+    addend   (G,)  summed over the group in the same collective; or None
+    returns  (G,), the same on every rank; with an addend, a pair of that and the sum of the addends
     """
-    top = group.all_reduce(lse.clone(), "max")
-    share = (lse - top).exp_()
+    largest = group.all_reduce(lse.clone(), "max")
+    share = (lse - largest).exp_()
     if addend is None:
-        return top + group.all_reduce(share).log_()
+        return largest + group.all_reduce(share).log_()
     share, addend = group.all_reduce(torch.stack([share, addend])).unbind()
-    return top + share.log(), addend
+    return largest + share.log(), addend

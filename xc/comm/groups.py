@@ -1,8 +1,8 @@
-"""Groups of ranks: collectives on torch tensors, blocking or begun now and waited for later.
+"""Groups of ranks, and their collectives on torch tensors: blocking, or begun now and waited for later.
 
-All collectives SUM; nothing in here averages. Host tensors travel by mpi4py (between two hosts its gather of 11 x 32 KB
-took 2 ms, Horovod's 3). CUDA tensors travel by Horovod with NCCL in a process set per group where that is built,
-otherwise by mpi4py through host memory.
+All collectives sum; none averages. mpi4py carries host tensors: between two hosts its gather of 11 x 32 KB took 2 ms,
+Horovod's 3 ms. Horovod with NCCL carries CUDA tensors, with one process set per group. Without NCCL, mpi4py carries
+them through host memory.
 """
 
 import time
@@ -16,65 +16,66 @@ from xc.comm.traffic import sent_all_gather, sent_all_reduce, sent_reduce_scatte
 from xc.errors import UserError
 from xc.run import watchdog
 
-_BACKGROUND_POLL_SECONDS = 2e-3  # between two looks of a background thread that waits
+_BACKGROUND_POLL_SECONDS = 2e-3  # between two polls of a background thread
 
 
 class Group:
-    """Collectives among some ranks. This class is the group of one rank, and the contract.
+    """Collectives among some ranks. This class is a group of one rank; the others follow its contract.
 
-    Every rank of the group begins the same collectives in the same order. Tensors are contiguous, and a group keeps
-    none. Sums have the same bits on every rank.
+    Every rank of the group begins the same collectives in the same order. Tensors are contiguous. A group keeps no
+    tensor. Sums have the same bits on every rank.
 
-    The _async methods return a function that waits and returns the result. Until then the argument must not change.
+    The _async methods return a function that waits and returns the result. The argument must not change until then.
     """
 
     rank = 0
     size = 1
 
     def all_reduce(self, tensor, op="sum"):
-        """Sum or max over the group, in place on every rank; returns the tensor."""
+        """Sum or maximum ("max") over the group, in place on every rank. Returns the tensor."""
         return tensor
 
     def all_reduce_async(self, tensor):
-        """Begin to sum over the group, in place."""
+        """Begin an in-place sum over the group."""
         return lambda: tensor
 
     def all_gather(self, tensor, counts=None):
-        """Concatenate along dimension 0, in the order of ranks.
+        """Concatenate the ranks' tensors along dimension 0, in the order of ranks.
 
-        counts  rows of every rank; None where all ranks have the same number
+        counts  number of rows of every rank; None if all ranks have the same number
         """
         return tensor
 
     def all_gather_async(self, tensor, counts=None):
-        """Begin to concatenate."""
+        """Begin an `all_gather`."""
         return lambda: tensor
 
     def reduce_scatter(self, tensor, counts):
-        """Sum over the group; rank r gets the r-th piece, of counts[r] rows. 16-bit numbers are summed in float32."""
+        """Sum over the group. Rank r gets the r-th piece, of counts[r] rows. 16-bit numbers are summed in float32."""
         return self.reduce_scatter_async(tensor, counts)()
 
     def reduce_scatter_async(self, tensor, counts):
-        """Begin to sum and to distribute the pieces."""
+        """Begin a `reduce_scatter`."""
         return lambda: tensor.to(sum_dtype(tensor))
 
     def all_to_all(self, tensor, counts):
-        """Send the r-th piece, of counts[r] rows, to rank r. Returns the received pieces by rank."""
+        """Send the r-th piece, of counts[r] rows, to rank r. Returns a list with the piece received from every rank."""
         return [tensor]
 
     def shift_async(self, tensor, num_rows):
-        """Begin to send a tensor to the next rank of the ring and to receive num_rows rows from the previous rank."""
+        """Begin to send a tensor to the next rank of the ring, and to receive num_rows rows from the previous rank."""
         return lambda: tensor
 
     def all_gather_object(self, value):
-        """A list of every rank's small picklable value. For set-up and logs, not for steps."""
+        """Gather one small picklable value of every rank in a list. For set-up and logs, not for steps."""
         return [value]
 
     @contextmanager
     def raise_on_all_ranks(self):
-        """An error in this block on one rank becomes the same UserError on all ranks. Collective at its end.
+        """Turn a ValueError, OSError or ImportError of any rank in this block into the same UserError on all ranks.
 
-        The block itself must not use collectives: a rank that fails in it would leave the others waiting.
+        Collective at the end of the block. The block must not use collectives: a rank that failed before one would
+        leave the others waiting.
         """
         error = None
         try:
@@ -87,29 +88,30 @@ class Group:
 
 
 class Mailbox:
-    """Short messages between ranks, for one background thread. Nobody waits for a frozen rank.
+    """Short messages between ranks, for one background thread. No call blocks, so a frozen rank stops no other rank.
 
-    This class is the mailbox of a single rank, and the contract.
+    This class is the mailbox of a single rank; `MpiMailbox` follows its contract.
     """
 
     def __init__(self):
         self._own = deque()
 
     def send(self, rank, *message):
-        """Begin to send picklable values to a rank, which may be this one."""
+        """Begin to send picklable values to a rank. It may be this one."""
         self._own.append((rank, *message))
 
-    def take(self):
-        """(rank, *message) of a message that arrived; None where none did."""
+    def receive(self):
+        """(sender's rank, *message) of the next message that arrived; None if there is none."""
         return self._own.popleft() if self._own else None
 
 
 def sum_dtype(tensor):
+    """The type in which a tensor's numbers are summed."""
     return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
 
 
 class MpiGroup(Group):
-    """A group of ranks over an mpi4py communicator; CUDA tensors are staged through host memory."""
+    """A group of ranks over an mpi4py communicator. CUDA tensors are copied through host memory."""
 
     def __init__(self, comm, traffic, name):
         from mpi4py import MPI
@@ -120,8 +122,8 @@ class MpiGroup(Group):
         self.rank = comm.rank
         self.size = comm.size
 
-    def _begin(self, what, num_bytes, request, finish):
-        return self._traffic.begin(f"{self._name}.{what}", num_bytes, request.Test, finish)
+    def _begin(self, collective, num_bytes, request, finish):
+        return self._traffic.begin(f"{self._name}.{collective}", num_bytes, request.Test, finish)
 
     def all_reduce(self, tensor, op="sum"):
         return self._all_reduce(tensor, op)()
@@ -141,7 +143,7 @@ class MpiGroup(Group):
     def all_gather_async(self, tensor, counts=None):
         host = tensor.detach().cpu().contiguous()
         counts = counts or [len(host)] * self.size
-        assert len(host) == counts[self.rank]  # MPI would send whatever lies in memory behind it
+        assert len(host) == counts[self.rank]  # MPI would read beyond the end of a shorter tensor
         out = host.new_empty((sum(counts), *host.shape[1:]))
         width = _width(host)
         request = self._comm.Iallgatherv(_raw(host), [_raw(out), [n * width for n in counts]])
@@ -149,8 +151,8 @@ class MpiGroup(Group):
                            lambda: out.to(tensor.device))
 
     def reduce_scatter_async(self, tensor, counts):
-        # The ranks exchange pieces and sum them here. That is one round, half the bytes of recursive halving, and it
-        # takes 16-bit numbers, which MPI does not know.
+        # Ranks exchange the pieces and each rank sums its own. This takes one round and half the bytes of recursive
+        # halving. It works for 16-bit numbers, too, which MPI cannot sum.
         host = tensor.detach().cpu().contiguous()
         out = host.new_empty((self.size, counts[self.rank], *host.shape[1:]))
         width = _width(host)
@@ -163,15 +165,16 @@ class MpiGroup(Group):
         host = tensor.detach().cpu().contiguous()
         width = _width(host)
         with watchdog.waiting(f"{self._name}.all_to_all"):
-            coming = self._comm.alltoall(counts)
-            out = host.new_empty((sum(coming), *host.shape[1:]))
-            self._comm.Alltoallv([_raw(host), [n * width for n in counts]], [_raw(out), [n * width for n in coming]])
-        return out.to(tensor.device).split(coming)
+            received = self._comm.alltoall(counts)
+            out = host.new_empty((sum(received), *host.shape[1:]))
+            self._comm.Alltoallv([_raw(host), [n * width for n in counts]],
+                                 [_raw(out), [n * width for n in received]])
+        return out.to(tensor.device).split(received)
 
     def shift_async(self, tensor, num_rows):
         host = tensor.detach().cpu().contiguous()
         out = host.new_empty((num_rows, *host.shape[1:]))
-        # Messages of one tag between two ranks keep their order, and all ranks shift in the same order.
+        # No tags are needed: messages between two ranks keep their order, and all ranks shift in the same order.
         requests = [self._comm.Irecv(out.numpy(), (self.rank - 1) % self.size),
                     self._comm.Isend(host.numpy(), (self.rank + 1) % self.size)]
 
@@ -189,7 +192,7 @@ class MpiGroup(Group):
 
 
 class BackgroundGroup(MpiGroup):
-    """All ranks, for a background thread: it has a communicator of its own and sleeps while it waits."""
+    """A group for a background thread. It has a communicator of its own and sleeps while it waits."""
 
     def all_gather_object(self, value):
         barrier = self._comm.Ibarrier()
@@ -209,23 +212,24 @@ class MpiMailbox(Mailbox):
         self._sends = [request for request in self._sends if not request.Test()]
         self._sends.append(self._comm.isend((self._comm.rank, *message), rank))
 
-    def take(self):
-        return self._comm.recv() if self._comm.iprobe() else super().take()
+    def receive(self):
+        return self._comm.recv() if self._comm.iprobe() else super().receive()
 
 
 def _width(tensor):
+    """Numbers in one row."""
     return int(np.prod(tensor.shape[1:]))
 
 
 def _raw(tensor):
-    """The memory of a host tensor for MPI. MPI knows no 16-bit floats, so they travel as int16."""
+    """A host tensor's memory as an array for MPI. MPI has no 16-bit floats, so they are sent as int16."""
     return (tensor.view(torch.int16) if tensor.is_floating_point() and tensor.itemsize == 2 else tensor).numpy()
 
 
 class HorovodGroup(MpiGroup):
-    """The same through Horovod, whose NCCL operations take CUDA tensors without a copy, on a stream of their own.
+    """A group that uses Horovod. Its NCCL operations take CUDA tensors without a copy, on a stream of their own.
 
-    Horovod has no sends and does not reduce uint8. These and all_to_all stay with mpi4py; no step needs them.
+    Horovod cannot shift and cannot reduce uint8. mpi4py does these, and all_to_all. No training step needs them.
     """
 
     def __init__(self, comm, traffic, name, process_set):
@@ -237,32 +241,32 @@ class HorovodGroup(MpiGroup):
         self._hvd_ops = {"sum": hvd.Sum, "max": hvd.Max}
         self._calls = 0
 
-    def _call(self):
-        # Horovod matches the tensors of ranks by name. All ranks call in the same order, so a counter serves as name.
+    def _call_options(self):
+        # Horovod matches the ranks' tensors by name. All ranks call in the same order, so a counter can be the name.
         self._calls += 1
         return {"name": f"{self._name}.{self._calls}", "process_set": self._set}
 
-    def _begin_horovod(self, what, num_bytes, handle, finish):
-        return self._traffic.begin(f"{self._name}.{what}", num_bytes, lambda: self._hvd.poll(handle),
+    def _begin_horovod(self, collective, num_bytes, handle, finish):
+        return self._traffic.begin(f"{self._name}.{collective}", num_bytes, lambda: self._hvd.poll(handle),
                                    lambda: finish(self._hvd.synchronize(handle)))
 
     def _all_reduce(self, tensor, op):
         if tensor.dtype == torch.uint8:
             return super()._all_reduce(tensor, op)
-        handle = self._hvd.allreduce_async_(tensor, op=self._hvd_ops[op], **self._call())
+        handle = self._hvd.allreduce_async_(tensor, op=self._hvd_ops[op], **self._call_options())
         return self._begin_horovod("all_reduce", sent_all_reduce(self.size, tensor.nbytes), handle, lambda t: t)
 
     def all_gather_async(self, tensor, counts=None):
         tensor = tensor.detach().contiguous()
-        bits = tensor.view(torch.float16) if tensor.dtype == torch.bfloat16 else tensor  # unknown to Horovod
-        handle = self._hvd.allgather_async(bits, **self._call())
+        bits = tensor.view(torch.float16) if tensor.dtype == torch.bfloat16 else tensor  # Horovod has no bfloat16
+        handle = self._hvd.allgather_async(bits, **self._call_options())
         return self._begin_horovod("all_gather", sent_all_gather(self.size, tensor.nbytes), handle,
                                    lambda gathered: gathered.view(tensor.dtype))
 
     def reduce_scatter_async(self, tensor, counts):
-        # Horovod's own reducescatter has near-equal pieces only, so the whole sum is cut here.
+        # Horovod's reducescatter can only cut near-equal pieces. So all ranks get the whole sum and cut it here.
         whole = tensor.detach().to(sum_dtype(tensor))
         first = sum(counts[: self.rank])
-        handle = self._hvd.allreduce_async(whole, op=self._hvd.Sum, **self._call())
+        handle = self._hvd.allreduce_async(whole, op=self._hvd.Sum, **self._call_options())
         return self._begin_horovod("reduce_scatter", sent_all_reduce(self.size, whole.nbytes), handle,
                                    lambda total: total[first : first + counts[self.rank]].clone())

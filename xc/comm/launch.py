@@ -1,6 +1,6 @@
-"""How this process was launched, and how its failure ends every rank.
+"""How this process was launched, and how a failure of one rank ends all ranks.
 
-The only file that reads the launcher's environment.
+Only this file and world.py read the launcher's environment variables.
 """
 
 import os
@@ -11,49 +11,51 @@ import traceback
 from xc.errors import ExitRun, UserError, one_line
 from xc.run import signals as stop
 
-# Variables that a launcher sets for its ranks. SLURM_PROCID is not among them, since a batch script has it as well.
+# Variables that a launcher sets for its ranks. SLURM_PROCID is not one of them: a batch script has it, too.
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "HOROVOD_RANK")
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "HOROVOD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def launched_rank():
-    """The rank of this process by its launcher's variables; None without a launcher."""
+    """The rank of this process, from its launcher's variables; None without a launcher."""
     return next((int(os.environ[v]) for v in _RANK_VARIABLES if v in os.environ), None)
 
 
 def launched_size():
-    """The number of ranks by the launcher's variables; None where they do not say."""
+    """The number of ranks, from the launcher's variables; None if they do not tell."""
     return next((int(os.environ[v]) for v in _SIZE_VARIABLES if v in os.environ), None)
 
 
 def launched_by_gloo():
+    """Whether `horovodrun --gloo` launched this process. There is no MPI then."""
     return os.environ.get("HOROVOD_CONTROLLER") == "gloo"
 
 
-_started = False  # whether all ranks have compared the errors of their start
+_compared = False  # whether all ranks have compared the errors of their start
 
 
-def agree_at_start(error):
-    """Raise, on all ranks, the error of the first rank that failed before MPI ran: a flag, an argument file, a device.
+def raise_start_errors(error):
+    """Raise on all ranks the error of the first rank whose start failed: a bad flag, argument file or device.
 
     Every rank calls this once: with None when it opens its world, or with its error from `run`. Collective.
     """
     from mpi4py import MPI
 
-    global _started
-    if not _started:
-        _started = True
+    global _compared
+    if not _compared:
+        _compared = True
         errors = [e for e in MPI.COMM_WORLD.allgather(error) if e is not None]
         if errors:
             raise UserError(errors[0])
 
 
 def run(main):
-    """Call main(); where it fails, end this process so that no other rank waits for it.
+    """Call main(). If it fails, end this process in such a way that no other rank waits for it.
 
-    UserError, which all ranks raise alike once the world is open: rank 0 prints one line, all exit with its code.
-    Anything else happened to this rank alone: it is printed with the rank and MPI ends all ranks (2 for a ValueError,
-    which is bad input met on the way).
+    UserError  all ranks raise the same one: rank 0 prints one line, and all ranks exit with its code
+    ExitRun    likewise, with the line on standard output
+    others     this rank alone failed: it prints the error with its rank, and MPI ends all ranks. The code is 2 for a
+               ValueError, which means bad input met during the run
     """
     try:
         main()
@@ -62,35 +64,13 @@ def run(main):
         stop.ignore()
         if launched_rank() in (None, 0):
             print(e, flush=True)
-        if launched_rank() is not None:  # the launcher ends all ranks when the first one leaves
-            from mpi4py import MPI
-
-            MPI.COMM_WORLD.Barrier()
+        _barrier()  # the launcher ends all ranks when the first one exits
         sys.exit(e.code)
     except UserError as e:
-        under_mpi = launched_rank() is not None and not launched_by_gloo()
-        if under_mpi:
-            try:
-                agree_at_start(str(e))
-            except UserError as first:
-                e = first
-        if launched_rank() in (None, 0):
-            print(f"error: {e}", file=sys.stderr, flush=True)
-        # The launcher ends all ranks when the first one leaves: rank 0 must have spoken by then.
-        if under_mpi:
-            from mpi4py import MPI
-
-            MPI.COMM_WORLD.Barrier()
-        elif launched_by_gloo() and launched_rank():
-            time.sleep(3)
-        sys.exit(e.code)
+        _exit_with(e)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        if launched_rank() is not None:
-            from mpi4py import MPI
-
-            MPI.COMM_WORLD.Abort(130)
-        sys.exit(130)
+        _end_all_ranks(130)
     except BaseException as e:
         if isinstance(e, SystemExit) and not e.code:
             raise
@@ -100,8 +80,38 @@ def run(main):
         else:
             code = e.code if isinstance(e, SystemExit) and isinstance(e.code, int) else 1
             print(f"rank {launched_rank() or 0} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        if launched_rank() is not None:
-            from mpi4py import MPI
+        _end_all_ranks(code)
 
-            MPI.COMM_WORLD.Abort(code)
-        sys.exit(code)
+
+def _exit_with(error):
+    """End all ranks with a UserError that each of them has. Rank 0 prints it."""
+    if not launched_by_gloo() and launched_rank() is not None:
+        try:
+            raise_start_errors(str(error))
+        except UserError as first:
+            error = first
+    if launched_rank() in (None, 0):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    # The launcher ends all ranks when the first one exits, so the others wait until rank 0 has printed.
+    if not launched_by_gloo():
+        _barrier()
+    elif launched_rank():
+        time.sleep(3)
+    sys.exit(error.code)
+
+
+def _barrier():
+    """Wait for all ranks, if a launcher started this process. Collective."""
+    if launched_rank() is not None:
+        from mpi4py import MPI
+
+        MPI.COMM_WORLD.Barrier()
+
+
+def _end_all_ranks(code):
+    """End this rank, and with it all other ranks."""
+    if launched_rank() is not None:
+        from mpi4py import MPI
+
+        MPI.COMM_WORLD.Abort(code)
+    sys.exit(code)

@@ -1,4 +1,4 @@
-"""Communication in flight: begun now, waited for later. Counts its bytes and the time spent waiting."""
+"""Collectives that were begun and not yet waited for. Counts their bytes and the time spent waiting for them."""
 
 import time
 from collections import Counter
@@ -6,57 +6,59 @@ from contextlib import contextmanager
 
 from xc.run import watchdog
 
-_SPINS = 200  # polls without a pause, a fraction of a millisecond: most small collectives end within that time
-_NAP_SECONDS = 1e-4  # between later polls, so that a rank that waits leaves its core to others
+_NUM_BUSY_POLLS = 200  # polls without a pause take a fraction of a millisecond; most small collectives end by then
+_SLEEP_SECONDS = 1e-4  # between later polls, so that a waiting rank leaves its core to others
 
 
 class Traffic:
-    """What this rank sends and waits for.
+    """What this rank sends, and how long it waits.
 
-    sent    bytes that leave this rank, by path, as the sent_* formulas below count them
+    sent    {name of a collective: bytes that leave this rank}, as the sent_* formulas below count them
     waited  seconds in which this rank did nothing but wait for communication
+    on_end  None, or a function that is called with (name, begin, end) of every collective, in seconds of
+            time.perf_counter. `end` is when this rank saw that the collective had ended. The rank looks only while it
+            waits, so the collective itself may have ended earlier
 
-    MPI makes progress only inside of its calls. Horovod's background thread makes such calls every millisecond, so
-    transfers go on during computation; a polling thread of our own gained nothing beside it.
+    MPI moves data only inside of MPI calls. Horovod's background thread makes such calls every millisecond, so
+    collectives proceed during computation. A polling thread of our own made steps no faster.
     """
 
     def __init__(self):
-        self.sent, self.waited = Counter(), 0.0
-        self.on_end = None  # called with path, begin, end (seconds of time.perf_counter) of every transfer
+        self.sent, self.waited, self.on_end = Counter(), 0.0, None
 
-    def begin(self, path, num_bytes, poll, finish):
-        """Record a collective that was begun; returns a function that waits for it and returns its result.
+    def begin(self, name, num_bytes, poll, finish):
+        """Record a collective that was begun. Returns a function that waits for it and returns its result.
 
-        num_bytes  that leave this rank
+        num_bytes  bytes that leave this rank
         poll       () -> whether it has ended
-        finish     () -> result
+        finish     () -> its result; called once it has ended
         """
-        self.sent[path] += int(num_bytes)
+        self.sent[name] += int(num_bytes)
         begun = time.perf_counter()
 
         def wait():
-            start, polls = time.perf_counter(), 0
-            with watchdog.waiting(path):
+            start, num_polls = time.perf_counter(), 0
+            with watchdog.waiting(name):
                 while not poll():
-                    polls += 1
-                    if polls > _SPINS:
-                        time.sleep(_NAP_SECONDS)
+                    num_polls += 1
+                    if num_polls > _NUM_BUSY_POLLS:
+                        time.sleep(_SLEEP_SECONDS)
             end = time.perf_counter()
             self.waited += end - start
             if self.on_end:
-                self.on_end(path, begun, end)
+                self.on_end(name, begun, end)
             return finish()
 
         return wait
 
-    def take(self, num_steps=1):
-        """Metrics of the steps since the last call: MiB sent and milliseconds waited, of one step."""
+    def pop_metrics(self, num_steps=1):
+        """Mean MiB sent and milliseconds waited per step, of the `num_steps` steps since the last call."""
         sent, waited, self.sent, self.waited = self.sent, self.waited, Counter(), 0.0
         return {"sent_mb": sum(sent.values()) / 2**20 / num_steps, "waited_ms": 1e3 * waited / num_steps}
 
     @contextmanager
     def uncounted(self):
-        """Traffic in this block does not count: it belongs to no step."""
+        """What is sent and waited for in this block is not counted. For work that belongs to no step."""
         counted = self.sent.copy(), self.waited
         try:
             yield
@@ -65,15 +67,15 @@ class Traffic:
 
 
 def sent_all_gather(size, own_bytes):
-    """Bytes that a rank of `size` sends when all ranks get what it brings."""
+    """Bytes that one of `size` ranks sends in an all-gather to which it brings own_bytes."""
     return (size - 1) * own_bytes
 
 
 def sent_reduce_scatter(size, whole_bytes):
-    """Bytes that a rank sends for a sum of which every rank gets a near-equal piece."""
+    """Bytes that one of `size` ranks sends in a reduce-scatter of whole_bytes into near-equal pieces."""
     return (size - 1) / size * whole_bytes
 
 
 def sent_all_reduce(size, whole_bytes):
-    """Bytes that a rank sends for a sum that every rank gets, by a ring: reduce-scatter, then all-gather."""
+    """Bytes that one of `size` ranks sends in a ring all-reduce of whole_bytes: reduce-scatter, then all-gather."""
     return 2 * (size - 1) / size * whole_bytes

@@ -1,6 +1,8 @@
-"""Deep gradient compression: of every layer only the largest sums of unsent gradients are sent.
+"""Deep gradient compression: each rank sends only the largest of its accumulated gradients.
 
-The wire format of a layer's message is that of `pack` and `unpack` in topk.py.
+Wire format: each rank sends one message for each bucket: an int32 buffer with the indices of the k values, then the k
+values. `pack` writes it and `unpack` reads it, both in topk.py. An all-gather brings the messages to all ranks. All of
+them have the same k, so a message needs no header.
 """
 
 import math
@@ -14,28 +16,32 @@ from xc.comm.traffic import sent_all_gather, sent_all_reduce
 from xc.gradients.allreduce import AllReduce, Bucket, fill_buckets, residual_files
 from xc.gradients.topk import message_bytes, pack, topk_indices, unpack
 
-_GROUP_BYTES = 2**18  # smaller tensors share a selection and a message
+_BUCKET_BYTES = 2**18  # smaller layers share a bucket: one selection and one message
 
 
 class Dgc(AllReduce):
-    """Deep gradient compression (Lin et al. 2018).
+    """Deep gradient compression (Lin et al. 2018), without gradient clipping and without Nesterov momentum.
 
-    Of every layer, g is the local gradient and m the momentum; u and v stay on this rank:
+    Each rank keeps a momentum u and a residual v for every bucket. With g the rank's gradient and m the factor:
 
-        u ← m u + g          momentum correction
-        v ← v + u            residual
-        the k largest |v| are sent and summed over the ranks; v ← 0 and u ← 0 there (momentum factor masking)
+        u ← m u + g                                     momentum correction
+        v ← v + u                                       residual
+        send the k largest |v|; there v ← 0 and u ← 0   momentum factor masking
 
-    k is the density of the StepPlan times the size of the layer. It falls during a warm-up. With 16 bits the values
-    travel as bfloat16, and v keeps the rounding error. Law: the sum of all u is what was delivered plus the residuals.
+    The sum of what all ranks sent replaces the gradient. k is the density of the StepPlan times the size of the bucket.
+    The density falls during a warm-up. With 16 bits, values are sent as bfloat16 and v keeps the rounding error. Law:
+    the sum of all u so far is what was sent plus the residuals.
 
-    Tensors of fewer than two dimensions are summed dense, with the optimizer's momentum. A layer is summed dense, too,
-    where a sparse message would be no smaller, which is above a density of about 1/W. Its u is not masked then, so with
-    density 1, or on one rank, all numbers are those of the dense exchange with momentum (and without weight decay,
-    which is not accumulated here, see optim/optimizers.py). Layers below 256 KB share a selection.
+    A bucket is a layer; layers below 256 KiB share one. Two kinds of tensors are summed dense:
 
-    two_level  gradients are summed dense inside a host first. Each rank of the host selects in its part of every layer,
-               and only these messages travel between hosts
+    - those of fewer than two dimensions. The optimizer applies their momentum.
+    - buckets whose sparse messages would not be smaller, above a density of about 1/W. Their u is not masked. So with
+      density 1, or on one rank, all numbers are those of the dense exchange with momentum and without weight decay.
+      Weight decay is not accumulated here, see optim/optimizers.py.
+
+    momentum   the factor m
+    two_level  sum gradients dense inside each host first. Each rank of a host then selects in its own part of every
+               bucket, and only these messages travel between hosts
     """
 
     keeps_momentum = True
@@ -49,16 +55,16 @@ class Dgc(AllReduce):
     def _make_buckets(self, parameters, max_bytes):
         super()._make_buckets([p for p in parameters if p.dim() <= 1], max_bytes)
         first = 0
-        for members in fill_buckets([p for p in parameters if p.dim() > 1], _GROUP_BYTES):
+        for members in fill_buckets([p for p in parameters if p.dim() > 1], _BUCKET_BYTES):
             self._sparse.append(SparseBucket(members, first, self))
             first = self._sparse[-1].last
         self._buckets += self._sparse
 
     def launch_in_order(self):
-        """Begin the exchange of the complete layers that follow on complete ones.
+        """Begin the exchange of all complete buckets up to the first incomplete one.
 
-        The collectives of a group must begin in the same order on every rank. Between hosts, a layer is selected while
-        the next one is summed inside the host.
+        The collectives of a group must begin in the same order on every rank. With two levels, a bucket is selected
+        while the next one is summed inside the host.
         """
         before = None
         for bucket in self._sparse:
@@ -71,19 +77,19 @@ class Dgc(AllReduce):
                 before.select()
             before = bucket
 
-    def begin(self, plan):
+    def before_last_backward(self, plan):
         self._plan, self._buffers_differ = plan, True
         if not self.loss_scale.active:
-            super().begin(plan)
+            super().before_last_backward(plan)
 
     def reduce(self):
-        if self.loss_scale.active:  # nothing was sent so far: an overflow on any rank must reach no residual
+        if self.loss_scale.active:  # nothing was sent yet: if any rank overflowed, no rank may change its residuals
             for bucket in self._buckets:
                 bucket.flat.div_(self.loss_scale.scale)
             overflow = torch.tensor([not self._all_finite()], dtype=torch.int32, device=self.world.device)
             if self.world.all_ranks.all_reduce(overflow, "max").item():
                 return False
-            super().begin(self._plan)
+            super().before_last_backward(self._plan)
         self._exchange()
         return True
 
@@ -96,7 +102,7 @@ class Dgc(AllReduce):
 
     def on_bucket_ready(self, bucket):
         if "first" in self._sketches:
-            self._sketch("all", bucket, 1.0)  # its gradients were scaled back before
+            self._sketch("all", bucket, 1.0)  # `reduce` has divided its gradients by the loss scale already
 
     def files(self):
         tables = {f"{name}.{bucket.first + bucket.part.first}": rows
@@ -104,12 +110,15 @@ class Dgc(AllReduce):
         return super().files() | {f"residuals-{self.outer.rank:06d}-{self.inner.rank:06d}.safetensors": tables}
 
     def load(self, folder):
-        """Read what `files` wrote. The residuals of rank r of W' go to rank r mod W and are summed: none is lost."""
+        """Read the files of a checkpoint of any number W' of ranks. Rank r mod W adds what rank r of W' had.
+
+        ValueError for the files of another exchange. Not collective.
+        """
         if not residual_files(folder):
             raise ValueError("it holds no residuals of DGC: resume with the --exchange that it was written with")
         for bucket in self._sparse:
             for rows in bucket.unsent.values():
-                rows.fill_(-0.0)  # adding a number to -0 changes none of its bits
+                rows.fill_(-0.0)  # -0 + x has the bits of x for every x, 0 + x has not
         for path in residual_files(folder):
             if int(path.stem.split("-")[1]) % self.outer.size == self.outer.rank:
                 with safe_open(path, "pt") as file:
@@ -119,21 +128,21 @@ class Dgc(AllReduce):
     def _add_residuals(self, file):
         for key in file.keys():
             name, first = key.split(".")
-            piece, first = file.get_slice(key), int(first)
-            last = first + piece.get_shape()[0]
+            saved, first = file.get_slice(key), int(first)
+            last = first + saved.get_shape()[0]
             for bucket in self._sparse:
                 mine = Shard(bucket.first + bucket.part.first, bucket.first + bucket.part.last)
                 start, stop = max(first, mine.first), min(last, mine.last)
                 if start < stop:
-                    bucket.unsent[name][start - mine.first : stop - mine.first] += piece[start - first : stop - first]
+                    bucket.unsent[name][start - mine.first : stop - mine.first] += saved[start - first : stop - first]
 
 
 class SparseBucket(Bucket):
-    """Layers that share a selection.
+    """Layers that share a selection and a message.
 
-    first, last  where the bucket lies among all sparse parameters, laid end to end
-    part         the Shard of `flat` in which this rank selects: all of it, or its part among the ranks of its host
-    unsent       {"u": momentum (n,), "v": residual (n,)} of that part; a checkpoint has them under these names
+    first, last  range of the bucket among all sparse parameters, laid end to end
+    part         the Shard of `flat` in which this rank selects: all of it, or one part for each rank of the host
+    unsent       {"u": momentum (n,), "v": residual (n,)} of that part. Checkpoints use the same names
     """
 
     def __init__(self, parameters, first, dgc):
@@ -144,28 +153,28 @@ class SparseBucket(Bucket):
         self.unsent = {name: torch.zeros_like(self.flat[: len(self.part)]) for name in "uv"}
         self._sums = self._messages = None
 
-    def begin(self, plan):
-        super().begin(plan)
+    def before_last_backward(self, plan):
+        super().before_last_backward(plan)
         self.density = plan.density
 
-    def _complete(self):
+    def _on_complete(self):
         self._dgc.launch_in_order()
 
     def _num_sent(self, part):
-        """k of a part; None where a dense sum sends no more."""
-        longest, size = len(self._parts[0]), self._dgc.outer.size  # the longest part decides for all of them
+        """k, the number of values sent of a part; None if a dense sum sends no more bytes."""
+        longest, size = len(self._parts[0]), self._dgc.outer.size  # the longest part decides for all parts
         k = math.ceil(self.density * longest)
         sparse = sent_all_gather(size, message_bytes(k, self._dgc.bits))
         return None if k >= longest or sparse >= sent_all_reduce(size, 4 * longest) else min(k, len(part))
 
     def launch(self):
-        """Begin to sum inside the host, unless that is under way."""
+        """Begin the sum inside the host, unless it was begun."""
         if self._wait is None:
             self._dgc.on_bucket_ready(self)
             self._wait = self._dgc.inner.reduce_scatter_async(self.flat, [len(part) for part in self._parts])
 
     def select(self):
-        """Add the gradient to momentum and residual, and begin to send the largest residuals."""
+        """Add the gradient to momentum and residual, and begin to send the largest residuals, unless that was begun."""
         if self._sums or self._messages:
             return
         dgc, grad, momentum, residual = self._dgc, self._wait(), self.unsent["u"], self.unsent["v"]
@@ -192,9 +201,10 @@ class SparseBucket(Bucket):
             sizes = [message_bytes(k, self._dgc.bits) // 4 for k in ks]
             messages = inner.all_gather(self._messages(), [outer.size * size for size in sizes])
             self.flat.zero_()
-            for part, k, of_part in zip(self._parts, ks, messages.split([outer.size * s for s in sizes]), strict=True):
-                for message in of_part.chunk(outer.size):
+            by_part = messages.split([outer.size * size for size in sizes])
+            for part, k, part_messages in zip(self._parts, ks, by_part, strict=True):
+                for message in part_messages.chunk(outer.size):
                     values, indices = unpack(message, k, self._dgc.bits)
                     self.flat[part.first : part.last].index_add_(0, indices, values)
         self._sums = self._messages = None
-        self._again()
+        self._reset()

@@ -1,4 +1,8 @@
-"""The exchanges of the backbone's gradients, by name. A new one is a function here and a line in EXCHANGES."""
+"""The exchanges of the backbone's gradients by name.
+
+A new exchange is one file with a class that has the methods of AllReduce, and one line in EXCHANGES. That line names a
+function (backbone, world, cfg) that makes it; it may raise a UserError and must not use collectives.
+"""
 
 import sys
 
@@ -27,8 +31,8 @@ def _dgc(backbone, world, cfg, two_level=False):
 
 def _dgc_hier(backbone, world, cfg):
     if world.cross_host is None:
-        raise UserError("--exchange dgc-hier needs the same number of ranks on every host: launch so, or take "
-                        "--exchange dgc")
+        raise UserError("--exchange dgc-hier needs the same number of ranks on every host: launch as many on each, or "
+                        "use --exchange dgc")
     return _dgc(backbone, world, cfg, two_level=True)
 
 
@@ -36,5 +40,5 @@ EXCHANGES = {"dense": _dense, "dgc": _dgc, "dgc-hier": _dgc_hier}
 
 
 def build(backbone, world, cfg):
-    """The exchange that a Config asks for. UserError where these ranks cannot have it. Not collective."""
+    """The exchange that --exchange names. UserError if these ranks cannot use it. Not collective."""
     return EXCHANGES[cfg.exchange](backbone, world, cfg)

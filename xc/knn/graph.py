@@ -1,4 +1,4 @@
-"""The KNN graph as a rank keeps it, and its files.
+"""The part of the KNN graph that a rank keeps, and its files.
 
 Further dimension letters: E edges, N cells.
 """
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-CHUNK = 2**18  # elements of a temporary, few enough to stay in the cache
+CHUNK = 2**18  # most elements of a temporary, so that it stays in the cache
 
 
 class KnnGraph:
@@ -17,10 +17,10 @@ class KnnGraph:
 
     offsets    (C + 1,)  int32, or int64 from 2^31 edges: class c has the edges offsets[c] … offsets[c + 1] - 1
     neighbors  (E,)      int32 local ids; the nearest of a class comes first
-    places     (E,)      uint8, or int16 for K > 256: rank of the neighbour, 0 for the nearest of all shards
+    places     (E,)      uint8, or int16 for K > 256: 0 for the nearest of the class's K neighbours, K - 1 for the last
     indexed    the rows as they were indexed, for `refresh`
 
-    All shards together hold K edges of every class, or fewer where an approximate search found fewer.
+    All shards together hold K edges of every class, or fewer if an approximate search found fewer.
     """
 
     def __init__(self, shard, num_neighbors, offsets, neighbors, places, indexed):
@@ -36,27 +36,29 @@ class KnnGraph:
         start = self.offsets[labels].long()
         count = self.offsets[labels + 1] - start
         rows = torch.arange(len(labels), device=labels.device).repeat_interleave(count)
-        at = torch.arange(len(rows), device=labels.device) + (start - count.cumsum(0) + count)[rows]
-        return rows, self.neighbors[at].long(), self.places[at].long()
+        edges = torch.arange(len(rows), device=labels.device) + (start - count.cumsum(0) + count)[rows]
+        return rows, self.neighbors[edges].long(), self.places[edges].long()
 
     def forget_rows(self):
         """Free the memory that only `refresh` needs."""
         self.indexed = Indexed(self.indexed.codes.new_empty(len(self.shard), 0))
 
     def refreshable(self, weight):
-        """Whether the graph holds what `refresh` needs for these rows (S, D)."""
+        """Whether `refresh` can use this graph for these rows (S, D): not after `forget_rows`, not with another D."""
         return self.indexed.codes.shape == weight.shape
 
     @property
     def bytes_per_class(self):
+        """Bytes of this rank's edges, divided by C."""
         return sum(t.nbytes for t in (self.offsets, self.neighbors, self.places)) / self.num_classes
 
     @property
     def file_name(self):
+        """Name of its file in a checkpoint."""
         return f"neighbors-{self.shard.first:012d}-{self.shard.last:012d}.safetensors"
 
     def tables(self):
-        """{name: tensor} for its file. A shard without classes needs no file."""
+        """{name: tensor} of its file. A shard without classes needs no file."""
         shape = [self.shard.first, self.shard.last, self.num_classes, self.num_neighbors, self.indexed.probes]
         recall = torch.tensor([self.indexed.recall], dtype=torch.float64)
         return {"shape": torch.tensor(shape), "recall": recall, "offsets": self.offsets, "neighbors": self.neighbors,
@@ -64,11 +66,11 @@ class KnnGraph:
 
     @classmethod
     def read(cls, paths, shard, num_classes, device="cpu"):
-        """Read the graph of `shard` from the files of all shards of any number of ranks. Not collective.
+        """Read the graph of `shard` from the files of all shards, of any number of ranks. Not collective.
 
-        ValueError where a file is cut, has another number of classes, or is missing.
+        ValueError if a file is damaged, is missing, or has another number of classes.
         """
-        parts, same, indexed, covered, num_neighbors = [], None, None, 0, None
+        parts, own_file, indexed, num_covered, num_neighbors = [], None, None, 0, None
         for path in sorted(paths, key=str):
             try:
                 with safe_open(path, "pt", device=str(device)) as file:
@@ -83,19 +85,19 @@ class KnnGraph:
                         indexed.fill(file, slice(start - first, stop - first),
                                      slice(start - shard.first, stop - shard.first))
                         tables = _checked_tables(file, last - first, *found)
-                        covered += stop - start
+                        num_covered += stop - start
                         if (first, last) == (shard.first, shard.last):
-                            same = [table.clone() for table in tables]  # a copy: the mapped file may be deleted
+                            own_file = [table.clone() for table in tables]  # a copy: the mapped file may be deleted
                         else:
                             parts.append(_edges_within(*tables, first, shard))
             except (OSError, ValueError, TypeError, IndexError, RuntimeError, SafetensorError) as e:
                 raise ValueError(f"file of neighbours {path} cannot be used ({' '.join(str(e).split())}): build "
                                  f"the graph of these {num_classes} classes again") from e
-        if indexed is None or covered != len(shard):
-            raise ValueError(f"the {len(paths)} files of neighbours hold {covered} of the {len(shard)} classes "
+        if indexed is None or num_covered != len(shard):
+            raise ValueError(f"the {len(paths)} files of neighbours hold {num_covered} of the {len(shard)} classes "
                              f"{shard.first} to {shard.last - 1}: build the graph again")
-        if same and not parts:  # the same number of ranks wrote it
-            return cls(shard, num_neighbors, *same[:2], same[2].to(place_type(num_neighbors)), indexed)
+        if own_file and not parts:  # the same number of ranks wrote it
+            return cls(shard, num_neighbors, *own_file[:2], own_file[2].to(place_type(num_neighbors)), indexed)
         none = torch.empty(0, dtype=torch.int64, device=device)
         classes, neighbors, places = (torch.cat(c) for c in zip((none, none.int(), none.int()), *parts, strict=True))
         order = (classes * num_neighbors + places).argsort()
@@ -111,7 +113,7 @@ class Indexed:
     cells      (S,)    int32: the cell of each row; approximate graphs only
     centroids  (N, D)  unit rows, the same on every rank; approximate graphs only
     probes     P, cells searched for a row; 0 means that the graph is exact
-    recall     of the last build
+    recall     of the last build, from 0 to 1
     """
 
     codes: torch.Tensor
@@ -122,24 +124,26 @@ class Indexed:
 
     @classmethod
     def of(cls, weight):
+        """Index rows (S, D) for an exact graph."""
         indexed = cls(torch.empty_like(weight, dtype=torch.int8))
         for block in blocks(*weight.shape):
             indexed.codes[block] = code_of(weight[block])
         return indexed
 
     def angles(self, weight):
-        """Angle (S,) in radians between every row and its indexed version. An unmoved row has about 0.007."""
+        """Angle (S,) in radians between every row and its indexed version; about 0.007 if the row did not move."""
         angles = weight.new_empty(len(weight), dtype=torch.float32)
         for block in blocks(*weight.shape):
             angles[block] = F.cosine_similarity(weight[block].float(), self.codes[block].float()).clamp_(-1, 1).acos()
         return angles
 
     def tensors(self):
+        """{name: tensor} for a file."""
         return {n: t for n, t in vars(self).items() if isinstance(t, torch.Tensor)}
 
     @classmethod
     def empty(cls, file, probes, num_rows, device):
-        """An Indexed of so many rows with the cells of a file of neighbours, to be filled by `fill`."""
+        """An Indexed for `fill`: num_rows rows of zeros, with the centroids, probes and recall of a file."""
         width, recall = file.get_slice("codes").get_shape()[1], file.get_tensor("recall").item()
         codes = torch.zeros(num_rows, width, dtype=torch.int8, device=device)
         if not probes:
@@ -151,7 +155,7 @@ class Indexed:
         return cls(codes, cells, centroids, probes, recall)
 
     def fill(self, file, source, target):
-        """Copy the rows `source` of a file of neighbours to the rows `target`."""
+        """Copy rows from a file. source, target: slices of the file's rows and of these rows."""
         for name in ("codes", "cells") if self.probes else ("codes",):
             getattr(self, name)[target] = file.get_slice(name)[source]
         if self.probes and not ((0 <= self.cells) & (self.cells < len(self.centroids))).all():
@@ -159,8 +163,10 @@ class Indexed:
 
 
 def join(parts):
-    """Join parts (counts (C,), neighbors, places) to offsets, neighbors, places. No two parts have edges of one
-    class."""
+    """Join parts (counts (C,), neighbors, places) to offsets, neighbors, places.
+
+    Only one part may have edges of any class. Every part is sorted by class.
+    """
     counts = sum(count for count, *_ in parts)
     offsets = offsets_of(counts)
     if len(parts) == 1:
@@ -168,13 +174,13 @@ def join(parts):
     neighbors, places = (torch.cat([part[i] for part in parts]) for i in (1, 2))
     for count, *columns in parts:
         shift = offsets[:-1] - (count.cumsum(0) - count)
-        at = shift.repeat_interleave(count).long() + torch.arange(len(columns[0]), device=offsets.device)
-        neighbors[at], places[at] = columns
+        edges = shift.repeat_interleave(count).long() + torch.arange(len(columns[0]), device=offsets.device)
+        neighbors[edges], places[edges] = columns
     return offsets, neighbors, places
 
 
 def _checked_tables(file, num_rows, num_classes, num_neighbors):
-    """offsets, neighbors, places of a file of so many rows. ValueError where they do not fit its shape."""
+    """offsets, neighbors, places of a file with num_rows rows. ValueError if they do not fit its shape."""
     offsets, neighbors, places = (file.get_tensor(name) for name in ("offsets", "neighbors", "places"))
     if (offsets.shape != (num_classes + 1,) or len(neighbors) != len(places) or offsets[0] != 0
             or offsets[-1] != len(neighbors) or (offsets.diff() < 0).any() or len(places) and (
@@ -184,15 +190,15 @@ def _checked_tables(file, num_rows, num_classes, num_neighbors):
 
 
 def _edges_within(offsets, neighbors, places, first, shard):
-    """classes, neighbors, places (E,) of the edges that end in `shard`, of a file whose first row is `first`."""
+    """classes, neighbors, places (E,) of the edges that end in `shard`. first: global id of the file's first row."""
     local = neighbors + (first - shard.first)
-    here = (local >= 0) & (local < len(shard))
+    in_shard = (local >= 0) & (local < len(shard))
     classes = torch.arange(len(offsets) - 1, device=offsets.device).repeat_interleave(offsets.diff())
-    return classes[here], local[here], places[here].int()
+    return classes[in_shard], local[in_shard], places[in_shard].int()
 
 
 def code_of(rows):
-    """Rows (N, D) in 8 bits; their length is lost."""
+    """Rows (B, D) as int8, (B, D). Their lengths are lost."""
     rows = rows.float()
     return (rows * (127 / rows.abs().amax(1, keepdim=True).clamp_(min=1e-30))).round_().to(torch.int8)
 
@@ -204,11 +210,11 @@ def offsets_of(counts):
 
 
 def blocks(num_rows, width):
-    """Slices of rows whose temporaries stay in the cache."""
+    """Slices of range(num_rows), so small that `width` numbers for each row stay in the cache."""
     size = max(1, CHUNK // width)
     return [slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size)]
 
 
 def place_type(num_neighbors):
-    """The integer type of `places` for this K."""
+    """The integer type of `places` for K = num_neighbors."""
     return torch.uint8 if num_neighbors <= 256 else torch.int16

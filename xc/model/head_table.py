@@ -2,7 +2,7 @@
 
 import sys
 
-from xc.config import Config
+from xc.config import option, unused_flags
 from xc.model.head import Head
 from xc.model.knn import KnnHead
 from xc.model.sampled import SampledHead
@@ -16,9 +16,7 @@ def build(cfg, num_classes, world):
 
     Rank 0 warns of flags that this head does not read.
     """
-    head = HEADS[cfg.head]
-    unused = {flag for other in HEADS.values() for flag in other.flags} - set(head.flags)
     if world.rank == 0:
-        for flag in sorted(flag for flag in unused if getattr(cfg, flag) != getattr(Config, flag)):
-            print(f"warning: --{flag.replace('_', '-')} has no effect with --head {cfg.head}", file=sys.stderr)
-    return head.of(cfg, num_classes, world)
+        for flag in unused_flags(cfg, "head", {name: head.flags for name, head in HEADS.items()}):
+            print(f"warning: {option(flag)} has no effect with --head {cfg.head}", file=sys.stderr)
+    return HEADS[cfg.head].of(cfg, num_classes, world)

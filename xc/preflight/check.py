@@ -1,15 +1,24 @@
-"""The preflight check, `python train.py --check` with the flags of a run: faults that the run would find late.
+"""The preflight check, `python train.py --check` with the flags of a run. It finds faults before the run meets them.
 
-Every rank looks at its own place, and all ranks see the list of these facts. Each finding is a line: what was found
-and, where it is a fault, what to do. Lines are printed as they are found, so the last line tells where a network
-hangs. An error on one rank becomes a line as well, and no rank waits for it.
+Every rank gathers facts about its host, and all ranks get the facts of all. Each finding is one line: what was found
+and, if that is a fault, what to do. Lines are printed at once, so the last one shows where a network hangs. An error
+on one rank becomes a finding, too, and no rank waits for that rank.
 """
 
-from xc.preflight.hosts import gpus, host_facts, interfaces, libraries, ranks, shared_memory, software, threads
-from xc.preflight.memory import memory
-from xc.preflight.network import agreement, clocks, network
+from xc.preflight.hosts import (
+    host_facts,
+    report_gpus,
+    report_interfaces,
+    report_mpi,
+    report_ranks,
+    report_shared_memory,
+    report_software,
+    report_threads,
+)
+from xc.preflight.memory import report_memory
+from xc.preflight.network import report_clocks, report_network, report_sums
 from xc.preflight.report import Report
-from xc.preflight.storage import data_set, run_folder
+from xc.preflight.storage import report_data, report_run_folder
 
 
 def check(cfg, world):
@@ -17,24 +26,24 @@ def check(cfg, world):
 
     returns  (exit code, last line); the code is 2 if something is wrong
 
-    Findings that need --data or --out are left out, and named, where the flag is not given.
+    Without --data or --out, the findings that need it are left out. The last line names them.
     """
     report = Report(world.rank == 0)
-    if facts := report.look("host", host_facts, world):
-        report.look("ranks", ranks, facts, cfg)
-        report.look("MPI", libraries, world)
-        report.look("software", software, world)
-        report.look("threads", threads, facts)
-        report.look("interfaces", interfaces, facts)
-        report.look("shared memory", shared_memory, facts)
-        report.look("GPUs", gpus, facts)
-        report.look("agreement", agreement, world)
-        report.look("network", network, world, facts)
-        report.look("clocks", clocks, world)
-        examples = cfg.data and report.look("data", data_set, cfg, world)
-        plan = examples and report.look("memory", memory, cfg, world, facts, examples)
+    if facts := report.run("host", host_facts, world):
+        report.run("ranks", report_ranks, facts, cfg)
+        report.run("MPI", report_mpi, world)
+        report.run("software", report_software, world)
+        report.run("threads", report_threads, facts)
+        report.run("interfaces", report_interfaces, facts)
+        report.run("shared memory", report_shared_memory, facts)
+        report.run("GPUs", report_gpus, facts)
+        report.run("sums", report_sums, world)
+        report.run("network", report_network, world, facts)
+        report.run("clocks", report_clocks, world)
+        examples = cfg.data and report.run("data", report_data, cfg, world)
+        plan = examples and report.run("memory", report_memory, cfg, world, facts, examples)
         if cfg.out:
-            report.look("run folder", run_folder, cfg, world, plan)
+            report.run("run folder", report_run_folder, cfg, world, plan)
     code, text = report.conclusion()
     left_out = ["data and memory (--data)"] * (not cfg.data) + ["run folder (--out)"] * (not cfg.out)
-    return code, text + (f"; not looked at: {', '.join(left_out)}" if left_out else "")
+    return code, text + (f"; not checked: {', '.join(left_out)}" if left_out else "")

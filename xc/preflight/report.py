@@ -1,4 +1,4 @@
-"""Preflight: the findings, and how ranks look at something together."""
+"""Preflight: the list of findings, and functions that run on all ranks without leaving one waiting."""
 
 from xc.errors import UserError
 
@@ -6,9 +6,9 @@ MIB = 2**20
 
 
 class Report:
-    """Findings, printed as they come where that is asked for.
+    """Findings, printed as they are made if `prints` is set.
 
-    findings  [(state, name, value, remedy)], state: ok | warning | wrong; a remedy where there is one
+    findings  [(state, name, value, remedy)], state: ok | warning | wrong; remedy: what to do, "" where nothing is
     """
 
     def __init__(self, prints=False):
@@ -16,52 +16,60 @@ class Report:
         if prints:
             print(f"{'state':8} {'finding':14} value -> remedy", flush=True)
 
-    def __call__(self, name, value, state="ok", remedy=""):
+    def add(self, name, value, state="ok", remedy=""):
+        """Add a finding."""
         self.findings.append((state, name, value, remedy))
         if self._prints:
             print(f"{state:8} {name:14} {value}" + (f" -> {remedy}" if remedy else ""), flush=True)
 
-    def judge(self, name, value, fault, remedy, state="warning"):
-        """A finding that is a fault or not; `fault` says which one."""
-        self(name, f"{value}: {fault}" if fault else value, *((state, remedy) if fault else ()))
+    def add_checked(self, name, value, fault, remedy, state="warning"):
+        """Add a finding: ok if `fault` is empty, otherwise `state` with the text of the fault and the remedy."""
+        if fault:
+            self.add(name, f"{value}: {fault}", state, remedy)
+        else:
+            self.add(name, value)
 
-    def look(self, name, function, *arguments):
-        """What function(report, *arguments) returns; None where it raises a UserError, which is a finding."""
+    def run(self, name, function, *arguments):
+        """Return function(report, *arguments). A UserError in it becomes a finding of this name; returns None then."""
         try:
             return function(self, *arguments)
         except UserError as error:
-            self(name, str(error), "wrong")
+            self.add(name, str(error), "wrong")
 
     def conclusion(self):
-        """(exit code, last line)."""
+        """(exit code, last line). The code is 2 if something is wrong."""
         counts = {state: sum(found == state for found, *_ in self.findings) for state in ("wrong", "warning")}
         return 2 * bool(counts["wrong"]), f"{counts['wrong']} wrong, {counts['warning']} with a warning"
 
 
-def of_all(world, look):
-    """[look() of every rank]; what goes wrong in it on any of them becomes the same UserError on all. Collective."""
-    found = error = None
+def on_all_ranks(world, function):
+    """[function() of every rank]. An error on any rank becomes the same UserError on all ranks. Collective.
+
+    The function must not use collectives.
+    """
+    result = error = None
     try:
-        found = look()
+        result = function()
     except Exception as e:
         error = " ".join(str(e).split()) or repr(e)
-    found, errors = zip(*world.all_ranks.all_gather_object((found, error)), strict=True)
+    results, errors = zip(*world.all_ranks.all_gather_object((result, error)), strict=True)
     for rank, error in enumerate(errors):
         if error is not None:
             raise UserError(error if len(set(errors)) == 1 else f"rank {rank}: {error}")
-    return list(found)
+    return list(results)
 
 
-def of_first(world, look):
-    """look() of rank 0, as `of_all`."""
-    return of_all(world, lambda: look() if world.rank == 0 else None)[0]
+def on_rank_0(world, function):
+    """function() of rank 0, on all ranks. Errors are those of `on_all_ranks`. Collective."""
+    return on_all_ranks(world, lambda: function() if world.rank == 0 else None)[0]
 
 
-def shown(texts, most=4):
-    """The first of them, and how many there are."""
+def listed(texts, most=4):
+    """The first texts with commas between them, and how many more there are."""
     texts = list(texts)
     return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
-def size_text(number):
-    return f"{number / MIB:,.0f} MiB" if number < 10 * 2**30 else f"{number / 2**30:,.1f} GiB"
+def size_text(num_bytes):
+    """The number of bytes in MiB or GiB."""
+    return f"{num_bytes / MIB:,.0f} MiB" if num_bytes < 10 * 2**30 else f"{num_bytes / 2**30:,.1f} GiB"

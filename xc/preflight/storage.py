@@ -1,4 +1,4 @@
-"""Preflight: the data set and the run folder."""
+"""Preflight: the data set, the run folder, and space for checkpoints."""
 
 import os
 import secrets
@@ -13,113 +13,120 @@ from xc.data.augment import prepared
 from xc.data.pack_split import PackSplit
 from xc.errors import UserError
 from xc.optim.schedule import Schedule
-from xc.preflight.report import MIB, of_all, of_first, shown, size_text
-from xc.run import folder
+from xc.preflight.report import MIB, listed, on_all_ranks, on_rank_0, size_text
+from xc.run import folder as run_folder
 
-_WRITTEN = 64 * MIB
-_RECORDS = 256  # read by one thread
+_TEST_BYTES = 64 * MIB  # written to measure the speed of the disk
+_TEST_RECORDS = 256  # read to measure the speed of one thread
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What --data names."""
+    """Facts about the training split of --data.
+
+    order_bytes             memory for the order of examples
+    max_accumulation_steps  of a step
+    digest                  of the list of classes
+    """
 
     num_classes: int
     num_records: int
     input_shape: tuple
-    order_bytes: int  # of the order of examples, in memory
+    order_bytes: int
     max_accumulation_steps: int
     digest: str
 
 
-def data_set(report, cfg, world):
-    """Opens --data on all ranks and reads some of it on rank 0; returns its Examples."""
+def report_data(report, cfg, world):
+    """Open --data on all ranks and read some of it on rank 0. Returns its Examples. Collective."""
     splits = {}
 
     def opened():
         splits.update(loader.open_splits(cfg))
         train = splits["train"]
         order_bytes = train.order_bytes if isinstance(train, PackSplit) else 0
-        max_accumulation_steps = Schedule.of(cfg, len(train), world.size).max_accumulation_steps
-        return Examples(train.num_classes, len(train), train.input_shape, order_bytes, max_accumulation_steps,
+        accumulation_steps = Schedule.of(cfg, len(train), world.size).max_accumulation_steps
+        return Examples(train.num_classes, len(train), train.input_shape, order_bytes, accumulation_steps,
                         train.classes_digest)
 
     def read():
         train = splits["train"]
-        records = train.order(cfg.seed).records(0, min(_RECORDS, len(train)))
+        records = train.order(cfg.seed).records(0, min(_TEST_RECORDS, len(train)))
         start = time.perf_counter()
         inputs, _ = train.examples(records)
-        if world.device.type == "cpu":  # else the GPU does it
+        if world.device.type == "cpu":  # otherwise the GPU does this
             prepared(inputs, 0, cfg.augment, cfg.seed)
         return len(records) / (time.perf_counter() - start)
 
-    found = of_all(world, opened)
+    found = on_all_ranks(world, opened)
     if len(set(found)) > 1:
-        raise UserError(f"--data {cfg.data} is not the same on all ranks: give one on a shared file system")
-    rate = of_first(world, read)
+        raise UserError(f"--data {cfg.data} is not the same on all ranks: use a file system that all hosts share")
+    rate = on_rank_0(world, read)
     sizes = " + ".join(f"{len(split):,}" for split in splits.values())
-    report("data", f"{found[0].num_classes:,} classes, {sizes} examples ({' + '.join(splits)}), one thread reads "
-                   f"{rate:,.0f} a second")
+    report.add("data", f"{found[0].num_classes:,} classes, {sizes} examples ({' + '.join(splits)}), one thread reads "
+                       f"{rate:,.0f} a second")
     return found[0]
 
 
-def run_folder(report, cfg, world, plan):
-    """Writes into the run folder, or into the one that it would be made in, and takes it away again."""
-    place = Path(of_first(world, lambda: _make_place(cfg)))
+def report_run_folder(report, cfg, world, plan):
+    """Write a hidden folder into the run folder, or into its nearest existing parent, and delete it. Collective.
+
+    plan  MemoryPlan, for the size of checkpoints; None if it is not known
+    """
+    folder = Path(on_rank_0(world, lambda: _make_test_folder(cfg)))
     try:
-        problems = of_all(world, lambda: _try_place(place, world.rank))
-        free, kept, rate, unseen = of_first(world, lambda: _measure_place(place, world.size, Path(cfg.out)))
+        problems = on_all_ranks(world, lambda: _try_folder(folder, world.rank))
+        free, in_use, rate, unseen = on_rank_0(world, lambda: _measure_folder(folder, world.size, Path(cfg.out)))
     finally:
         if world.rank == 0:
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
     problems = [f"rank {rank} {problem}" for rank, problem in enumerate(problems) if problem]
     problems += [f"rank 0 does not see what rank {rank} writes" for rank in unseen]
     value = f"{cfg.out}: {rate / MIB:,.0f} MiB/s to the disk, {size_text(free)} free"
-    report.judge("run folder", value, shown(problems), "take a folder on a file system that all hosts share, and may "
-                 "write to", "wrong")
+    report.add_checked("run folder", value, listed(problems),
+                       "use a folder on a file system that all hosts share and can write to", "wrong")
     if plan:
-        count = cfg.keep_checkpoints + 2  # the best one, and one that is being written
-        value = f"{count} of {size_text(plan.on_disk)} at most, {plan.on_disk / rate:,.1f} s each if one rank wrote all"
-        fault = count * plan.on_disk > free + kept and f"more than the {size_text(free)} free"
-        report.judge("checkpoints", value, fault, "another --out, or a lower --keep", "wrong")
+        count = cfg.keep_checkpoints + 2  # and the best one, and one that is being written
+        value = f"at most {count} of {size_text(plan.on_disk)}, {plan.on_disk / rate:,.1f} s each if one rank wrote all"
+        fault = count * plan.on_disk > free + in_use and f"more than the {size_text(free)} free"
+        report.add_checked("checkpoints", value, fault, "use another --out, or a lower --keep-checkpoints", "wrong")
 
 
-def _make_place(cfg):
-    folder.check(cfg)
+def _make_test_folder(cfg):
+    """Create a hidden folder in --out or in its nearest existing parent; returns its path. UserError if it cannot."""
+    run_folder.check(cfg)
     base = Path(cfg.out).absolute()
     while not base.is_dir():
         if base.exists():
-            raise UserError(f"--out {cfg.out} cannot be made: {base} is not a folder")
+            raise UserError(f"--out {cfg.out} cannot be created: {base} is not a folder")
         base = base.parent
     try:
-        place = Path(tempfile.mkdtemp(prefix=".check-", dir=base))
+        return tempfile.mkdtemp(prefix=".check-", dir=base)
     except OSError as error:
-        raise UserError(f"--out {cfg.out} cannot be written to ({error}): name another folder") from error
-    return place
+        raise UserError(f"--out {cfg.out} cannot be written to ({error}): use another folder") from error
 
 
-def _try_place(place, rank):
-    """What is wrong with it for this rank, "" if nothing."""
+def _try_folder(folder, rank):
+    """Write a file into the folder. Returns what is wrong with the folder for this rank; "" if nothing is."""
     try:
-        if not place.is_dir():
+        if not folder.is_dir():
             return "does not see what rank 0 writes"
-        (place / f"{rank}").touch()
+        (folder / f"{rank}").touch()
     except OSError as error:
         return f"cannot write there ({error.strerror})"
     return ""
 
 
-def _measure_place(place, size, out):
-    """(bytes free, bytes of checkpoints that are there, bytes per second that reach the disk, ranks of which no file is
-    seen here)."""
-    block = secrets.token_bytes(MIB)  # that no file system makes small
+def _measure_folder(folder, num_ranks, out):
+    """(bytes free, bytes of existing checkpoints, bytes written per second, ranks whose files are not visible here)."""
+    block = secrets.token_bytes(MIB)  # random, so that no file system compresses it
     start = time.perf_counter()
-    with open(place / "speed", "wb") as file:
-        for _ in range(_WRITTEN // MIB):
+    with open(folder / "speed", "wb") as file:
+        for _ in range(_TEST_BYTES // MIB):
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
-    rate = _WRITTEN / (time.perf_counter() - start)
-    kept = sum(file.stat().st_size for file in out.glob("checkpoints/*/*"))
-    unseen = [rank for rank in range(size) if not (place / f"{rank}").exists()]
-    return shutil.disk_usage(place).free + _WRITTEN, kept, rate, unseen
+    rate = _TEST_BYTES / (time.perf_counter() - start)
+    in_use = sum(file.stat().st_size for file in out.glob("checkpoints/*/*"))
+    unseen = [rank for rank in range(num_ranks) if not (folder / f"{rank}").exists()]
+    return shutil.disk_usage(folder).free + _TEST_BYTES, in_use, rate, unseen
