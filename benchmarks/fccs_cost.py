@@ -75,7 +75,7 @@ def main():
         exchange.noise_seed = 0
         exchange.after_first_backward()
         for bucket in exchange._buckets:
-            exchange.note(bucket)
+            exchange.on_bucket_ready(bucket)
         noise.measure(*exchange.norms(now))
         exchange.zero_grad()
 

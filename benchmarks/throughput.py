@@ -162,7 +162,7 @@ def one_step(one, args, world, generator, step):
     labels = torch.randint(args.classes, (count,), generator=generator)
     batch = list(zip(images.chunk(one.now.micro_batches), labels.chunk(one.now.micro_batches), strict=True))
     world.all_ranks.all_reduce(torch.zeros(1))
-    world.traffic.take()
+    world.traffic.pop_metrics()
     SPENT.update(selection=0.0, dgc=0.0)
     one.timer = Timer()
     before, start, cpu = link_bytes(), time.perf_counter(), time.process_time()
@@ -177,7 +177,7 @@ def one_step(one, args, world, generator, step):
         one.exchange.zero_grad()
         one.head.zero_grad()
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    traffic, phases = world.traffic.take(), one.timer.take(1, count)
+    traffic, phases = world.traffic.pop_metrics(), one.timer.take(1, count)
     world.all_ranks.all_reduce(torch.zeros(1))
     return {"seconds": seconds, "cpu_ms": 1e3 * cpu, "exposed_ms": traffic["waited_ms"], "sent_mb": traffic["sent_mb"],
             "link_mb": (link_bytes() - before) / 2**20, **phases, **SPENT}

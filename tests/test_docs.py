@@ -181,7 +181,7 @@ def test_the_example_of_an_exchange(examples):
     def body(world):
         net = torch.nn.Linear(3, 2)
         exchange = examples["EXCHANGES"]["clipped"](net, world, config.Config(data="d", out="o"))
-        exchange.begin(schedule.StepPlan(0.1, 2, 1, 1.0))
+        exchange.before_last_backward(schedule.StepPlan(0.1, 2, 1, 1.0))
         (100 * net(torch.ones(1, 3)).sum()).backward()
         exchange.reduce()
         return torch.cat([p.grad.flatten() for p in net.parameters()]).norm().item()

@@ -19,7 +19,7 @@ SAMPLERS = ("natural", "balanced", "sqrt", "weighted")
 HEADS = ("full", "knn", "sampled", "selective")
 MARGINS = ("none", "cosface", "arcface")
 SCHEDULES = ("constant", "cosine", "step", "fccs")
-EXCHANGES = ("dense", "dgc", "dgc-hier")
+FLAGS_OF_EXCHANGES = {"dense": (), "dgc": ("density", "density_warmup"), "dgc-hier": ("density", "density_warmup")}
 
 
 def _flag(group, default, help, *, choices=None, least=None, above=None, most=None, below=None, time=False, alias=None):
@@ -114,7 +114,7 @@ class Config:
     micro_batches: int = _flag("communication", 1, "parts of a step's batch: one is computed while another's features "
                                "travel; 2 pay where features are many beside the backbone's weights", least=1)
     exchange: str = _flag("communication", "dense", "of the backbone's gradients: dense; dgc: the largest only; "
-                          "dgc-hier: dense inside a host, the largest between hosts", choices=EXCHANGES)
+                          "dgc-hier: dense inside a host, the largest between hosts", choices=tuple(FLAGS_OF_EXCHANGES))
     density: float = _flag("communication", 0.01, "dgc: share of the gradients that is sent", above=0, most=1)
     density_warmup: str = _flag("communication", "4epochs", "dgc: time in which the density falls from a quarter",
                                 time=True)

@@ -82,7 +82,7 @@ def test_buffers_that_differ_between_ranks_are_kept(readers, tmp_path):
 
     def write(world):
         state = of(world, 1)
-        state.exchange.begin(None)  # a step
+        state.exchange.before_last_backward(None)  # a step
         saver = savers.CheckpointWriter(tmp_path, world, IDENTITY, 2)
         saver.save(state, position(1))
         saver.finish()

@@ -42,9 +42,9 @@ def test_bytes_and_waits_are_counted_once():
     for _ in range(2):
         traffic.begin("a", 2**20, lambda: True, lambda: None)()
     traffic.begin("b", 2**19, over_after(400), lambda: None)()
-    taken = traffic.take(2)
+    taken = traffic.pop_metrics(2)
     assert taken["sent_mb"] == 1.25 and taken["waited_ms"] > 1
-    assert traffic.take() == {"sent_mb": 0.0, "waited_ms": 0.0}
+    assert traffic.pop_metrics() == {"sent_mb": 0.0, "waited_ms": 0.0}
 
 
 def test_what_belongs_to_no_step_is_not_counted():
@@ -52,4 +52,4 @@ def test_what_belongs_to_no_step_is_not_counted():
     traffic.begin("a", 2**20, lambda: True, lambda: None)()
     with traffic.uncounted():
         traffic.begin("a", 2**20, over_after(400), lambda: None)()
-    assert traffic.take()["sent_mb"] == 1.0
+    assert traffic.pop_metrics()["sent_mb"] == 1.0

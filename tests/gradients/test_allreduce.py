@@ -49,7 +49,7 @@ def test_a_parameter_outside_the_loss_does_not_block(exchange_of):
     def body(world):
         net = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
         exchange = exchange_of(net, world)
-        exchange.begin(now())
+        exchange.before_last_backward(now())
         if world.rank == 0:  # the others have no example at all
             net["used"](torch.ones(1, 2)).sum().backward()
         exchange.reduce()
@@ -63,7 +63,7 @@ def test_buffers_are_averaged():
         net = nn.BatchNorm1d(1)
         net.running_mean.fill_(world.rank)
         exchange = AllReduce(net, world)
-        exchange.begin(None)  # a step, in which every rank takes its own
+        exchange.before_last_backward(None)  # a step, in which every rank takes its own
         means = exchange.mean_buffers()
         assert net.running_mean.item() == world.rank and means["running_mean"].item() == 1
         exchange.average_buffers()

@@ -103,7 +103,7 @@ def test_one_step_by_hand():
         exchange = Dgc(net, world, momentum=0.5)
         sent = []
         for grad in ([4.0, -3.0, 1.0, 0.5], [0.0, 0.0, 1.0, 0.5]):
-            exchange.begin(now(0.05))
+            exchange.before_last_backward(now(0.05))
             (net.weight * torch.tensor([grad + 36 * [0.0]])).sum().backward()
             exchange.reduce()
             sent.append(net.weight.grad.tolist()[0][:4])

@@ -11,7 +11,7 @@ from tests.support.launch import horovodrun, mpirun, run
 
 pytestmark = [pytest.mark.mpi, pytest.mark.long]
 DATA = ["--data", "synth:classes=300,dim=16,test=50", "--feature-dim", 16, "--global-batch", 30]
-PLACES = ["ranks", "MPI", "software", "threads", "interfaces", "shared memory", "GPUs", "agreement", "network",
+PLACES = ["ranks", "MPI", "software", "threads", "interfaces", "shared memory", "GPUs", "sums", "network",
           "clocks"]
 OF_A_RUN = ["data", "memory", "run folder", "checkpoints"]
 
@@ -32,7 +32,7 @@ def test_an_installation_alone():
     process = run(sys.executable, "train.py", "--check")
     assert list(findings(process)) == PLACES and {state for (state, _), in findings(process).values()} == {"ok"}
     assert process.stdout.splitlines()[-1] == \
-        "0 wrong, 0 with a warning; not looked at: data and memory (--data), run folder (--out)"
+        "0 wrong, 0 with a warning; not checked: data and memory (--data), run folder (--out)"
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -42,8 +42,8 @@ def test_a_run_that_will_do(ranks, tmp_path):
     found = findings(process)
     assert list(found) == PLACES + OF_A_RUN and not list(tmp_path.iterdir())
     assert found["ranks"][0][1].startswith(f"{ranks} on ") and "thread level MULTIPLE" in found["MPI"][0][1]
-    agreement = "one rank: nothing to agree on" if ranks == 1 else f"MPI and Horovod both sum over {ranks} rank(s)"
-    assert found["agreement"] == [("ok", agreement)]
+    sums = "one rank: nothing to sum" if ranks == 1 else f"MPI and Horovod sum over {ranks} rank(s)"
+    assert found["sums"] == [("ok", sums)]
     assert found["data"][0][1].startswith("300 classes, 3,000 + 50 examples (train + test)")
     assert process.stdout.splitlines()[-1].startswith("0 wrong, ")
     if ranks == 3:
@@ -105,7 +105,7 @@ def test_hosts_of_different_sizes():
 
     found = on("aab")
     (state, text), = found["ranks"]
-    assert state == "warning" and "3 on a (2), b (1)" in text and "as many" in text
+    assert state == "warning" and "3 on a (2), b (1)" in text and "same number" in text
     assert len(found["threads"]) == len(found["shared memory"]) == len(found["network"]) == 2
     assert on("aab", "--exchange", "dgc-hier", expect=2)["ranks"][0][0] == "wrong"
     assert on("ab")["ranks"][0][0] == "ok"

@@ -50,7 +50,7 @@ def test_norms_are_those_of_the_first_micro_batch_and_of_all(kind, size, num_par
             for i in range(num_parts):
                 mine = Shard.of(G // num_parts, size, world.rank)
                 if i == num_parts - 1:
-                    exchange.begin(now)
+                    exchange.before_last_backward(now)
                 inputs = examples()[i * G // num_parts + mine.first : i * G // num_parts + mine.last]
                 (loss_of(net, inputs) * (scale or 1)).backward()
                 if i == 0 and num_parts > 1:
@@ -83,7 +83,7 @@ def test_a_sketch_has_the_norm_of_the_whole():
             for bucket in exchange._buckets:
                 bucket.flat.copy_(numbers[: len(bucket.flat)])
             exchange.after_first_backward()
-            exchange.begin(StepPlan(0.1, 12, 2))
+            exchange.before_last_backward(StepPlan(0.1, 12, 2))
             exchange.reduce()
             first, _, whole, _ = exchange.norms(StepPlan(0.1, 12, 2))
             exact = sum(bucket.flat.double().square().sum().item() for bucket in exchange._buckets)

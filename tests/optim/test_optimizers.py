@@ -183,7 +183,7 @@ def test_lars_under_dgc_goes_about_as_far_as_without(size, density):
         for step in range(200):
             grad = torch.randn(7, 30, generator=torch.Generator().manual_seed(step))
             if exchange:
-                exchange.begin(StepPlan(0.1, size, 1, density))
+                exchange.before_last_backward(StepPlan(0.1, size, 1, density))
             else:
                 optimizer.zero_grad()
             (net.weight * grad).sum().div(size if exchange else 1).backward()

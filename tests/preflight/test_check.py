@@ -11,8 +11,8 @@ from tests.support.worlds import run_ranks
 from xc.config import Config, as_arguments, parse
 from xc.errors import UserError
 from xc.preflight import hosts, network
-from xc.preflight import report as reports
 from xc.preflight.check import check
+from xc.preflight.report import Report, on_all_ranks
 
 DATA = ["--data", "synth:classes=300,dim=16,test=50", "--feature-dim", 16, "--global-batch", 30]
 
@@ -67,18 +67,18 @@ def test_a_plan_that_does_not_fit(flags, tmp_path, capsys):
     code, _ = checked(1, "--data", "synth:classes=100000000,dim=16,test=0", "--feature-dim", 8192, *flags, "--out",
                       tmp_path / "run")
     text = found_wrong(capsys)["memory"]
-    assert code == 2 and "does not fit" in text and " ranks, no more on a host than here" in text
+    assert code == 2 and "does not fit" in text and " ranks, with no more on a host than now" in text
     assert "class rows" in text and not list(tmp_path.iterdir())
 
 
 def test_other_code_on_one_rank_is_named(monkeypatch):
     here = threading.local()
-    monkeypatch.setattr(hosts, "_digest", lambda: "new" if here.rank == 2 else "old")
+    monkeypatch.setattr(hosts, "_code_digest", lambda: "new" if here.rank == 2 else "old")
 
     def body(world):
         here.rank = world.rank
-        report = reports.Report()
-        hosts.software(report, world)
+        report = Report()
+        hosts.report_software(report, world)
         return report
 
     for report in run_ranks(3, body):
@@ -96,8 +96,8 @@ def test_what_goes_wrong_on_one_rank_is_heard_by_all(error):
             return world.rank
 
         with pytest.raises(UserError, match="rank 1: ") as raised:
-            reports.of_all(world, look)
-        return str(raised.value), reports.of_all(world, lambda: world.rank)
+            on_all_ranks(world, look)
+        return str(raised.value), on_all_ranks(world, lambda: world.rank)
 
     texts, found = zip(*run_ranks(3, body), strict=True)
     assert len(set(texts)) == 1 and "\n" not in texts[0] and found == ([0, 1, 2],) * 3
@@ -109,8 +109,8 @@ def test_clocks(ahead):
         def clock():
             return time.time() + (ahead if world.rank == 2 else 0.0)
 
-        report = reports.Report()
-        network.clocks(report, world, clock)
+        report = Report()
+        network.report_clocks(report, world, clock)
         return network.clock_offsets(world, clock), report
 
     for offsets, report in run_ranks(3, body):
@@ -120,22 +120,24 @@ def test_clocks(ahead):
 
 
 @pytest.mark.parametrize("finding, facts, state, text", [
-    (hosts.threads, [facts_of(), facts_of()], "ok", "2 of 2 rank(s) on 2 core(s)"),
-    (hosts.threads, [facts_of(), facts_of(threads=2)], "warning", "OMP_NUM_THREADS=1"),
-    (hosts.threads, [facts_of(cores=[0]), facts_of(cores=[0])], "warning", "binding_policy=none"),
-    (hosts.threads, [facts_of(cores=[0]), facts_of(cores=[1])], "ok", ""),
-    (hosts.shared_memory, [facts_of(shared_memory=2**23)], "ok", ""),
-    (hosts.shared_memory, [facts_of(shared_memory=2**23)] * 2, "warning", "--shm-size"),
-    (hosts.interfaces, [facts_of(), facts_of(host="b", addresses=[("eth0", "10.0.0.2")])], "ok", ""),
-    (hosts.interfaces, [facts_of(), facts_of(host="b")], "warning", "10.0.0.1 on a, b"),
-    (hosts.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "10.0.0.0/8"})] * 2, "ok", "if_include"),
-    (hosts.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "ib0"})], "wrong", "ib0 is not on a"),
-    (hosts.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "10.1.0.0/16"})], "wrong", "is not on a"),
-    (hosts.interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "10.1/x"})], "wrong", "10.1/x"),
+    (hosts.report_threads, [facts_of(), facts_of()], "ok", "2 of 2 rank(s) on 2 core(s)"),
+    (hosts.report_threads, [facts_of(), facts_of(threads=2)], "warning", "OMP_NUM_THREADS=1"),
+    (hosts.report_threads, [facts_of(cores=[0]), facts_of(cores=[0])], "warning", "binding_policy=none"),
+    (hosts.report_threads, [facts_of(cores=[0]), facts_of(cores=[1])], "ok", ""),
+    (hosts.report_shared_memory, [facts_of(shared_memory=2**23)], "ok", ""),
+    (hosts.report_shared_memory, [facts_of(shared_memory=2**23)] * 2, "warning", "--shm-size"),
+    (hosts.report_interfaces, [facts_of(), facts_of(host="b", addresses=[("eth0", "10.0.0.2")])], "ok", ""),
+    (hosts.report_interfaces, [facts_of(), facts_of(host="b")], "warning", "10.0.0.1 on a, b"),
+    (hosts.report_interfaces, 2 * [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "10.0.0.0/8"})], "ok",
+     "if_include"),
+    (hosts.report_interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "ib0"})], "wrong", "ib0 is not on a"),
+    (hosts.report_interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "10.1.0.0/16"})], "wrong",
+     "is not on a"),
+    (hosts.report_interfaces, [facts_of(settings={"OMPI_MCA_btl_tcp_if_include": "10.1/x"})], "wrong", "10.1/x"),
 ])
 def test_what_follows_from_facts(finding, facts, state, text):
-    report = reports.Report()
-    report.look("interfaces", finding, facts)
+    report = Report()
+    report.run("interfaces", finding, facts)
     (found, _, value, remedy), = report.findings
     assert found == state and text in value + remedy
 
@@ -144,6 +146,6 @@ def test_gpus():
     """By facts alone: there need not be one here."""
     gpu = {"count": 2, "name": "G", "free": 2**34, "index": 0}
     for num_ranks, state in (1, "warning"), (2, "ok"), (3, "wrong"):
-        report = reports.Report()
-        hosts.gpus(report, [facts_of(device="cuda", gpu=gpu)] * num_ranks)
+        report = Report()
+        hosts.report_gpus(report, [facts_of(device="cuda", gpu=gpu)] * num_ranks)
         assert states(report) == [("GPUs", state)]

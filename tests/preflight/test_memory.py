@@ -9,9 +9,9 @@ from tests.support.facts import facts_of
 from xc.comm.world import World
 from xc.config import Config
 from xc.preflight import hosts, storage
-from xc.preflight import report as reports
-from xc.preflight.memory import memory as plan_of_memory
+from xc.preflight.memory import report_memory
 from xc.preflight.memory_plan import ON_HOST
+from xc.preflight.report import Report
 from xc.run.metrics import peak_rss_mb
 
 
@@ -21,12 +21,12 @@ def test_memory_of_a_cgroup(tmp_path):
 
     def left(limit):
         (group / "memory.max").write_text(f"{limit}\n")
-        return hosts._left_in(group, "memory.max", "memory.current", "inactive_file")
+        return hosts._free_in_cgroup(group, "memory.max", "memory.current", "inactive_file")
 
     (group / "memory.current").write_text("700\n")
     (group / "memory.stat").write_text("anon 600\ninactive_file 40\n")
     assert left(1000) == 340 and left("max") is None
-    assert hosts._left_in(tmp_path, "memory.max", "memory.current", "inactive_file") is None
+    assert hosts._free_in_cgroup(tmp_path, "memory.max", "memory.current", "inactive_file") is None
     assert 2**26 < hosts.memory_available() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -34,11 +34,11 @@ EXAMPLES = storage.Examples(100_000, 10**6, (16,), 0, 1, "")
 
 
 def planned(cfg, memory, device="cpu", gpu=None):
-    """(Plan, state, text) of two ranks of a host with so much memory free."""
+    """(MemoryPlan, state, text) of two ranks of a host with so much memory free."""
     world = World()
     world.size, world.device = 2, torch.device(device)
-    report, facts = reports.Report(), facts_of(memory=memory, taken=0, device=device, gpu=gpu)
-    plan = plan_of_memory(report, cfg, world, [facts, facts], EXAMPLES)
+    report, facts = Report(), facts_of(memory=memory, taken=0, device=device, gpu=gpu)
+    plan = report_memory(report, cfg, world, [facts, facts], EXAMPLES)
     (state, _, value, remedy), = report.findings
     return plan, state, f"{value} -> {remedy}"
 
@@ -80,7 +80,7 @@ def test_a_plan_allocates_nothing():
     """The rows alone would be 48 GiB."""
     before = peak_rss_mb()
     cfg = Config("synth:classes=100000000,dim=128", check=1)
-    world, report = World(), reports.Report()
+    world, report = World(), Report()
     facts = hosts.host_facts(report, world)
-    plan = plan_of_memory(report, cfg, world, facts, storage.data_set(report, cfg, world))
+    plan = report_memory(report, cfg, world, facts, storage.report_data(report, cfg, world))
     assert plan.parts["class rows"] == 100_000_000 * 128 * torch.float32.itemsize and peak_rss_mb() - before < 300

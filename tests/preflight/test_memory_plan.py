@@ -18,11 +18,11 @@ from xc.model import head_table as heads
 from xc.optim.noise_scale import NoiseScale
 from xc.optim.optimizers import RowSGD, backbone_optimizer
 from xc.optim.schedule import Progress
-from xc.preflight.memory_plan import Network, Plan
+from xc.preflight.memory_plan import BackboneSize, MemoryPlan
 from xc.run.loss_meter import LossMeter
 
 C, D, G = 137, 6, 12
-NOTHING = Network(0, 0, 0, 0, 0)
+NOTHING = BackboneSize(0, 0, 0, 0, 0)
 GRIDS = [(1, 0), (3, 0), (4, 2), (4, 1)]
 
 
@@ -31,7 +31,7 @@ def config(**settings):
 
 
 def planned(cfg, num_ranks, network=NOTHING, num_classes=C, **options):
-    return Plan.of(cfg, num_classes, num_ranks, network, **options)
+    return MemoryPlan.of(cfg, num_classes, num_ranks, network, **options)
 
 
 @pytest.mark.parametrize("num_ranks, width", GRIDS)
@@ -68,10 +68,10 @@ def test_tables_are_as_planned(num_ranks, width, settings):
     found = run_ranks(num_ranks, body, width)
     rows, momentum, graphs, kept, grads = zip(*found, strict=True)
     assert plan.parts["class rows"] == rows[0] == max(rows)
-    assert plan.parts.get("their momentum", 0) == momentum[0] == max(momentum)
+    assert plan.parts.get("row momentum", 0) == momentum[0] == max(momentum)
     assert 0 < max(kept) <= plan.parts["logits and active rows"]
     if cfg.head in ("full", "mach"):
-        assert plan.parts["their gradients"] == grads[0] == max(grads)
+        assert plan.parts["row gradients"] == grads[0] == max(grads)
     if cfg.head == "knn":
         shards = width or num_ranks
         most = shards * plan.parts["graph"]
@@ -84,7 +84,7 @@ def test_a_partial_step_has_the_gradients_planned():
     head = heads.build(cfg, C, World())
     head.select(torch.arange(G), 0)
     head(torch.randn(G, D).requires_grad_(), torch.arange(G), G)
-    assert head.row_grad.nbytes == planned(cfg, 1).parts["their gradients"] == 40 * D * 4
+    assert head.row_grad.nbytes == planned(cfg, 1).parts["row gradients"] == 40 * D * 4
 
 
 @pytest.mark.parametrize("head", ["full", "knn", "sampled", "selective"])
@@ -105,7 +105,7 @@ def test_laws(head):
 
 @pytest.mark.parametrize("name, shape", [("mlp", (9,)), ("small", (1, 32, 32)), ("resnet18", (3, 16, 16))])
 def test_a_network_is_as_it_is_built(name, shape):
-    network = Network.of(config(backbone=name), shape)
+    network = BackboneSize.of(config(backbone=name), shape)
     built = backbones.build(name, shape, D, 0, World())
     assert network.parameters == sum(p.nbytes for p in built.parameters()) >= network.matrices > 0
     assert network.buffers == sum(b.nbytes for b in built.buffers())
@@ -140,5 +140,5 @@ def test_a_checkpoint_is_as_large_as_planned(ranks, width, settings, tmp_path):
     run_ranks(ranks, body, width)
     (folder,) = (tmp_path / "checkpoints").iterdir()
     size = sum(file.stat().st_size for file in folder.iterdir())
-    plan = Plan.of(cfg, 3000, ranks, Network.of(cfg, (16,)))
+    plan = MemoryPlan.of(cfg, 3000, ranks, BackboneSize.of(cfg, (16,)))
     assert 0.99 * plan.on_disk < size < plan.on_disk + 20_000

@@ -26,7 +26,7 @@ class Mailbox:
         elif word == "ask" and rank in self._answers:
             self._inbox.put((rank, "answer", *self._answers[rank]))
 
-    def take(self):
+    def receive(self):
         return None if self._inbox.empty() else self._inbox.get()
 
 

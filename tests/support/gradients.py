@@ -18,6 +18,6 @@ def give(net, exchange, seed, scale=1.0, density=1.0, passes=1):
     """One step's gradients, of random images, summed over `passes` backward passes."""
     for i in range(passes):
         if exchange and i == passes - 1:
-            exchange.begin(now(density))
+            exchange.before_last_backward(now(density))
         images = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(seed * 10 + i))
         (net(images) * scale).square().sum().backward()

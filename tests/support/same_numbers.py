@@ -125,6 +125,8 @@ def numbers_of(root, folder, ranks, flags, stop_after):
         assert (folder / "metrics.jsonl").exists(), f"{' '.join(flags)} in {root} did not begin: {errors}"
         (folder / "last.json").write_text(json.dumps({"code": process.returncode, **last}))
     lines = [untimed(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if stop_after:  # the interval in which a run was resumed counts the bytes since then, and signals come when they do
+        lines = [{name: value for name, value in line.items() if name != "sent_mb"} for line in lines]
     newest = max((folder / "checkpoints").glob("step-*"))
     tensors = {}
     for path in newest.glob("*.safetensors"):

@@ -6,7 +6,7 @@ function (backbone, world, cfg) that makes it; it may raise a UserError and must
 
 import sys
 
-from xc.config import Config
+from xc.config import FLAGS_OF_EXCHANGES, option, unused_flags
 from xc.errors import UserError
 from xc.gradients.allreduce import AllReduce
 from xc.gradients.dgc import Dgc
@@ -14,9 +14,6 @@ from xc.optim.loss_scale import LossScale
 
 
 def _dense(backbone, world, cfg):
-    for flag in ("density", "density_warmup") if world.rank == 0 else ():
-        if getattr(cfg, flag) != getattr(Config, flag):
-            print(f"warning: --{flag.replace('_', '-')} has no effect with --exchange dense", file=sys.stderr)
     return AllReduce(backbone, world, bits=cfg.gradient_bits, loss_scale=LossScale.of(cfg))
 
 
@@ -41,4 +38,6 @@ EXCHANGES = {"dense": _dense, "dgc": _dgc, "dgc-hier": _dgc_hier}
 
 def build(backbone, world, cfg):
     """The exchange that --exchange names. UserError if these ranks cannot use it. Not collective."""
+    for flag in unused_flags(cfg, "exchange", FLAGS_OF_EXCHANGES) if world.rank == 0 else ():
+        print(f"warning: {option(flag)} has no effect with --exchange {cfg.exchange}", file=sys.stderr)
     return EXCHANGES[cfg.exchange](backbone, world, cfg)

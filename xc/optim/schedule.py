@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from xc.config import interval
+from xc.config import FLAGS_OF_EXCHANGES, interval
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ class Schedule:
             if self.max_accumulation_steps > 1 and not self.growth and self.length > 1:
                 raise ValueError(f"--fccs-hold {cfg.fccs_hold} and --fccs-tail {cfg.fccs_tail} leave the batch no "
                                  f"time to grow to --max-batch {cfg.max_batch}: shorten one, or leave --max-batch out")
-        if cfg.exchange != "dense" and cfg.density < 0.25 and self.density_warmup >= self.length > 1:
+        sparse = "density" in FLAGS_OF_EXCHANGES[cfg.exchange] and cfg.density < 0.25
+        if sparse and self.density_warmup >= self.length > 1:
             raise ValueError(f"--density-warmup {cfg.density_warmup} is {self.density_warmup} {steps}, but the run has "
                              f"{self.length} and would not reach --density {cfg.density}: take a shorter warm-up")
 

@@ -16,6 +16,7 @@ import torch
 
 from xc.comm.shard import Shard
 from xc.comm.world import World
+from xc.config import FLAGS_OF_EXCHANGES
 from xc.data.augment import PIECE
 from xc.data.loader import PREFETCH
 from xc.model import backbone as backbones
@@ -95,7 +96,7 @@ class MemoryPlan:
         num_examples = len(Shard.of(micro_batch, num_ranks, 0))  # of this rank in a micro-batch
         batch = num_examples * backbone.example
         group = sum(len(Shard.of(micro_batch, num_ranks, rank)) for rank in range(head.num_shards))
-        sparse = backbone.matrices if cfg.exchange != "dense" else 0
+        sparse = backbone.matrices if "density" in FLAGS_OF_EXCHANGES[cfg.exchange] else 0
         weights = backbone.parameters + backbone.buffers
         momentum = backbone.parameters - sparse if cfg.momentum else 0
         in_flight = min(3, num_parts)  # micro-batches in the forward pass, the softmax and the backward pass
@@ -127,7 +128,7 @@ class _HeadSize:
 
     @classmethod
     def of(cls, cfg, num_classes, num_shards):
-        settings = heads.named(cfg.head).settings(cfg, num_classes)
+        settings = heads.HEADS[cfg.head].settings(cfg, num_classes)
         num_rows = len(Shard.of(num_classes, num_shards, 0))
         quota = len(Shard.of(settings.get("active_classes", num_classes), num_shards, 0))
         return cls(cfg, num_shards, num_rows,

@@ -45,7 +45,7 @@ class RunLog:
             progress, loss=state.losses.pop_mean(), lr=plan.lr, global_batch=plan.global_batch,
             peak_rss_mb=peak_rss_mb(), noise_scale=state.noise.examples,
             loss_scale=loss_scale.scale if loss_scale.active else None, bad_records=loader.bad_records(),
-            **self._world.traffic.take(steps), **self.timer.take(steps, examples))
+            **self._world.traffic.pop_metrics(steps), **self.timer.take(steps, examples))
         self._logged = progress
 
     def evaluation(self, progress, scores):

@@ -81,7 +81,7 @@ class Watchdog:
         while not self._closed.wait(_TICK_SECONDS):
             # This fires where a call holds the interpreter, and with it this thread.
             faulthandler.dump_traceback_later(self._seconds + _GRACE_SECONDS)
-            while message := self._world.mailbox.take():
+            while message := self._world.mailbox.receive():
                 self._handle_message(*message)
             now, (_, _, idle) = time.monotonic(), _activity.facts()
             if self._reported is None and min(idle, now - self._clock_start) >= self._seconds:

@@ -61,7 +61,7 @@ def forward_backward(backbone, head, exchange, batch, labels, plan, timer, featu
             if j == 0:
                 of_first = features[0].detach()
             if j == num_parts - 1:
-                exchange.begin(plan)  # the next backward pass is the last one
+                exchange.before_last_backward(plan)  # the next backward pass is the last one
             with timer("backward"):
                 features.pop(j).backward(gradient * scale if exchange.loss_scale.active else gradient)
                 if j == 0 and num_parts > 1:
