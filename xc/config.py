@@ -249,7 +249,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action):
         text = action.help.removesuffix(" (default: %(default)s)").replace("%", "%%")  # Python 3.12 adds it to booleans
-        return f"{text} (default: %(default)s)" if action.default not in ("", False, argparse.SUPPRESS) else text
+        return f"{text} (default: %(default)s)" if action.default not in ("", False, True, argparse.SUPPRESS) else text
 
 
 def _parser():
