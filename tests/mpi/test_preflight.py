@@ -48,12 +48,12 @@ def test_a_run_that_will_do(ranks, tmp_path):
     assert process.stdout.splitlines()[-1].startswith("0 wrong, ")
     if ranks == 3:
         out.mkdir(parents=True)
-        mpirun(ranks, "train.py", *DATA, "--out", out, "--check", 1)
+        mpirun(ranks, "train.py", *DATA, "--out", out, "--check")
         assert not list(out.iterdir())
 
 
 def test_horovodrun_does_not_take_it_for_check_build(tmp_path):
-    for form in ["--check", 1, *DATA], [*DATA, "--check"]:
+    for form in ["--check", *DATA], [*DATA, "--check"]:
         found = findings(horovodrun(2, "train.py", *form, "--out", tmp_path / "run"))
         assert set(found) == {*PLACES, *OF_A_RUN} and not list(tmp_path.iterdir())
 
