@@ -3,7 +3,7 @@
 SRC  a tree of images; the class of an image is the path of its folder below SRC (letters/a/1.png has class letters/a).
      Or a manifest (CSV, TSV or Parquet with the columns path, label and, if wanted, split and weight), WebDataset tar
      shards, MXNet RecordIO, or a pack: data_tools/sources. Several become one pack.
-OUT  the pack, a new folder; xc/pack.py documents its layout.
+OUT  the pack, a new folder; xc/data/pack.py documents its layout.
 
 OUT is a folder of packs with one class table, that of train, if the top of the tree has only the folders train, val and
 test (at least train), if there is a column split, or if shards are named after splits. A label is the position of the

@@ -249,7 +249,8 @@ class _HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action):
         text = action.help.removesuffix(" (default: %(default)s)").replace("%", "%%")  # Python 3.12 adds it to booleans
-        return f"{text} (default: %(default)s)" if action.default not in ("", False, True, argparse.SUPPRESS) else text
+        shown = action.default not in ("", argparse.SUPPRESS) and not isinstance(action.default, bool)
+        return f"{text} (default: %(default)s)" if shown else text
 
 
 def _parser():
@@ -275,7 +276,10 @@ def _parser():
 
 def _sampling_correction(text):
     """The value of --padding, which was the name of this flag."""
-    return bool(("plain", "corrected").index(text))
+    if text not in ("plain", "corrected"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not known: give --sampling-correction or "
+                                         "--no-sampling-correction")
+    return text == "corrected"
 
 
 def parse(arguments=None):

@@ -1,7 +1,7 @@
 """The files of a checkpoint that hold a range of class rows each: rows, their momentum, an index, the KNN graph.
 
 A table of rows, (S, …) in the file of S classes, can be read for any range of classes. An edge of the graph is in the
-file of the class in which it ends, whatever the class in which it begins (xc/knn_graph.py), so other ranges of classes
+file of the class in which it ends, whatever the class in which it begins (xc/knn/graph.py), so other ranges of classes
 distribute the edges anew. All ranges are half-open: [first, last).
 """
 
@@ -29,7 +29,7 @@ def name_of(kind, first, last):
 
 
 def near_equal(num_rows, num_files):
-    """[(first, last)] of near-equal parts of range(num_rows), as train.py gives to its ranks (xc/shard.py)."""
+    """[(first, last)] of near-equal parts of range(num_rows), as train.py gives to its ranks (xc/comm/shard.py)."""
     size, remainder = divmod(num_rows, num_files)
     firsts = [part * size + min(part, remainder) for part in range(num_files + 1)]
     return list(zip(firsts, firsts[1:], strict=False))

@@ -1,4 +1,4 @@
-"""Writes packs; xc/pack.py documents their layout and reads them."""
+"""Writes packs; xc/data/pack.py documents their layout and reads them."""
 
 import math
 import os

@@ -68,7 +68,7 @@ def test_a_rank_that_stalls_is_named_and_the_run_ends(ranks, fault, sentence, tm
     (3, ["--head", "knn", "--active-classes", 90, "--graph-every", "10steps"])])
 def test_a_loss_that_is_no_number_is_left_behind(ranks, flags, tmp_path):
     """Back at the last checkpoint the batch is left out, as if it had never been there."""
-    base = [*SYNTH[1:], *flags, "--steps", 40, "--save-every", "8steps", "--log-steps", 4, "--keep", 1]
+    base = [*SYNTH[1:], *flags, "--steps", 40, "--save-every", "8steps", "--log-steps", 4, "--keep-checkpoints", 1]
     process = faulty(ranks, "nan", *base, "--out", tmp_path / "run", "--max-rollbacks", 1)
     assert process.stderr.count("warning: the loss of step 22 is nan: going back to") == 1
     assert "step-00000016" in process.stderr
@@ -101,7 +101,8 @@ def test_training_goes_on_with_a_full_disk(tmp_path):
     """Room for two checkpoints and a half: the third, which is written before the first goes, never fits."""
     with small_disk(tmp_path / "disk", 3600) as disk:
         out = disk / "run"
-        process = run(*launcher(3), sys.executable, *WIDE, "--out", out, "--steps", 60, "--keep", 2, expect=1)
+        process = run(*launcher(3), sys.executable, *WIDE, "--out", out, "--steps", 60, "--keep-checkpoints", 2,
+                      expect=1)
         assert process.stderr.count("warning: a checkpoint could not be written") == 2
         (line,) = errors(process)
         assert "3 checkpoint(s) in a row could not be written" in line
@@ -154,10 +155,11 @@ def test_damaged_records_are_left_out_up_to_a_number(spoiled_packs, tmp_path):
 def test_a_loss_that_is_no_number_goes_back_beyond_what_it_spoiled(tmp_path):
     """The checkpoint that an update spoiled is passed by for the one before; what was left out is known to a launch
     that comes later."""
-    base = [*SYNTH[1:], "--steps", 40, "--save-every", "7steps", "--log-steps", 7, "--keep", 3, "--max-rollbacks", 1]
+    base = [*SYNTH[1:], "--steps", 40, "--save-every", "7steps", "--log-steps", 7, "--keep-checkpoints", 3,
+            "--max-rollbacks", 1]
     out = tmp_path / "run"
     process = faulty(2, "nan", *base, "--out", out)  # step 22, right behind the checkpoint of step 21
-    assert "going back to" in process.stderr and "step-00000014, to leave out" in process.stderr
+    assert "going back to" in process.stderr and "step-00000014 and leaving out" in process.stderr
     faulty(2, "without", *base, "--out", tmp_path / "without")
     assert losses(out) == losses(tmp_path / "without")
     assert (out / "rollbacks.json").read_text() == "[21]"
@@ -166,7 +168,7 @@ def test_a_loss_that_is_no_number_goes_back_beyond_what_it_spoiled(tmp_path):
 def test_a_launch_may_begin_with_a_batch_that_is_left_out(tmp_path):
     """Killed behind a rollback and before a further step: the next launch evaluates before it has trained."""
     base = [*SYNTH[1:], "--head", "knn", "--active-classes", 90, "--steps", 30, "--save-every", "20steps",
-            "--eval-every", "21steps", "--keep", 3, "--max-rollbacks", 1]
+            "--eval-every", "21steps", "--keep-checkpoints", 3, "--max-rollbacks", 1]
     faulty(2, "nan", *base, "--out", tmp_path / "run")
     whole = accuracies(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000030")

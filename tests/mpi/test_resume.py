@@ -15,7 +15,7 @@ RUN = ["--data", "synth:classes=60,dim=16,images=1,test=50", "--image-size", 16,
        "--eval-every", 0]  # an evaluation would hear of the signal within a step
 FEW = ["--active-classes", 32, "--graph-every", "12steps"]
 DGC = ["--density", 0.05, "--density-warmup", "10steps", "--global-batch", 14, "--micro-batches", 2]
-GROWING = ["--epochs", 2.5, "--schedule", "fccs", "--tail", "20%"]
+GROWING = ["--epochs", 2.5, "--schedule", "fccs", "--fccs-tail", "20%"]
 LARS = ["--optimizer", "lars", "--lr", 2, "--head-lr-scale", 1]
 VECTORS = ["--data", "synth:classes=300,dim=16,test=50", "--global-batch", 60, "--lr", 0.05, "--epochs", 2]
 
@@ -29,11 +29,11 @@ def last_files(run_folder):
 @pytest.mark.parametrize("ranks, stop, flags", [
     (2, 30, ["--steps", 60, "--head", "sampled", *FEW[:2], "--margin", "cosface", "--margin-size", 0.1,
              "--head-momentum", 0.9, "--head-lr-scale", 4, "--exchange", "dgc", *DGC]),
-    (3, 30, ["--steps", 60, "--head", "knn", *FEW, "--graph", "approx", "--graph-angle", 3, "--row-dtype", "bfloat16",
-             "--head-momentum", 0.9, "--head-lr-scale", 4, "--exchange", "dgc-hier", *DGC, "--gradient-bits", 16,
+    (3, 30, ["--steps", 60, "--head", "knn", *FEW, "--graph", "approx", "--graph-refresh-angle", 3,
+             "--row-dtype", "bfloat16", "--head-momentum", 0.9, "--head-lr-scale", 4, "--exchange", "dgc-hier", *DGC, "--gradient-bits", 16,
              "--feature-bits", 16]),
     (3, 30, ["--head", "selective", *FEW, "--amp", "bf16", *GROWING, *LARS, "--max-batch", 52]),
-    (2, 46, [*GROWING, *VECTORS, "--max-batch", 240, "--fccs", "auto", "--micro-batches", 2, "--amp", "fp16"]),
+    (2, 46, [*GROWING, *VECTORS, "--max-batch", 240, "--batch-growth", "auto", "--micro-batches", 2, "--amp", "fp16"]),
 ])
 def test_stopped_and_resumed_is_uninterrupted(ranks, stop, flags, tmp_path):
     """Told to stop in the midst of an epoch, of the growth of the batch and of the time between two graphs."""
@@ -109,7 +109,7 @@ def test_an_evaluation_that_is_interrupted_is_made_up_for(at, unbroken, tmp_path
 
 def test_a_resharded_checkpoint_is_gone_on_from_bit_for_bit(tmp_path):
     """From a folder elsewhere, into another run, with rows and graph in other files than any rank wrote."""
-    base = [*RUN, "--steps", 40, "--head", "knn", *FEW, "--graph-angle", 3, "--exchange", "dgc", *DGC]
+    base = [*RUN, "--steps", 40, "--head", "knn", *FEW, "--graph-refresh-angle", 3, "--exchange", "dgc", *DGC]
     mpirun(2, "train.py", *base, "--save-every", "20steps", "--out", tmp_path / "whole")
     run(sys.executable, "-m", "data_tools.checkpoint", "reshard", tmp_path / "whole/checkpoints/step-00000020",
         tmp_path / "five", "--files", 5)

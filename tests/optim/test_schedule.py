@@ -188,7 +188,7 @@ def test_what_does_not_fit_the_data(flags, text):
      "--fccs-growth 5% has no meaning"),
     (["--schedule", "fccs", "--batch-growth", "auto", "--max-batch", "512"], "batches of two sizes"),
     (["--graph-every", "0"], "a time above 0"),
-    (["--schedule", "fccs", "--growth", "5%"], "--fccs-growth 5% needs a --max-batch above"),
+    (["--schedule", "fccs", "--fccs-growth", "5%"], "--fccs-growth 5% needs a --max-batch above"),
 ])
 def test_flags_that_cannot_be_meant(arguments, text):
     with pytest.raises(UserError) as error:

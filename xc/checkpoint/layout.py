@@ -10,6 +10,16 @@
         meta.json                                    format, progress, classes, width, and every file's length and
                                                      CRC-32
 
+meta.json has the keys
+
+    format, version, crc32                          of meta.json itself
+    files, rows                                     {file name: {bytes, crc32}}; the names of the files of class rows
+    step, examples, last_batch                      the progress of the run
+    num_classes, num_rows, rows_are, feature_dim, row_dtype            the class rows
+    seed, sampler, logits, num_records, data_seed, classes_digest, course      what a resumed run must have in common
+    noise_scale, loss_scale, losses                 small parts of the state
+    top1                                            of the evaluation at this step, or null
+
 All files are written into a hidden folder, meta.json last, and then the folder is renamed. So a folder with its final
 name is complete and on the disk. safetensors files hold no code. Any number of ranks can read a checkpoint: a rank
 reads the class ranges that it needs, whoever wrote them.

@@ -153,5 +153,3 @@ def _set_momentum_by_name(state, momentum):
         if name not in wanted:
             continue
         state.backbone_optimizer.state[parameters[name]]["momentum_buffer"] = buffer.to(parameters[name])
-
-

@@ -175,7 +175,7 @@ class SparseBucket(Bucket):
 
     def select(self):
         """Add the gradient to momentum and residual, and begin to send the largest residuals, unless that was begun."""
-        if self._sums or self._messages:
+        if self._sums is not None or self._messages is not None:
             return
         dgc, grad, momentum, residual = self._dgc, self._wait(), self.unsent["u"], self.unsent["v"]
         momentum.mul_(dgc.momentum).add_(grad)
