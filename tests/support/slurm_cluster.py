@@ -103,7 +103,7 @@ class Cluster:
                 raise RuntimeError("the cluster does not come up:\n" + "\n".join(logs))
             time.sleep(0.1)
 
-    def run_pack(self, *command, env=None, expect=0):
+    def run(self, *command, env=None, expect=0):
         """Run a client command of Slurm; its standard output."""
         enter = ["nsenter", "--target", self._init, *_NAMESPACES, f"--wd={self.checkout}"]
         process = subprocess.run(
