@@ -73,7 +73,7 @@ def measure(args, world):
     rows.param_groups[0]["lr"] = 0.1
     state = checkpoint.State(net, backbone_optimizer(net, cfg, True), head, rows, AllReduce(net, world), NoiseScale(),
                              LossMeter())
-    writer = saver.Saver(args.folder, world, {"seed": 0}, keep_checkpoints=1)
+    writer = saver.CheckpointWriter(args.folder, world, {"seed": 0}, keep=1)
     generator = torch.Generator().manual_seed(1000 + world.rank)
     features = torch.randn(args.batch_per_rank, args.dim, generator=generator).requires_grad_()
     steps = 0

@@ -47,7 +47,7 @@ from benchmarks.hosts import Hosts, link_bytes
 from xc import config
 from xc.comm.launch import run
 from xc.comm.world import open_world
-from xc.gradients import allreduce as exchange
+from xc.gradients import dgc
 from xc.gradients.allreduce import AllReduce
 from xc.gradients.dgc import Dgc
 from xc.model import backbone as backbones
@@ -110,8 +110,8 @@ SPENT = {"selection": 0.0, "dgc": 0.0}  # seconds of this step
 
 
 def measure(args):
-    exchange.topk_indices = timed(exchange.topk_indices, SPENT, "selection")
-    exchange.SparseBucket.select = timed(exchange.SparseBucket.select, SPENT, "dgc")
+    dgc.topk_indices = timed(dgc.topk_indices, SPENT, "selection")
+    dgc.SparseBucket.select = timed(dgc.SparseBucket.select, SPENT, "dgc")
     world = open_world("cpu")
     global_batch = args.batch_per_rank * world.size
     common = ["--data", "none", "--out", "none", "--global-batch", global_batch, "--feature-dim", args.dim,

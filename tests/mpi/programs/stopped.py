@@ -9,10 +9,10 @@ import signal
 import sys
 
 from xc.comm import launch as world
-from xc.run import signals as stop
+from xc.run.signals import StopSignal
 
 if __name__ == "__main__":
-    at, asked = int(sys.argv.pop(1)), stop.Stop.asked
+    at, asked = int(sys.argv.pop(1)), StopSignal.requested
     calls = 0
 
     def told(self):
@@ -22,7 +22,7 @@ if __name__ == "__main__":
             os.kill(os.getpid(), signal.SIGUSR1)
         return asked(self)
 
-    stop.Stop.asked = told
+    StopSignal.requested = told
     import train
 
     world.run(train.main)
