@@ -91,7 +91,7 @@ def main():
 class SumAfterwards(AllReduce):
     """Begins nothing inside the backward pass."""
 
-    def begin(self, now):
+    def before_last_backward(self, plan):
         pass
 
 
