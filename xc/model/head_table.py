@@ -1,4 +1,7 @@
-"""Classifier heads by name: which classes take part in a step. A new head is one file and one line in HEADS."""
+"""Classifier heads by name: which classes take part in a step.
+
+A new head is one file, one line in HEADS, and its name in xc/config.py.
+"""
 
 import sys
 

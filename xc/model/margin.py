@@ -1,6 +1,7 @@
 """Margins: they lower the cosine of the target class before the softmax, which pulls the classes apart.
 
-CosFace: Wang et al. 2018, eq. 4. ArcFace: Deng et al. 2019, eq. 3. A new margin is a function and a line in MARGINS.
+CosFace: Wang et al. 2018, eq. 4. ArcFace: Deng et al. 2019, eq. 3.
+A new margin is a function, a line in MARGINS, and its name in xc/config.py.
 """
 
 import math
