@@ -41,7 +41,8 @@ def test_all_ranks_save_and_leave(ranks, which, number, tmp_path):
 @pytest.mark.parametrize("end, code, number", [("None", 0, "SIGTERM"), ("leave()", 75, "SIGUSR1")])
 def test_a_signal_that_comes_too_late_changes_no_exit_code(end, code, number):
     """While Python takes itself apart, when it has given signals back to the system."""
-    lines = ["import os, signal", "from xc import stop, world", "stop.listen()", "class Late:",
+    lines = ["import os, signal", "from xc.comm import launch", "from xc.errors import ExitRun",
+             "from xc.run import signals", "signals.listen()", "class Late:",
              f"    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.{number}): kill(pid, number)",
-             "late = Late()", "def leave(): raise world.ExitRun(75, 'left')", f"world.run(lambda: {end})"]
+             "late = Late()", "def leave(): raise ExitRun(75, 'left')", f"launch.run(lambda: {end})"]
     assert run(sys.executable, "-c", "\n".join(lines), expect=code)
