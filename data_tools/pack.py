@@ -30,6 +30,7 @@ list of images is files in that folder, as large as the images that did not come
 """
 
 import argparse
+import codecs
 import json
 import os
 import re
@@ -40,6 +41,7 @@ from data_tools.packing.encode import FORMATS
 from data_tools.packing.job import Options, pack
 from data_tools.packing.validate import CHECKS
 from data_tools.packing.workdir import what_is_kept
+from data_tools.sources.columns import USUAL
 from data_tools.sources.detect import KINDS
 from xc.data import images
 from xc.data import pack as layout
@@ -59,6 +61,20 @@ def split_share(text):
     return name, float(share)
 
 
+def renamed_split(text):
+    name, _, split = text.partition("=")
+    if not name or split not in layout.SPLITS:
+        raise argparse.ArgumentTypeError(f"{text} is not like dev=val: a name in the source, and train, val or test")
+    return name, split
+
+
+def encoding_of(text):
+    try:
+        return codecs.lookup(text).name
+    except LookupError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no encoding of Python, as utf-8, cp1252 or utf-16") from error
+
+
 def part_of(text):
     match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text)
     if not match or not int(match[1]) < int(match[2]):
@@ -66,15 +82,34 @@ def part_of(text):
     return int(match[1]), int(match[2])
 
 
-def make_parser():
-    parser = Parser(prog="data_tools.pack", description=__doc__.partition("\n")[0])
-    parser.add_argument("src", metavar="SRC", nargs="+", help="a data set: a tree of images, a manifest, tar shards, "
-                        "RecordIO or a pack; several become one pack")
-    parser.add_argument("out", metavar="OUT", help="the folder to make")
-
+def add_source_flags(parser):
     add = parser.add_argument_group("source").add_argument
     add("--from", dest="kind", choices=KINDS, help="the format of SRC, if its content does not tell")
     add("--root", metavar="DIR", help="folder in which the paths of a manifest start (the folder of the manifest)")
+    for what, usual in USUAL.items():
+        add(f"--{what}-column", metavar="NAME", help=f"the column of a table with the {what}; without it "
+            f"{', '.join(usual)}{' are tried' if usual[1:] else ''}"
+            f"{'. An empty name: there is none' if what in ('split', 'weight') else ''}")
+    add("--no-header", dest="header", action="store_false", help="the first line of a CSV is an image already. Its "
+        "columns are called 1, 2, … and are path, label, split and weight")
+    add("--encoding", dest="text_encoding", type=encoding_of, default="utf-8", metavar="NAME", help="of the text of a "
+        "table (%(default)s)")
+    add("--rename-split", type=renamed_split, action="append", default=[], metavar="NAME=SPLIT", help="what a split in "
+        "the source is called here, as dev=val; may be given several times")
+    add("--without", action="append", default=[], metavar="SPLIT", help="leave out a split, or a folder at the top of "
+        "a tree; may be given several times")
+    add("--normalize", choices=("nfc", "none"), default="none", help="the form of Unicode of class names; none: as "
+        "they come, so that two spellings of é are two classes (%(default)s)")
+
+
+def make_parser():
+    parser = Parser(prog="data_tools.pack", description=__doc__.partition("\n")[0])
+    parser.add_argument("src", metavar="SRC", nargs="+", help="a data set: a tree of images, a manifest, tar shards, "
+                        "RecordIO or a pack; several become one pack. SPLIT=PATH: all its images are of this split")
+    parser.add_argument("out", metavar="OUT", help="the folder to make")
+
+    add_source_flags(parser)
+    add = parser.add_argument_group("classes and splits").add_argument
     add("--classes", metavar="PACK", help="use the class table of this pack; an unknown class is an error. Or a text "
         "file with a class name on each line: take only images of these classes")
     add("--split", type=split_share, metavar="NAME=SHARE", help="draw this share of the images for the split val or "

@@ -10,9 +10,8 @@ from data_tools.common.atomic import atomic_folder
 from data_tools.common.class_ids import intervals_of
 from data_tools.common.command import check_paths
 from data_tools.common.progress import Progress
-from data_tools.exports.folder import Folders
+from data_tools.exports.folder import Folders, taken_for_splits
 from data_tools.exports.webdataset import TarShards
-from data_tools.sources.base import SPLIT_OF
 from xc.data.pack import INDEX_FILE, PackError, open_splits
 
 
@@ -51,9 +50,9 @@ def export(src, out, *, to, split, classes, shard_mb):
         raise PackError(f"--classes {classes}: {src} has no images of these classes; name others")
     num_bytes = 0
     with atomic_folder(out) as partial:
-        if to == "folder":  # of most packs without splits, the first class has no such name already
-            seems_split = not is_split and all(first.class_name(n).partition("/")[0] in SPLIT_OF for n in labels)
-            writer = Folders(partial, is_split, seems_split, first.has_weights)
+        if to == "folder":
+            shunned = taken_for_splits(map(first.class_name, labels))
+            writer = Folders(partial, is_split, shunned, first.has_weights)
         else:
             writer = TarShards(partial, is_split, first, shard_mb * 1e6)
         with contextlib.closing(writer), Progress("exporting", sum(totals.values())) as progress:

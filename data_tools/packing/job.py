@@ -23,8 +23,10 @@ from data_tools.packing.skipped import NAMED
 from data_tools.packing.workdir import cleaned_up, discard, fingerprint, open_folder, owned, path_for
 from data_tools.packing.workers import KEPT
 from data_tools.packing.write_part import write_part
-from data_tools.sources.detect import open_source
+from data_tools.sources.base import Reading
+from data_tools.sources.detect import given_sources, open_source
 from data_tools.sources.packs import is_pack
+from data_tools.sources.splits import SplitNames
 from xc.data import pack as layout
 from xc.data.pack import PackError, open_splits
 from xc.files import sync_tree
@@ -38,6 +40,15 @@ class Options:
     """The flags of data_tools.pack, which says what they mean; kind is --from, part is (I, N)."""
 
     kind: str | None
+    path_column: str | None
+    label_column: str | None
+    split_column: str | None
+    weight_column: str | None
+    header: bool
+    text_encoding: str
+    rename_split: tuple  # of (name, split)
+    without: tuple
+    normalize: str
     classes: str | None
     root: str | None
     split: tuple | None
@@ -59,6 +70,15 @@ class Options:
     restart: bool
 
     @property
+    def reading(self):
+        """How the sources are read."""
+        columns = {"path": self.path_column, "label": self.label_column, "split": self.split_column,
+                   "weight": self.weight_column}
+        columns = {what: name for what, name in columns.items() if name is not None}
+        splits = SplitNames({name.lower(): split for name, split in self.rename_split}, map(str.lower, self.without))
+        return Reading(columns, self.header, self.text_encoding, self.root, splits)
+
+    @property
     def memory_bytes(self):
         return int(self.memory_mb * 1e6)
 
@@ -68,7 +88,7 @@ class Options:
 
 
 def pack(src, out, options):
-    """Packs src, a list of paths, into the new folder out and returns a summary.
+    """Packs src, a list of paths or SPLIT=PATH, into the new folder out and returns a summary.
 
     returns  dict of totals over the splits: records, classes, bytes, shards, skipped, left_out ({reason: images}),
              seconds, and "splits", {split or "": {records, classes with images, bytes, shards}}. Of a part that was
@@ -77,9 +97,10 @@ def pack(src, out, options):
     PackError or OSError for whatever the user can fix. There is nothing at out then; `workdir.what_is_kept` says what
     is kept.
     """
-    started, out = time.monotonic(), os.path.abspath(out)
-    check(src, out, options)
-    job = Job(src, out, options)
+    started, out, how = time.monotonic(), os.path.abspath(out), options.reading
+    given = given_sources(src, how.splits)
+    check([path for _, path in given], out, options)
+    job = Job(given, out, how, options)
     with owned(job.folder, job.number, out), cleaned_up(job.folder, out, job.parts, job.is_listed, job.has_shards):
         run_once(f"{job.listing}.claim", job.owner, job.is_listed, job.list_images)
         catalogue, journal = job.write_part()
@@ -117,12 +138,13 @@ def check(src, out, options):
         raise PackError(f"--restart with --part would remove the work of other parts; remove {path_for(out)} yourself")
 
 
-def describe(src, options):
+def describe(given, options):
     """dict for JSON of all that the bytes of a pack depend on, by the names of the flags."""
     flags = {"--from" if name == "kind" else f"--{name}".replace("_", "-"): value
              for name, value in dataclasses.asdict(options).items() if name not in NOT_DESCRIBED}
     classes, root = options.classes, options.root
-    return {"SRC": [os.path.abspath(path) for path in src], "state of SRC": [fingerprint(path) for path in src],
+    return {"SRC": [[split, os.path.abspath(path)] for split, path in given],
+            "state of SRC": [fingerprint(path) for _, path in given],
             "--classes": classes and [os.path.abspath(classes), fingerprint(classes)],
             "--root": root and os.path.abspath(root), "parts": options.part[1],
             "versions": {"pack": layout.VERSION, "parts": 2, "Pillow": PIL.__version__}, **flags}
@@ -136,14 +158,14 @@ class Job:
     merged   {split: ([Shard], (C,) int64 images of each class)} once this process has merged the parts
     """
 
-    def __init__(self, src, out, options):
-        self.src, self.out, self.options = src, out, options
-        self.sources = [open_source(path, options.kind, options.root) for path in src]
+    def __init__(self, given, out, how, options):
+        self.src, self.out, self.how, self.options = [path for _, path in given], out, how, options
+        self.sources = [open_source(path, options.kind, how, split) for split, path in given]
         self.classes = None  # of --classes: hashes of the names to take, or the Pack whose class table to use
         if (path := options.classes) is not None:
             self.classes = names_in(path) if os.path.isfile(path) else open_splits(path)["train"]
         self.number, self.parts = options.part
-        self.folder = open_folder(out, describe(src, options), options.restart)
+        self.folder = open_folder(out, describe(given, options), options.restart)
         self.owner, self.listing = f"part-{self.number}", os.path.join(self.folder, "listing")
         self.part_folders = [os.path.join(self.folder, f"part-{i}") for i in range(self.parts)]
         self.merged, self.tally = {}, None
@@ -162,7 +184,7 @@ class Job:
         wanted, table_of = self.classes, None
         if not isinstance(wanted, array):
             wanted, table_of = None, wanted
-        list_images(new, self.src, self.sources, wanted, table_of, self.options)
+        list_images(new, self.sources, self.how.splits, wanted, table_of, self.options)
         sync_tree(new)
         os.rename(new, self.listing)
 

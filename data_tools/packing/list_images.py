@@ -10,35 +10,38 @@ from data_tools.packing.catalogue import CLASS_SPLITS, CatalogueWriter, Decision
 from data_tools.packing.class_table import BLOCK, names_of
 from data_tools.packing.duplicates import Duplicates
 from data_tools.packing.select import choose
-from data_tools.packing.skipped import Skipped
+from data_tools.packing.skipped import LeftOut, Skipped
+from data_tools.packing.spelling import Numbers, Spelling
 from data_tools.packing.workers import worker_pool
-from data_tools.sources.detect import check_splits
 from xc.data.pack import PackError
 
-LEFT_OUT = {"repeat": "images that repeat others", "leak": "images of train that are in val or test too",
+LEFT_OUT = {"split": "images of splits that --without names", "class": "images of classes that --classes does not name",
+            "repeat": "images that repeat others", "leak": "images of train that are in val or test too",
             "conflict": "images with several labels", "few": "images of classes with fewer than --min-images",
             "many": "images beyond --max-images-per-class"}
 
 
-def list_images(folder, src, sources, wanted, table_of, options):
+def list_images(folder, sources, splits, wanted, table_of, options):
     """Writes a Catalogue of the records of all sources and of their classes into a folder.
 
+    sources   [Source]
+    splits    SplitNames, by which they are read
     wanted    array of the hashes of the class names to take; None: all
     table_of  Pack whose class table is used; None: the names of the images make it
     options   Options of the pack
 
     PackError where the images do not make a pack.
     """
-    check_splits(src)
     catalogue = CatalogueWriter(folder, options.memory_bytes, options.seed, wanted, options.split, options.split_by,
                                 options.part[1])
-    skipped, repeated = _take_all(catalogue, folder, sources, options)
-    _check_splits_of(catalogue, src, skipped, options)
-    for what, count in sorted(skipped.ignored.items()):
-        note(f"ignored {count} {what}")
+    skipped, left_out, repeated = _take_all(catalogue, folder, sources, splits, options)
+    _check_splits_of(catalogue, sources, skipped, left_out, options)
+    if unused := splits.unused():
+        raise PackError(f"no split is called {', '.join(unused)}, which --without or --rename-split names; the images "
+                        f"have the splits {', '.join(filter(None, catalogue.splits)) or 'none'}")
     if repeats := catalogue.check_paths():
         note(f"{repeats} rows name a path that an earlier row named; these images are packed once for each row")
-    has_weights, left_out = catalogue.has_weights, Counter()
+    has_weights = catalogue.has_weights
     if options.duplicates == "keep" and options.max_images_per_class is None:
         decisions = np.broadcast_to(np.uint8(Decision.KEPT), len(catalogue))  # takes no memory
     else:
@@ -60,44 +63,55 @@ def shown_path(path, root, data, sources):
     return os.path.join(os.path.abspath(root), path) if data is None and len(sources) > 1 else path
 
 
-def _take_all(catalogue, folder, sources, options):
-    """(Skipped, Duplicates) after all records of the sources are in the catalogue."""
-    find_duplicates = options.duplicates != "keep"
+def _take_all(catalogue, folder, sources, splits, options):
+    """(Skipped, {reason: images} left out, Duplicates) after all records of the sources are in the catalogue."""
+    find_duplicates, spelling, numbers = options.duplicates != "keep", Spelling(options.normalize), Numbers()
+    counts = Counter()
     with (Skipped(os.path.join(folder, "skipped.tsv"), options.max_skipped) as skipped,
+          LeftOut(os.path.join(folder, "left-out.tsv")) as left_out,
           worker_pool(options.workers if find_duplicates else 0) as pool, Progress("listing") as progress):
         repeated = Duplicates(os.path.join(folder, "duplicates"), options.memory_bytes // 8, pool,
                               2 * options.workers + 1)
         roots = [os.path.realpath(source.root) for source in sources]
         for source, root in zip(sources, roots, strict=True):
             number = roots.index(root)  # sources with the same root share its number: their files are the same
-            for record in source.records(skipped):
-                entry = catalogue.add(number, *record, may_repeat=source.may_repeat)
-                if entry is None:
-                    skipped.ignored[f"images of classes that {options.classes} does not name"] += 1
-                elif find_duplicates:
-                    _, path, name, data = record[:4]
-                    repeated.add(entry, source.root, shown_path(path, source.root, data, sources), name, data)
+            for split, path, name, data, *weight in source.records(skipped):
                 progress.add(1)
+                if splits.leaves_out(split):
+                    left_out.add(shown_path(path, source.root, data, sources), f"its split is {split} (--without)")
+                    counts["split"] += 1
+                    continue
+                name = spelling.of(name)
+                entry = catalogue.add(number, split, path, name, data, *weight, may_repeat=source.may_repeat)
+                if entry is None:
+                    left_out.add(shown_path(path, source.root, data, sources), "its class is none of --classes")
+                    counts["class"] += 1
+                elif find_duplicates:
+                    repeated.add(entry, source.root, shown_path(path, source.root, data, sources), name, data)
+                numbers.take(source.path, name)
+            numbers.end(source)
         repeated.end()
-    return skipped, repeated
+    spelling.note()
+    return skipped, counts, repeated
 
 
-def _check_splits_of(catalogue, src, skipped, options):
+def _check_splits_of(catalogue, sources, skipped, left_out, options):
     """PackError where the splits of the images do not make a pack."""
-    splits = catalogue.splits
+    splits, src = catalogue.splits, ", ".join(source.path for source in sources)
     if not CLASS_SPLITS & set(splits):
-        raise PackError(f"{', '.join(src)}: no images"
-                        f"{' of split train, which gives the classes' if splits else ''}{_reasons(skipped)}")
+        raise PackError(f"{src}: no images{' of split train, which gives the classes' if splits else ''}"
+                        f"{_reasons(skipped, left_out)}"
+                        f"{f'; --rename-split {splits[0]}=train takes {splits[0]} for it' if splits else ''}")
     if "" in splits and len(splits) > 1:
-        raise PackError(f"{', '.join(src)}: some images have a split and others none; give all one, or none")
+        raise PackError(f"{src}: some images have a split and others none; give all one, or none")
     if options.split is not None and options.split[0] not in splits:
         name, share = options.split
         raise PackError(f"--split {name}={share} of {len(catalogue)} images draws no {options.split_by}; give more, "
                         "or leave it out")
 
 
-def _reasons(skipped):
-    what = [f"{count} {what} ignored" for what, count in sorted(skipped.ignored.items())]
+def _reasons(skipped, left_out):
+    what = [f"left out {count} {LEFT_OUT[reason]}" for reason, count in sorted(left_out.items())]
     if skipped.tally.count:
         what.append(f"{skipped.tally.count} skipped: {skipped.tally}")
     return f" ({'; '.join(what)})" if what else ""

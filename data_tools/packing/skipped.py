@@ -1,4 +1,4 @@
-"""Images that cannot be packed: their number, the report of them, and the limit."""
+"""Images that are not packed: those that cannot be, up to a limit, and those that are left out on purpose."""
 
 import math
 import os
@@ -65,12 +65,11 @@ class Skipped:
     before          Tally of the images in other files
     resumed         `state` of an earlier process: the file is truncated to it
 
-    tally    Tally of this file
-    ignored  Counter {what: number} of files that are not images
+    tally  Tally of this file
     """
 
     def __init__(self, path, allowed, total=None, before=None, resumed=None):
-        self.tally, self.ignored = Tally(**resumed["tally"]) if resumed else Tally(), Counter()
+        self.tally = Tally(**resumed["tally"]) if resumed else Tally()
         self._allowed, self._total, self._before = allowed, total, before or Tally()
         self._file = open(path, "a", encoding="utf-8", errors="surrogateescape", newline="\n")  # noqa: SIM115
         self._file.truncate(resumed["length"] if resumed else 0)
@@ -99,3 +98,27 @@ class Skipped:
         self._file.flush()
         os.fsync(self._file.fileno())
         return {"length": os.fstat(self._file.fileno()).st_size, "tally": self.tally.as_json()}
+
+
+class LeftOut:
+    """Writes the images that are left out on purpose to a file without a header: the path and reason of each.
+
+    path    of the file, which is made for the first of them
+    counts  Counter {reason: images}
+    """
+
+    def __init__(self, path):
+        self._path, self._file, self.counts = path, None, Counter()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, path, reason):
+        if self._file is None:
+            self._file = open(self._path, "w", encoding="utf-8", errors="surrogateescape", newline="\n")  # noqa: SIM115
+        self._file.write(row(path, reason))
+        self.counts[reason] += 1

@@ -11,7 +11,7 @@ import shutil
 import stat
 from contextlib import contextmanager
 
-from data_tools.sources.base import SPLIT_OF
+from data_tools.sources.splits import split_of
 from xc.data import pack as layout
 from xc.data.pack import PackError
 from xc.files import sync_tree
@@ -37,8 +37,9 @@ def fingerprint(path):
     os.stat(path)
     paths = [path]
     if os.path.isdir(path):
-        folders = [path, *(os.path.join(path, split) for split in SPLIT_OF)]
-        paths = (entry.path for folder in folders if os.path.isdir(folder) for entry in os.scandir(folder))
+        with os.scandir(path) as entries:
+            folders = [path, *(entry.path for entry in entries if split_of(entry.name) and entry.is_dir())]
+        paths = (entry.path for folder in folders for entry in os.scandir(folder))
     total = 0  # a sum of hashes needs no sorting: there may be a folder for every class
     for found in paths:
         try:

@@ -1,34 +1,35 @@
-"""What all sources share: the description of a format, and how folders of shards and images are listed.
+"""What all sources share: the description of a format, how it is read, and how folders are listed.
 
-A source is a function records(path, skipped) that yields (split or "", path, class name, bytes) and, where it has
+A source is a function records(path, how, skipped) that yields (split or "", path, class name, bytes) and, where it has
 weights, the weight after them. For an image in a file of its own, path is relative to the root of the source and bytes
-is None. All other images are read once, in order, and their path is only a name for messages.
+is None. All other images are read once, in order, and their path is only a name for messages. Images of a split that
+--without leaves out are yielded like all others, their class may be "".
 
-What cannot be packed is reported to `skipped`: an image by skipped.add(split, path, reason); anything that is not an
-image is counted in skipped.ignored. Nothing is extracted, and memory holds a few records, however long the source is.
+Every image of a source is either yielded or reported by skipped.add(split, path, reason), with the name of the image
+and the reason. Files that are neither images nor part of the format are reported as well, but for the names that
+`is_never_data` knows. Nothing is extracted, and memory holds a few records, however long the source is.
 
 To add a format, write one file with `FORMAT = Format(records, …)` and name it in KINDS of detect.py.
 """
 
+import dataclasses
 import os
-import re
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from xc.data import pack as layout
+from data_tools.sources.names import ARCHIVE_SUFFIXES, claims_image, content_is_image, is_never_data
+from data_tools.sources.splits import SplitNames
 from xc.data.pack import PackError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-SPLIT_OF = {**{name: name for name in layout.SPLITS}, "validation": "val", "valid": "val"}  # usual names of splits
-MACOS_FOLDER = "__MACOSX"  # which macOS adds to a zip file
+# Beside shards: indexes, lists of classes, descriptions. Their content is looked at: an image is none of them.
+_BESIDE_SHARDS = (".idx", ".json", ".jsonl", ".txt", ".md", ".csv", ".tsv", ".lst", ".yaml", ".yml", ".lock")
 
 
 @dataclass(frozen=True)
 class Format:
     """A kind of source.
 
-    records         records(path, skipped), see above
+    records         records(path, how, skipped), see above
     suffix          of its files where a folder holds several of them, as train-000.tar; "": it never comes as shards
     is_file         is_file(path, first 512 bytes): whether a file has this format
     is_folder       is_folder(path): whether a folder has this format
@@ -46,6 +47,31 @@ class Format:
     names_files: bool = False
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a source is read.
+
+    columns   {"path", "label", "split", "weight": name of the column}; a missing one has one of the usual names
+    header    whether the first line of a table names its columns
+    encoding  of the text of a table
+    root      folder in which the paths of a table start; None: that of the table
+    splits    SplitNames
+    noted     texts that were noted once for all sources
+    named     files whose labels are numbers of which their schema gives the names
+    """
+
+    columns: dict = field(default_factory=dict)
+    header: bool = True
+    encoding: str = "utf-8"
+    root: str | None = None
+    splits: SplitNames = field(default_factory=SplitNames)
+    noted: set = field(default_factory=set)
+    named: set = field(default_factory=set)
+
+    def with_columns(self, columns):
+        return dataclasses.replace(self, columns=columns)
+
+
 def check_file(path):
     """PackError for a pipe, a device and the like, which may have no end, or no beginning."""
     if not os.path.isfile(path):
@@ -58,52 +84,85 @@ def stays_below(path):
     return parts[0] != "" and ".." not in parts and "\0" not in path
 
 
-def list_folder(folder, ignored):
-    """(folders, files): sorted names in a folder; hidden entries and links to folders are counted in `ignored`."""
+def list_folder(folder):
+    """(folders, files): sorted names in a folder, links to folders among the folders; what is never data is left out.
+    """
     names = [], []  # names alone: os.DirEntry objects would take twice the memory
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith(".") or entry.name == MACOS_FOLDER:
-                ignored["hidden files and folders"] += 1
-            elif entry.is_symlink() and os.path.isdir(entry.path):  # may lead out of the tree, or round in circles
-                ignored["links to folders"] += 1
-            else:
-                names[not entry.is_dir(follow_symlinks=False)].append(entry.name)
+            if not is_never_data(entry.name):
+                names[not _is_folder(entry)].append(entry.name)
     return tuple(map(sorted, names))
 
 
-def split_in_name(path):
-    """The split in the name of a file, as of train-000.tar, train.tar or images_validation_000.tar.
+def _is_folder(entry):
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
-    "" where it names no split, or several and not in its first word.
+
+def leads_back(root, folder):
+    """Whether a folder below root, "" or a relative path, is a link to one of the folders that it lies in."""
+    if not os.path.islink(os.path.join(root, folder)):
+        return False
+    target, parts = os.stat(os.path.join(root, folder)), folder.split("/")
+    above = (os.stat(os.path.join(root, *parts[:depth])) for depth in range(len(parts)))
+    return any(os.path.samestat(target, one) for one in above)
+
+
+def walk(root, skipped, top=None):
+    """Yields (folder, names of its folders, names of its files) for every folder of a tree, in a fixed order.
+
+    folder  relative to root, "" at the top
+    top     the folders at the top to walk into; None: all
+
+    Links to folders are followed; one that leads back into a folder that it lies in is skipped.
     """
-    words = [SPLIT_OF.get(word, "") for word in re.split(r"[-_.]", os.path.basename(path))]
-    named = {split for split in words if split}
-    return named.pop() if len(named) == 1 else words[0]
+    levels = [iter([""])]
+    while levels:
+        folder = next(levels[-1], None)
+        if folder is None:
+            levels.pop()
+            continue
+        if leads_back(root, folder):
+            skipped.add("", folder, "a link to a folder that it lies in")
+            continue
+        inner, names = list_folder(os.path.join(root, folder))
+        if not folder and top is not None:
+            inner = [name for name in inner if name in top]
+        yield folder, inner, names
+        levels.append(iter([os.path.join(folder, name) for name in inner]))
 
 
-def files_by_split(root):
-    """([(split or "", path)] of all files at the top and in folders named after splits, number of other folders)."""
-    folders, names = list_folder(root, Counter())
-    files, others = [(split_in_name(name), os.path.join(root, name)) for name in names], 0
-    for folder in folders:
-        if folder in SPLIT_OF:
-            inner, names = list_folder(os.path.join(root, folder), Counter())
-            files += [(SPLIT_OF[folder], os.path.join(root, folder, name)) for name in names]
-            others += len(inner)
-        else:
-            others += 1
-    return files, others
+def shards(path, suffix, how, skipped):
+    """[(split, file)] of a file, or of all such files in a folder and its folders.
 
+    In a folder, the names of files and folders give the split: train-000.tar and train/000.tar.
 
-def shards(path, suffix):
-    """[(split, file)] of a file, or of a folder, in which train-000.tar and train/000.tar belong to split train."""
+    PackError where two names give different splits, or the folder has data of other formats.
+    """
     if not os.path.isdir(path):
         return [("", path)]
-    found = [(split, file) for split, file in files_by_split(path)[0] if file.endswith(suffix)]
+    found = []
+    for folder, _, names in walk(path, skipped):
+        above = {split for part in folder.split("/") if (split := how.splits.of(part))}
+        for name in names:
+            file = os.path.join(path, folder, name)
+            if name.lower().endswith(suffix):
+                splits = above | ({split} if (split := how.splits.in_name(name)) else set())
+                if len(splits) > 1:
+                    raise PackError(f"{file}: its path names the splits {' and '.join(sorted(splits))}; rename it")
+                found.append((splits.pop() if splits else "", file))
+            elif name.lower().endswith(ARCHIVE_SUFFIXES) or claims_image(name):
+                raise PackError(f"{file}: stands among files of {suffix}; move it away, or pack it as a source of its "
+                                "own")
+            elif content_is_image(file) or not name.lower().endswith(_BESIDE_SHARDS):
+                skipped.add("", file, f"no {suffix} file")
     if len({bool(split) for split, _ in found}) > 1:
         bare = next(file for split, file in found if not split)
-        raise PackError(f"{bare}: its name gives no split, but those of other files do; put train, val or test into it")
+        raise PackError(f"{bare}: its name gives no split, but those of other files do; put train, val or test into "
+                        "it, or name the split by --rename-split")
     for _, file in found:
         check_file(file)
     return found

@@ -1,45 +1,128 @@
 """Images in folders named after their classes."""
 
 import os
-from collections import Counter
-from functools import partial
 
 from data_tools.common.progress import note
-from data_tools.sources.base import IMAGE_SUFFIXES, SPLIT_OF, Format, list_folder
+from data_tools.sources.base import Format, list_folder, walk
+from data_tools.sources.names import ARCHIVE_SUFFIXES, COMPANION_SUFFIXES, claims_image, content_is_image
+from data_tools.sources.splits import splits_in_class
 from xc.data.pack import PackError
 
+LIST = "list.csv"  # data_tools.export writes it at the top of a tree
 
-def records(root, skipped):
+
+def records(root, how, skipped):
     """Yields the images of a tree, in a fixed order."""
-    ignored = skipped.ignored
-    has_splits = _has_splits(root)
-    levels = [iter([""])]
-    while levels:
-        folder = next(levels[-1], None)
-        if folder is None:
-            levels.pop()
+    split_of = _splits_at_top(root, how.splits)
+    numbered = {}  # {split: an image whose file name gives it}
+    for folder, inner, names in walk(root, skipped):
+        first, _, label = folder.partition("/") if split_of else ("", "", folder)
+        split = split_of.get(first, "")
+        if how.splits.leaves_out(split):
+            yield from ((split, os.path.join(folder, name), "", None) for name in names)
             continue
-        inner, names = list_folder(os.path.join(root, folder), ignored)
-        first, _, label = folder.partition("/") if has_splits else ("", "", folder)
-        for name in names:
-            path = os.path.join(folder, name)
-            if not name.lower().endswith(IMAGE_SUFFIXES):
-                ignored["files that are not images"] += 1
-            elif not label:
-                raise PackError(f"{path}: an image without a class; move it into a folder named after its class")
+        if any(part.startswith(".") for part in folder.split("/")):
+            for path in _images(root, folder, names, split, skipped):
+                skipped.add(split, path, "its folder is hidden: the name begins with a dot")
+            continue
+        if folder:
+            _check_no_splits(root, folder, inner, how.splits)
+        for path in _images(root, folder, names, split, skipped):
+            if not label:
+                raise PackError(f"{os.path.join(root, path)}: an image without a class; move it into a folder named "
+                                "after its class, or list the images in a manifest")
+            if not split and (named := how.splits.in_numbered(os.path.basename(path))):
+                numbered.setdefault(named, path)
+            yield split, path, label, None
+    if len(numbered) > 1:
+        raise PackError(f"{root}: {' and '.join(sorted(numbered.values())[:2])} are named after different splits; move "
+                        "them into folders train, val and test, list them in a manifest with a column split, or take "
+                        "all for one split, as --rename-split test=train does")
+
+
+def _images(root, folder, names, split, skipped):
+    """Yields the paths of the images among the files of a folder; others are reported."""
+    stems = None
+    for name in names:
+        path = os.path.join(folder, name)
+        if claims_image(name) or content_is_image(os.path.join(root, path)):
+            if name.startswith("."):
+                skipped.add(split, path, "hidden: its name begins with a dot")
             else:
-                yield SPLIT_OF.get(first, ""), path, label, None
-        levels.append(map(partial(os.path.join, folder), inner))
+                yield path
+            continue
+        stem, suffix = os.path.splitext(name)
+        if name.lower().endswith(ARCHIVE_SUFFIXES):
+            raise PackError(f"{os.path.join(root, path)}: an archive or a shard in a tree of images; unpack it, pack "
+                            "it as a source of its own, or move it away")
+        if suffix.lower() in COMPANION_SUFFIXES:
+            if stems is None:
+                stems = {os.path.splitext(other)[0] for other in names if claims_image(other)}
+            if stem in stems:
+                continue
+        if path != LIST:
+            skipped.add(split, path, "neither its name nor its content is that of an image")
 
 
-def _has_splits(root):
-    """Whether the folders at the top are splits."""
-    top = set(list_folder(root, Counter())[0])
-    has_splits = "train" in top and top <= SPLIT_OF.keys()
-    if not has_splits and "train" in top and len(splits := top & SPLIT_OF.keys()) > 1:
-        note(f"{root}: {', '.join(sorted(splits))} are taken for classes, not for splits, because "
-             f"{min(top - splits)} stands beside them")
-    return has_splits
+def _splits_at_top(root, splits):
+    """{folder at the top: split}; {} where these folders are classes. PackError where that is not clear."""
+    folders = [folder for folder in list_folder(root)[0] if not folder.startswith(".")]
+    named = {folder: split for folder in folders if (split := splits.of(folder))}
+    others = [folder for folder in folders if folder not in named]
+    if not named:
+        _check_pairs(root, folders)
+        return {}
+    told = any(map(splits.is_told, named))
+    if others:
+        if len(set(named.values())) == 1 and not told:
+            [(folder, _), *more] = named.items()
+            if not more and not list_folder(os.path.join(root, folder))[0]:
+                return {}  # a class of this name, as train among bus and car
+        raise PackError(f"{root}: {_listed(named)} name splits, but {_listed(others)} {_stand(others)} beside: leave "
+                        f"it out (--without {others[0]}), say its split (--rename-split {others[0]}=train), or move it "
+                        "away; if all are classes, list the images in a manifest")
+    for split in sorted(set(named.values())):
+        same = [folder for folder, of_folder in named.items() if of_folder == split]
+        if len(same) > 1 and not any(map(splits.is_told, same)):
+            raise PackError(f"{root}: {_listed(same)} are all split {split}; join them, or leave one out, as --without "
+                            f"{same[1]} does")
+    kept = {split for split in named.values() if not splits.leaves_out(split)}
+    if "train" not in kept:
+        raise PackError(f"{root}: {_listed(named)} name splits, but there is no split train, which gives the classes; "
+                        f"name the folder of one split instead, or say which is train (--rename-split "
+                        f"{next(iter(named))}=train)")
+    if any(folder != named[folder] for folder in named):
+        note(f"{root}: splits {', '.join(f'{folder} = {split}' for folder, split in named.items())}")
+    return named
+
+
+def _check_pairs(root, folders):
+    """PackError where folders are classes of splits, as train_apple and test_apple."""
+    found = {}  # {the name without the split: (folder, split)}
+    for folder in folders:
+        for split, rest in splits_in_class(folder):
+            other, of_other = found.setdefault(rest, (folder, split))
+            if split != of_other:
+                raise PackError(f"{root}: {_listed([other, folder])} look like one class in two splits; move them to "
+                                f"{of_other}/{rest} and {split}/{rest}, or list the images in a manifest")
+
+
+def _check_no_splits(root, folder, inner, splits):
+    """PackError where the folders of a class are splits."""
+    named = [name for name in inner if splits.of(name)]
+    if len({splits.of(name) for name in named}) > 1 or named and len(named) == len(inner):
+        place, first = os.path.join(root, folder), named[0]
+        raise PackError(f"{place}: {_listed(named)} name splits below the folder of a class: name {place} as the "
+                        f"source, or move {folder}/{first} to {splits.of(first)}/{folder}")
+
+
+def _listed(names):
+    names = list(names)
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _stand(names):
+    return "stands" if len(names) == 1 else "stand"
 
 
 FORMAT = Format(records, takes_files=False)

@@ -1,88 +1,134 @@
-"""Manifests: tables in CSV or TSV with a line for every image."""
+"""Manifests: tables in text, with a line for every image and its columns named in the first line."""
 
 import csv
-import math
-import os
 import re
 
-import numpy as np
-
-from data_tools.sources.base import SPLIT_OF, Format, stays_below
+from data_tools.sources.base import Format
+from data_tools.sources.columns import Columns
+from data_tools.sources.names import claims_image
 from xc.data.pack import PackError
 
 MAX_LINE = 2**16  # characters of the first line
 MAX_ROW = 2**20  # characters of every other row, which may be several lines
-MAX_PATH_BYTES = 4096  # of a path, which Linux takes to 4,095
-MAX_WEIGHT = float(np.finfo(np.float32).max)
+DELIMITERS = ",;\t|"
+_UNDECODED = re.compile("[\udc80-\udcff]")  # a byte that the encoding does not have
 
 
-def records(path, skipped):
-    """Yields the rows of a CSV or TSV file, in its order."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            header = file.readline(MAX_LINE)
-            if len(header) == MAX_LINE:
-                raise PackError(f"{path}: the first line has more than {MAX_LINE} characters; it must name the columns")
-            delimiter = "\t" if "\t" in header else ","
-            columns = [name.strip().lower() for name in next(csv.reader([header], delimiter=delimiter), [])]
-            if len(set(columns)) != len(columns) or not {"path", "label"} <= set(columns):
-                raise PackError(f"{path}: the first line must name the columns path, label and, if wanted, split and "
-                                f"weight once each; it is {header.strip()[:80]!r}")
-            lines = _Lines(path, file)
-            rows = csv.reader(lines, delimiter=delimiter, strict=True)
+def records(path, how, skipped):
+    """Yields the rows of a table, in its order."""
+    lines = Lines(path, how)
+    with lines.file:
+        delimiter, names = _header(path, lines, how)
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)
+        columns, row = None, None
+        try:
             for cells in rows:
                 lines.left = MAX_ROW
-                if not cells:
+                if not any(cells):
                     continue
-                where = f"{path}: line {rows.line_num + 1}"
-                if len(cells) != len(columns):
-                    raise PackError(f"{where}: {len(cells)} cells, but the header has {len(columns)}")
-                row = {name: cell.strip() for name, cell in zip(columns, cells, strict=True)}
-                check_row(where, row)
-                yield row.get("split", ""), os.path.normpath(row["path"]), row["label"], None, *weight_of(where, row)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise PackError(f"{path}: not a CSV or TSV file in UTF-8: {error}") from error
+                where = f"{path}: line {lines.number}"
+                if columns is None:
+                    names = names or [str(number) for number in range(1, len(cells) + 1)]
+                    columns = Columns(path, names, how if how.header else _by_number(how, len(cells)))
+                    row = _Row(columns.place)
+                if len(cells) != len(names) and any(cells[len(names):]) or len(cells) < len(names):
+                    raise PackError(f"{where}: {len(cells)} cells, but {'the header' if how.header else 'the first'} "
+                                    f"has {len(names)}; put a cell with {delimiter!r} in it into quotes")
+                columns.look_for_splits(cells)
+                yield columns.record(where, row.of(cells))
+        except csv.Error as error:
+            raise PackError(f"{path}: line {lines.number}: not in the format CSV: {error}") from error
+        except UnicodeError as error:
+            raise PackError(f"{path}: after line {lines.number}: not in {how.encoding}: {error}; give its encoding by "
+                            "--encoding") from error
+        if columns is None:
+            columns = Columns(path, names or ["path", "label"], how)
+        columns.end()
 
 
-class _Lines:
-    """Lines of a file, at most MAX_ROW characters for one row: a row without an end must not fill the memory."""
+class _Row:
+    """Picks the cells of the columns that are used."""
 
-    def __init__(self, path, file):
-        self.path, self.file, self.left = path, file, MAX_ROW
+    def __init__(self, place):
+        self._place = tuple(place.items())
+
+    def of(self, cells):
+        return {what: cells[index].strip() for what, index in self._place}
+
+
+class Lines:
+    """Lines of a text file, at most MAX_ROW characters for one row: a row without an end must not fill the memory.
+
+    number  of the last line
+
+    PackError where a byte is not in the encoding, with line and column.
+    """
+
+    def __init__(self, path, how):
+        self.path, self.number, self.left, self._how = path, 0, MAX_ROW, how
+        encoding = "utf-8-sig" if how.encoding.lower().replace("_", "-") in ("utf-8", "utf8") else how.encoding
+        self.file = open(path, encoding=encoding, errors="surrogateescape", newline="")  # noqa: SIM115
+
+    def first(self):
+        line = self.file.readline(MAX_LINE)
+        if len(line) == MAX_LINE:
+            raise PackError(f"{self.path}: the first line has more than {MAX_LINE} characters; it must name the "
+                            "columns")
+        return self._checked(line)
 
     def __iter__(self):
         while line := self.file.readline(self.left + 1):
             self.left -= len(line)
             if self.left < 0:
-                raise PackError(f"{self.path}: a row is longer than {MAX_ROW} characters: is a quote not closed?")
-            yield line
+                raise PackError(f"{self.path}: line {self.number + 1}: a row is longer than {MAX_ROW} characters: is a "
+                                "quote not closed?")
+            yield self._checked(line)
+
+    def _checked(self, line):
+        self.number += 1
+        if not line.isascii() and (bad := _UNDECODED.search(line)):
+            raise PackError(f"{self.path}: line {self.number}, column {bad.start() + 1}: byte "
+                            f"0x{ord(bad[0]) - 0xDC00:02x} is not {self._how.encoding}; give the encoding of the file "
+                            "by --encoding, as cp1252 or latin-1")
+        if "\0" in line and self.number == 1:
+            raise PackError(f"{self.path}: the first line has zero bytes: not a text, or in another encoding, as "
+                            "--encoding utf-16-le")
+        return line
 
 
-def check_row(where, row):
-    """PackError where the texts of a manifest's row are not allowed; its split becomes train, val or test."""
-    if "path" in row and not stays_below(row["path"]):
-        raise PackError(f"{where}: path {row['path']!r} must be relative and stay below the root")
-    if "path" in row and (num_bytes := len(row["path"].encode())) > MAX_PATH_BYTES:
-        raise PackError(f"{where}: path of {num_bytes} bytes, more than {MAX_PATH_BYTES}")
-    if "split" in row:
-        if row["split"] not in SPLIT_OF:
-            raise PackError(f"{where}: split {row['split']!r} is none of {', '.join(SPLIT_OF)}")
-        row["split"] = SPLIT_OF[row["split"]]
-    if not row["label"]:
-        raise PackError(f"{where}: no label")
+def _header(path, lines, how):
+    """(delimiter, names of the columns); no names, and nothing read, where the table has no header."""
+    start = lines.file.tell()
+    line = lines.first()
+    if not line.strip():
+        raise PackError(f"{path}: {'empty' if not line else 'its first line is empty'}; the first line must name the "
+                        "columns, as path,label")
+    if not how.header:
+        try:
+            delimiter = csv.Sniffer().sniff(line.rstrip("\r\n"), DELIMITERS).delimiter
+        except csv.Error:  # a single column, or quotes
+            delimiter = max(DELIMITERS, key=line.count)
+        lines.file.seek(start)
+        lines.number = 0
+        return delimiter, []
+    # Of quoted names and of names with spaces, the number of delimiters tells more than csv.Sniffer does.
+    delimiter = max(DELIMITERS, key=line.count)
+    try:
+        names = [name.strip() for name in next(csv.reader([line], delimiter=delimiter, strict=True), [])]
+    except csv.Error as error:
+        raise PackError(f"{path}: line 1: not in the format CSV: {error}") from error
+    while names and not names[-1]:  # a spreadsheet's empty columns
+        names.pop()
+    if any(map(claims_image, names)):
+        raise PackError(f"{path}: the first line must name the columns, as path,label; it is {line.strip()[:80]!r}; "
+                        "give --no-header if it is an image already")
+    return delimiter, names
 
 
-def weight_of(where, row):
-    """(weight,) of a manifest's row; () where there is no such column."""
-    if "weight" not in row:
-        return ()
-    text, number = row["weight"], math.nan
-    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.ASCII | re.IGNORECASE):
-        number = float(text)
-    if not 0 <= number <= MAX_WEIGHT:
-        raise PackError(f"{where}: weight {text!r} is not a number from 0 to {MAX_WEIGHT:.4g}; give every row one, or "
-                        "leave the column out")
-    return (number,)
+def _by_number(how, count):
+    """A Reading of a table without header: its columns are called 1, 2, …"""
+    usual = dict(zip(("path", "label", "split", "weight"), map(str, range(1, count + 1)), strict=False))
+    return how.with_columns({**usual, **how.columns})
 
 
 FORMAT = Format(records, takes_folders=False, names_files=True)

@@ -14,7 +14,7 @@ def is_pack(path):
     return any(os.path.isfile(os.path.join(path, folder, layout.INDEX_FILE)) for folder in ("", "train"))
 
 
-def records(path, skipped):
+def records(path, how, skipped):
     """Yields the records of a pack, or of a folder of packs."""
     for split, pack in open_splits(path).items():
         split = "" if os.path.exists(os.path.join(path, layout.INDEX_FILE)) else split

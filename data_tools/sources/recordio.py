@@ -23,9 +23,12 @@ WHOLE, FIRST, MIDDLE, LAST = range(4)
 EXACT = 2**24  # below it float32, the type of the labels, tells all integers apart
 
 
-def records(path, skipped):
-    """Yields the images of MXNet RecordIO files. If a label has several numbers, the first is the class."""
-    for split, file in shards(path, ".rec"):
+def records(path, how, skipped):
+    """Yields the images of MXNet RecordIO files. If a label has several numbers, the first is the class.
+
+    Face-recognition sets keep ranges in labels of records without an image: their first, and those after the images.
+    """
+    for split, file in shards(path, ".rec", how, skipped):
         index = os.path.splitext(file)[0] + ".idx"
         if not os.path.exists(index):
             index = None
@@ -37,12 +40,15 @@ def records(path, skipped):
                 skipped.add(split, where, f"more than {layout.MAX_RECORD_BYTES} bytes")
                 continue
             try:
-                label, image = unpack(data)
+                label, image, has_labels = unpack(data)
             except ValueError as error:
                 skipped.add(split, f"{where} at byte {start}", str(error))
                 continue
-            if not len(image):  # face-recognition sets keep ranges in their first record and after the images
-                skipped.ignored["records without an image"] += 1
+            if not len(image):
+                if not has_labels:
+                    skipped.add(split, where, "no image")
+            elif how.splits.leaves_out(split):
+                yield split, where, "", image
             elif not (math.isfinite(label) and label >= 0 and label == int(label)):
                 skipped.add(split, where, f"label {label} is not a class number")
             elif label >= EXACT:
@@ -71,7 +77,7 @@ def read_records(path, index=None):
 
 
 def unpack(record):
-    """(label, bytes of the image file) of a record; the image is empty where the record has none.
+    """(label, bytes of the image file, whether it has several labels); the image is empty where the record has none.
 
     ValueError where the record is too short for its header.
     """
@@ -83,7 +89,7 @@ def unpack(record):
         raise ValueError(f"{len(record)} bytes, too few for {flag} labels")
     if flag:
         [label] = struct.unpack_from("<f", record, IMAGE.size)
-    return label, record[end:]
+    return label, record[end:], flag > 0
 
 
 def _record(path, file, size):

@@ -9,6 +9,7 @@ import pytest
 from tests.support.commands import pack_fails, run_pack
 from tests.support.images import by_class, picture, write_tree
 from tests.support.packs import contents
+from tests.support.sources import skipped_rows
 from xc.data.pack import Pack
 
 
@@ -17,13 +18,19 @@ def test_links_and_hidden_files(tmp_path, capsys):
     files = write_tree(tmp_path / "src", {"a": 2})
     (tmp_path / "src" / "out").symlink_to(tmp_path / "outside")
     (tmp_path / "src" / "a" / "loop").symlink_to(tmp_path / "src")
-    (tmp_path / "src" / ".git").mkdir()
-    (tmp_path / "src" / ".git" / "x.png").write_bytes(picture(60))
+    (tmp_path / "outside" / "secret" / "back").symlink_to(tmp_path / "src" / "out")
+    (tmp_path / "src" / "gone").symlink_to(tmp_path / "nowhere")
+    for hidden in ".git", ".thumbs":
+        (tmp_path / "src" / hidden).mkdir()
+        (tmp_path / "src" / hidden / "x.png").write_bytes(picture(60))
+    (tmp_path / "src" / "a" / ".1.png").write_bytes(picture(61))
     (tmp_path / "src" / "a" / "notes.txt").write_text("x")
-    run_pack(tmp_path / "src", tmp_path / "pack")
-    assert contents(Pack(tmp_path / "pack")) == by_class(files)
-    said = capsys.readouterr().err
-    assert "2 links to folders" in said and "1 hidden" in said and "1 files that are not images" in said
+    (tmp_path / "src" / "a" / "0.txt").write_text("of 0.png")
+    run_pack(tmp_path / "src", tmp_path / "pack", "--max-skipped", 6)
+    assert contents(Pack(tmp_path / "pack")) == by_class(files) | {picture(50): "out/secret", picture(51): "out/secret"}
+    reasons = dict(skipped_rows(tmp_path / "pack"))
+    assert reasons.keys() == {"a/loop", "out/secret/back", "gone", ".thumbs/x.png", "a/.1.png", "a/notes.txt"}
+    assert "a link" in reasons["a/loop"] and "hidden" in reasons[".thumbs/x.png"]
 
 
 def test_names_of_folders_and_files_come_back(tmp_path, capfd):

@@ -87,9 +87,9 @@ def test_a_path_has_one_label_however_it_is_written(tmp_path, capsys, kind):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("", "columns path, label"),
-    ("file,label\nx,1\n", "columns path, label"),
-    ("path,label,path\nx,1,x\n", "columns path, label"),
+    ("", "empty; the first line must name the columns"),
+    ("photo,label\nx,1\n", "no column of the path; it has the columns 'photo', 'label'; name it by --path-column"),
+    ("path,label,path\nx,1,x\n", "column 'path' is there 2 times"),
     ("path,label\n", "no images"),
     ("path,label\nx.png,1\n../x.png,1\n", "line 3: path '../x.png'"),
     ("path,label\na/../../x.png,1\n", "line 2: path"),
@@ -99,11 +99,11 @@ def test_a_path_has_one_label_however_it_is_written(tmp_path, capsys, kind):
     ("path,label\nx.png\n", "line 2: 1 cells"),
     ("path,label,split\nx.png,1,dev\n", "line 2: split 'dev'"),
     ("path,label,split\nx.png,1,test\n", "of split train"),
-    ('path,label\n"x.png,1\n', "not a CSV"),
-    (b"path,label\n\xff,1\n", "UTF-8"),
-    (b"path,label\nx\0.png,1\n", "must be relative and stay below"),
-    ("path,label\nx.png,1\n".encode("utf-16"), "not a CSV or TSV file in UTF-8"),
-    ("path,label\nx.png,1\n".encode("utf-16-le"), "must name the columns"),
+    ('path,label\n"x.png,1\n', "line 2: not in the format CSV"),
+    (b"path,label\n\xff,1\n", "line 2, column 1: byte 0xff is not utf-8; give the encoding"),
+    (b"path,label\nx\0.png,1\n", "must stay below"),
+    ("path,label\nx.png,1\n".encode("utf-16"), "line 1, column 1: byte 0xff is not utf-8"),
+    ("path,label\nx.png,1\n".encode("utf-16-le"), "as --encoding utf-16-le"),
     (b"path,label," + b"x" * 2**20 + b"\nx.png,1,\n", "the first line has more than"),
     (b"path,label\n" + b"x" * 2**21 + b",1\n", "longer than"),
     (b'path,label\n"' + b"x\n" * 2**20 + b'",1\n', "field larger than"),
@@ -111,10 +111,10 @@ def test_a_path_has_one_label_however_it_is_written(tmp_path, capsys, kind):
     (b"path,label\n" + b"x" * 5000 + b",1\n", "line 2: path of 5000 bytes"),
     (b"path,label\n" + b"x" * 70_000 + b",1\n", "line 2: path of 70000 bytes"),
     (b"path,label\nx.png," + b"n" * 5000 + b"\n", "has 5000 bytes, more than 4096"),
-    (b'path,label\nx.png,"a"b\n', "not a CSV"),
-    (b"label\npath\n", "must name the columns"),
+    (b'path,label\nx.png,"a"b\n', "line 2: not in the format CSV"),
+    (b"label\npath\n", "no column of the path"),
     (b"path,label\nx.png,1,2\n", "line 2: 3 cells"),
-    (b"\xff\xd8\xff\xe0" + bytes(9000), "not a CSV or TSV file in UTF-8"),
+    (b"\xff\xd8\xff\xe0" + bytes(9000), "an image; name the folder"),
 ])
 def test_a_bad_manifest_is_one_line(tmp_path, capsys, text, words):
     (tmp_path / "list.csv").write_bytes(text if isinstance(text, bytes) else text.encode())

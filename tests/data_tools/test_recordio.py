@@ -55,7 +55,7 @@ def test_records_that_hold_no_image_of_a_class_are_counted(tmp_path, monkeypatch
 
 def test_labels_that_float32_does_not_tell_apart_are_one_line(tmp_path, capsys):
     below, first = float(2**24 - 1), float(2**24)
-    write_rec(tmp_path / "a.rec", [image_record(below, picture(0)), image_record(first, b"")])
+    write_rec(tmp_path / "a.rec", [image_record(below, picture(0)), image_record([first], b"")])
     run_pack(tmp_path / "a.rec", tmp_path / "pack")
     assert contents(Pack(tmp_path / "pack")) == {picture(0): str(2**24 - 1)}
     write_rec(tmp_path / "a.rec", [image_record(below, picture(0)), image_record([first], picture(1))])

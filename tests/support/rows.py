@@ -25,7 +25,7 @@ def write_rows(folder, rows, kind):
         for split_of, label, name, data in rows:
             if split_of == split:
                 members += [(name, data), (name.replace("png", "cls"), label.encode())]
-                found[split, f"{path}: {name[:-4]}"] = label, data
+                found[split, f"{path}: {name}"] = label, data
         write_tar(path, members)
     return folder, found
 

@@ -10,7 +10,8 @@ _MAGIC = ((rb"\x89PNG\r\n\x1a\n", "PNG"), (rb"\xff\xd8\xff", "JPEG"), (rb"RIFF..
           (rb"BM....\0\0\0\0....[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", "BMP"), (rb"GIF8[79]a", "GIF"),
           (rb"II\*\0|MM\0\*|II\+\0|MM\0\+|MM\*\0|II\0\*", "TIFF"), (rb"P[1-6]\s\s*(#|\d)", "PPM"),
           (rb"....ftyp(avif|avis)", "AVIF"), (rb"....ftyp(mif1|msf1|heic|heix|hevc|hevx|heim|heis)", "HEIC"),
-          (rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51", "JPEG 2000"), (rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+          (rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51", "JPEG 2000"),
+          (rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
           (rb"8BPS\0[\1\2]", "PSD"), (rb"\0\0[\1\2]\0[^\0]\0", "ICO"), (rb"DDS \x7c\0\0\0", "DDS"))
 _PATTERNS = [(re.compile(pattern, re.DOTALL), name) for pattern, name in _MAGIC]
 

@@ -1,0 +1,63 @@
+"""The spelling of class names: what is made alike, and what must not be taken for the same."""
+
+import unicodedata
+from collections import Counter
+
+from data_tools.common.progress import note
+from xc.data.pack import PackError
+
+MOST_EXAMPLES = 3
+
+
+class Spelling:
+    """Names of classes in one form of Unicode, in which é is one character or two.
+
+    form  "nfc" or "none"
+    """
+
+    def __init__(self, form):
+        self._form, self._changed = form, Counter()
+        self._num_images = 0
+
+    def of(self, name):
+        """The name in the form."""
+        if self._form == "none" or name.isascii():
+            return name
+        normal = unicodedata.normalize("NFC", name)
+        if normal != name:
+            self._num_images += 1
+            if len(self._changed) < MOST_EXAMPLES:
+                self._changed[normal] += 1
+        return normal
+
+    def note(self):
+        """Notes how many names were changed."""
+        if self._num_images:
+            note(f"{self._num_images} images had class names in another form of Unicode than NFC, as "
+                 f"{', '.join(map(repr, self._changed))}; they were changed")
+
+
+class Numbers:
+    """Finds sources whose labels are numbers without names, beside sources that name the same numbers.
+
+    The numbers of both would be classes of their own: 3 and cat.
+    """
+
+    def __init__(self):
+        self._bare, self._named, self._first = None, None, None
+
+    def take(self, path, name):
+        """Takes a class name of a source."""
+        if self._first is None and name.isdigit():
+            self._first = path, name
+
+    def end(self, source):
+        """Takes the end of a source. PackError where it does not go with those before."""
+        if source.how.named:
+            self._named = self._named or min(source.how.named)
+        elif self._first is not None:
+            self._bare = self._bare or self._first
+        self._first = None
+        if self._bare and self._named:
+            raise PackError(f"{self._named} names its classes, but {self._bare[0]} has only numbers, as {self._bare[1]}"
+                            "; give both names, or pack them apart")
