@@ -49,6 +49,10 @@ def merge(folder, out, catalogue, journals, tally, **attributes):
     listing = os.path.join(folder, "listing")
     with atomic_path(os.path.join(pack, "skipped.tsv"), replace=True, folder=folder) as path:
         _join(path, [os.path.join(place, "skipped.tsv") for place in (listing, *(one.folder for one in journals))])
+    left_out = [os.path.join(place, "left-out.tsv") for place in (listing, *(one.folder for one in journals))]
+    if left_out := list(filter(os.path.exists, left_out)):
+        with atomic_path(os.path.join(pack, "left_out.tsv"), replace=True, folder=folder) as path:
+            _join(path, left_out)
     if os.path.exists(duplicates := os.path.join(listing, "duplicates.tsv")):
         with atomic_path(os.path.join(pack, "duplicates.tsv"), replace=True, folder=folder) as path:
             shutil.copyfile(duplicates, path)

@@ -64,6 +64,8 @@ class _Tar:
             self._check_same("label", image)
             return self._split, name
         self._check_apart(image, labels)
+        if self._by == "label":
+            raise ValueError("no label (.cls or .json) beside it, as other images of the file have")
         split, folder = self._folder_of(image)
         if folder:
             self._check_same("folder", image)
