@@ -76,7 +76,7 @@ class Options:
                    "weight": self.weight_column}
         columns = {what: name for what, name in columns.items() if name is not None}
         splits = SplitNames({name.lower(): split for name, split in self.rename_split}, map(str.lower, self.without))
-        return Reading(columns, self.header, self.text_encoding, self.root, splits)
+        return Reading(columns, self.header, self.text_encoding, self.root, splits=splits)
 
     @property
     def memory_bytes(self):

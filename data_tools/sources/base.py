@@ -55,6 +55,7 @@ class Reading:
     header    whether the first line of a table names its columns
     encoding  of the text of a table
     root      folder in which the paths of a table start; None: that of the table
+    split     that is given to all images; "": the source says it
     splits    SplitNames
     noted     texts that were noted once for all sources
     named     files whose labels are numbers of which their schema gives the names
@@ -64,9 +65,14 @@ class Reading:
     header: bool = True
     encoding: str = "utf-8"
     root: str | None = None
+    split: str = ""
     splits: SplitNames = field(default_factory=SplitNames)
     noted: set = field(default_factory=set)
     named: set = field(default_factory=set)
+
+    def leaves_out(self, split):
+        """Whether images of this split are left out."""
+        return self.splits.leaves_out(split or self.split)
 
     def with_columns(self, columns):
         return dataclasses.replace(self, columns=columns)

@@ -124,7 +124,7 @@ class Columns:
                 raise PackError(f"{where}: split {row['split']!r} is none of train, val, test; rename it by "
                                 f"--rename-split {row['split'] or 'NAME'}=val")
         path = where if image is not None else path_below(where, row["path"], self._how.root)
-        if not row["label"] and not self._how.splits.leaves_out(split):
+        if not row["label"] and not self._how.leaves_out(split):
             raise PackError(f"{where}: no label")
         return split, path, class_name(row["label"]), image, *weight_of(where, row)
 

@@ -97,7 +97,7 @@ def open_source(path, kind, how, split=""):
     if how.root is not None and not found.names_files:
         raise PackError(f"--root {how.root} is for the paths in a manifest, but {path} is of kind {kind}; leave it out")
     root = how.root or (path if os.path.isdir(path) else os.path.dirname(path))
-    how = replace(how, root=root, named=set())
+    how = replace(how, root=root, split=split, named=set())
 
     def records(skipped):
         if not split:

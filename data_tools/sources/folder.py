@@ -18,7 +18,7 @@ def records(root, how, skipped):
     for folder, inner, names in walk(root, skipped):
         first, _, label = folder.partition("/") if split_of else ("", "", folder)
         split = split_of.get(first, "")
-        if how.splits.leaves_out(split):
+        if how.leaves_out(split):
             yield from ((split, os.path.join(folder, name), "", None) for name in names)
             continue
         if any(part.startswith(".") for part in folder.split("/")):

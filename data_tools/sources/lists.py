@@ -47,7 +47,7 @@ def _is_file(path, head):
         return True
     line = head.split(b"\n")[0].decode(errors="replace").strip()
     match = _SPACED.fullmatch(line)
-    return bool(match) and claims_image(match[1]) and not any(mark in line for mark in ",;\t|\"")
+    return bool(match) and claims_image(match[1]) and not any(mark in line for mark in ",;|\"")
 
 
 FORMAT = Format(records, is_file=_is_file, takes_folders=False, names_files=True)

@@ -43,7 +43,7 @@ def _records(split, file, how, skipped):
         texts = {what: _text(where, what, value) for what, value in row.items()}
         if image is None and "path" not in texts:
             raise PackError(f"{where}: no image")
-        if table.class_names is not None and not how.splits.leaves_out(split):
+        if table.class_names is not None and not how.leaves_out(split):
             name = table.class_names.get(texts["label"])
             if name is None:
                 skipped.add(split, where, f"label {texts['label'] or 'null'} is none of the {len(table.class_names)} "

@@ -47,7 +47,7 @@ def records(path, how, skipped):
             if not len(image):
                 if not has_labels:
                     skipped.add(split, where, "no image")
-            elif how.splits.leaves_out(split):
+            elif how.leaves_out(split):
                 yield split, where, "", image
             elif not (math.isfinite(label) and label >= 0 and label == int(label)):
                 skipped.add(split, where, f"label {label} is not a class number")

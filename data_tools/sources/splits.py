@@ -16,7 +16,11 @@ _NUMBERED = re.compile(rf"({'|'.join(sorted(SPLIT_OF, key=len, reverse=True))})[
 
 
 def _words(name):
-    return [word for part in _WORD.findall(name) for word in (_JOINED.fullmatch(part.lower()) or [part.lower()])[-2:]]
+    words = []
+    for word in map(str.lower, _WORD.findall(name)):
+        joined = _JOINED.fullmatch(word)  # trainset
+        words += joined.groups() if joined else [word]
+    return words
 
 
 def split_of(name):

@@ -45,7 +45,7 @@ class _Tar:
         members = _members(self._file, self._split, self._skipped)
         for sample in samples(members, self._report):
             image, where = sample.image, f"{self._file}: {sample.image.name}"
-            if self._how.splits.leaves_out(self._split):
+            if self._how.leaves_out(self._split):
                 yield self._split, where, "", image.data
                 continue
             try:
@@ -69,7 +69,7 @@ class _Tar:
         split, folder = self._folder_of(image)
         if folder:
             self._check_same("folder", image)
-        elif not self._how.splits.leaves_out(split):
+        elif not self._how.leaves_out(split):
             folder = text_label(labels)
             if folder is None:
                 has = "its .json has no field label" if labels else "no label (.cls or .json) beside it"
@@ -87,7 +87,7 @@ class _Tar:
             if split and split != named[0]:
                 raise PackError(f"{self._file}: {image.name}: split {named[0]}, but the file is of split {split}")
             split, parts = named[0], parts[1:]
-            if not parts and not self._how.splits.leaves_out(split):
+            if not parts and not self._how.leaves_out(split):
                 raise PackError(f"{self._file}: {image.name}: its folder names a split, and nothing names its class; "
                                 f"put it into {split}/CLASS/, or a .cls beside it")
             named = named[1:]

@@ -130,6 +130,18 @@ def make_source(kind, folder, files):
     return folder / "source.pack"
 
 
+def table(path, columns):
+    """Write {name: values} as CSV, JSON Lines or Parquet, by the suffix of the path; returns the path."""
+    rows = list(zip(*columns.values(), strict=True))
+    if path.suffix == ".parquet":
+        return write_parquet(path, **columns)
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows))
+    else:
+        path.write_text("".join(",".join(map(str, row)) + "\n" for row in [list(columns), *rows]))
+    return path
+
+
 def skipped_rows(pack):
     """[[path, reason]] of the skipped images of a pack."""
     return [line.split("\t") for line in (pack / "skipped.tsv").read_text().splitlines()[1:]]
