@@ -170,7 +170,7 @@ def _read(tar, info, file):
         return None
     if not is_image and info.name.lower().endswith(ARCHIVES):
         raise PackError(f"{file}: {info.name}: an archive in a tar file; unpack it first")
-    return Member(info.name, is_image, head + data.read() if is_image or is_label else None)
+    return Member(info.name.removeprefix("./"), is_image, head + data.read() if is_image or is_label else None)
 
 
 class _Member(tarfile.TarInfo):
