@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 from dataclasses import dataclass, field
 
@@ -13,37 +12,26 @@ MAX_LABELS = 2  # of one image: .cls and .json
 _TEXT_LABEL = re.compile(r"[^\r\n]{1,256}")
 
 
-@dataclass
 class Member:
     """A file in a tar.
 
     name      as the tar has it
     is_image  by its name or content
     data      its bytes; None where nothing looks at them
+
+    stem, suffix  the name up to the last dot of the file's name, and what follows, in lower case
+    key           the name up to the first dot, as WebDataset groups members
+    is_label      whether it may have the label of an image
     """
 
-    name: str
-    is_image: bool
-    data: bytes | None
-
-    @property
-    def stem(self):
-        """The name up to the last dot, whose suffix says what it is."""
-        return os.path.splitext(self.name)[0]
-
-    @property
-    def key(self):
-        """The name up to the first dot of the file's name, as WebDataset groups members."""
-        folder, slash, name = self.name.rpartition("/")
-        return folder + slash + name.partition(".")[0]
-
-    @property
-    def suffix(self):
-        return os.path.splitext(self.name)[1][1:].lower()
-
-    @property
-    def is_label(self):
-        return not self.is_image and self.suffix in LABEL_SUFFIXES
+    def __init__(self, name, is_image, data):
+        self.name, self.is_image, self.data = name, is_image, data
+        start = name.rfind("/") + 1
+        last = name.rfind(".", start)
+        self.stem, self.suffix = (name[:last], name[last + 1 :].lower()) if last >= 0 else (name, "")
+        first = self.stem.find(".", start)
+        self.key = self.stem if first < 0 else self.stem[:first]
+        self.is_label = not is_image and self.suffix in LABEL_SUFFIXES
 
 
 @dataclass

@@ -12,7 +12,7 @@ _NEUTRAL = {"image", "images", "img", "imgs", "photo", "photos", "picture", "pic
             "split", "sample", "samples", "file", "files"}
 _JOINED = re.compile(rf"({'|'.join(SPLIT_OF)})({'|'.join(_NEUTRAL)})")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_]+")
-_NUMBERED = re.compile(rf"({'|'.join(sorted(SPLIT_OF, key=len, reverse=True))})[-_. ]?\d+", re.IGNORECASE)
+_NUMBERED = re.compile(rf"({'|'.join(sorted(SPLIT_OF, key=len, reverse=True))})[-_. ]?\d+(\.|\Z)", re.IGNORECASE)
 
 
 def _words(name):
@@ -59,7 +59,7 @@ def splits_in_class(name):
 
 def numbered_split(name):
     """The split of a file named like test_017.jpg; "" of all others."""
-    match = _NUMBERED.fullmatch(os.path.splitext(name)[0])
+    match = _NUMBERED.match(name)
     return SPLIT_OF[match[1].lower()] if match else ""
 
 

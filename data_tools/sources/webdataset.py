@@ -137,7 +137,7 @@ def _members(file, split, skipped):
                     skipped.add(split, where, "a link, a device or a file with holes")
                 elif not stays_below(name):
                     skipped.add(split, where, "its name is absolute or leaves the folder")
-                elif any(part.startswith(".") and part != "." for part in name.split("/")):
+                elif "/." in "/" + name.removeprefix("./"):
                     skipped.add(split, where, "hidden: its name, or that of its folder, begins with a dot")
                 elif (found := _read(tar, member, file)) is None:
                     skipped.add(split, where, f"{member.size} bytes, too many")
