@@ -86,10 +86,12 @@ def add_source_flags(parser):
     add = parser.add_argument_group("source").add_argument
     add("--from", dest="kind", choices=KINDS, help="the format of SRC, if its content does not tell")
     add("--root", metavar="DIR", help="folder in which the paths of a manifest start (the folder of the manifest)")
-    for what, usual in USUAL.items():
-        add(f"--{what}-column", metavar="NAME", help=f"the column of a table with the {what}; without it "
-            f"{', '.join(usual)}{' are tried' if usual[1:] else ''}"
-            f"{'. An empty name: there is none' if what in ('split', 'weight') else ''}")
+    add("--path-column", metavar="NAME", help=f"the column of a table with the paths, or with the images; without it "
+        f"{', '.join(USUAL['path'])} are tried")
+    add("--label-column", metavar="NAME", help=f"the column with the classes; without it {', '.join(USUAL['label'])} are "
+        "tried")
+    add("--split-column", metavar="NAME", help="the column with the splits (split); '': there is none")
+    add("--weight-column", metavar="NAME", help="the column with the weights (weight); '': there is none")
     add("--no-header", dest="header", action="store_false", help="the first line of a CSV is an image already. Its "
         "columns are called 1, 2, … and are path, label, split and weight")
     add("--encoding", dest="text_encoding", type=encoding_of, default="utf-8", metavar="NAME", help="of the text of a "

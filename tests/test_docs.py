@@ -4,7 +4,6 @@ import argparse
 import ast
 import base64
 import io
-import json
 import re
 import shutil
 from argparse import Namespace
@@ -190,12 +189,11 @@ def test_the_example_of_an_exchange(examples):
 
 
 def test_the_example_of_a_source(examples, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(detect.KINDS, "jsonl", examples["FORMAT"])
+    monkeypatch.setitem(detect.KINDS, "base64", examples["FORMAT"])
     buffer = io.BytesIO()
     Image.new("L", (8, 8)).save(buffer, "png")
-    row = {"label": "cat", "image": base64.b64encode(buffer.getvalue()).decode()}
-    (tmp_path / "list.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
-    data_tools.pack.main([str(tmp_path / "list.jsonl"), str(tmp_path / "pack"), "--workers", "0"])
+    (tmp_path / "list.b64").write_text(f"cat\t{base64.b64encode(buffer.getvalue()).decode()}\n" * 3)
+    data_tools.pack.main([str(tmp_path / "list.b64"), str(tmp_path / "pack"), "--workers", "0"])
     assert "3 images of 1 classes" in capsys.readouterr().out
 
 

@@ -1,7 +1,8 @@
-"""What is packed: manifests, tar shards, RecordIO, Parquet."""
+"""What is packed: tables, tar shards, RecordIO, Parquet."""
 
 import csv
 import io
+import json
 import shutil
 import struct
 import tarfile
@@ -29,13 +30,27 @@ def make_manifest(folder):
             rows.writerow([place, place.parts[2], place.parts[1]])
 
 
+    with open(folder / "list.csv", newline="") as file, open(folder / "list.jsonl", "w") as objects, open(
+            folder / "list.lst", "w") as lines:
+        for number, row in enumerate(csv.DictReader(file)):
+            objects.write(json.dumps(row) + "\n")
+            lines.write(f"{number}\t{number % 3}.0\t{row['path']}\n")
+
+
 def change_manifest(random, folder):
-    random.choice((change_bytes, change_text, change_text))(random, folder / "list.csv")
+    """Change one of the tables; the others go."""
+    path = one_of(random, folder, "list.*")
+    for other in folder.glob("list.*"):
+        if other != path:
+            other.unlink()
+    random.choice((change_bytes, change_text, change_text))(random, path)
 
 
 def read_manifest(folder, out):
-    command(data_tools.pack.main, folder / "list.csv", out / "packs", "--workers", 0, "--max-skipped", "50%")
-    assert all(one.verify() for one in pack.open_splits(out / "packs").values())
+    for path in folder.glob("list.*"):
+        packs = out / path.suffix
+        command(data_tools.pack.main, path, packs, "--workers", 0, "--max-skipped", "50%")
+        assert all(one.verify() for one in pack.open_splits(packs).values())
 
 
 def make_tars(folder):
