@@ -88,8 +88,8 @@ def add_source_flags(parser):
     add("--root", metavar="DIR", help="folder in which the paths of a manifest start (the folder of the manifest)")
     add("--path-column", metavar="NAME", help=f"the column of a table with the paths, or with the images; without it "
         f"{', '.join(USUAL['path'])} are tried")
-    add("--label-column", metavar="NAME", help=f"the column with the classes; without it {', '.join(USUAL['label'])} are "
-        "tried")
+    add("--label-column", metavar="NAME", help=f"the column with the classes; without it "
+        f"{', '.join(USUAL['label'])} are tried")
     add("--split-column", metavar="NAME", help="the column with the splits (split); '': there is none")
     add("--weight-column", metavar="NAME", help="the column with the weights (weight); '': there is none")
     add("--no-header", dest="header", action="store_false", help="the first line of a CSV is an image already. Its "
