@@ -99,3 +99,27 @@ class Skipped:
         self._file.flush()
         os.fsync(self._file.fileno())
         return {"length": os.fstat(self._file.fileno()).st_size, "tally": self.tally.as_json()}
+
+
+class LeftOut:
+    """Writes the images that are left out on purpose to a file without a header: the path and reason of each.
+
+    path    of the file, which is made for the first of them
+    counts  Counter {reason: images}
+    """
+
+    def __init__(self, path):
+        self._path, self._file, self.counts = path, None, Counter()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, path, reason):
+        if self._file is None:
+            self._file = open(self._path, "w", encoding="utf-8", errors="surrogateescape", newline="\n")  # noqa: SIM115
+        self._file.write(row(path, reason))
+        self.counts[reason] += 1
