@@ -18,12 +18,12 @@ STEPS = 10**6  # of a statement, between two looks at the signals: some 50 ms
 def create(path, memory_bytes):
     """A connection to a new file. Sorting takes about memory_bytes, and puts the rest into the folder of the file."""
     folder = os.path.dirname(os.path.abspath(path))
-    os.environ["SQLITE_TMPDIR"] = folder  # SQLite reads it when it is first used in a process, and the pragma always
     db = _connect(os.fsencode(path), memory_bytes)
     db.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA locking_mode = EXCLUSIVE; "
                      "PRAGMA temp_store = FILE")
-    if folder.isprintable():  # SQL is text, and a path may have bytes that are not
-        db.execute("PRAGMA temp_store_directory = '{}'".format(folder.replace("'", "''")))
+    if folder != folder.encode(errors="replace").decode():  # SQL is text, and a path may have bytes that are not
+        folder = f"/proc/self/fd/{os.open(folder, os.O_PATH | os.O_DIRECTORY)}"
+    db.execute("PRAGMA temp_store_directory = '{}'".format(folder.replace("'", "''")))
     # Python runs its signal handlers only in Python code, and a statement may take minutes.
     db.set_progress_handler(lambda: 0, STEPS)
     return db
