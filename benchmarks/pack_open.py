@@ -53,7 +53,7 @@ def write_pack(folder, num_records, num_classes):
             writer.add(image, crc, label, weight=1 + label % 7)
     writer.end_shard()
     names = (b"%09d" % label for label in range(num_classes))
-    writer.write_index(ClassTable(folder / "classes", names, 2**26), source="made", seed=0, skipped=0)
+    writer.write_index(ClassTable(folder / "classes", names), source="made", seed=0, skipped=0)
 
 
 def measure(pack, sampler):

@@ -17,16 +17,18 @@ fixes. Images that do not decode are found after that and are not replaced.
 
 Every image is decoded once as a check, or checked as --check says (data_tools/packing/validate.py). Its bytes are kept
 unless --resize, --format or --quality asks for others. Images that fail are left out, counted and listed in
-OUT/skipped.tsv.
+OUT/skipped.tsv. Images that a flag leaves out are listed in OUT/left_out.tsv.
 
 OUT appears only when everything is done. Until then the work is in a folder .OUT.partial-pack beside it, which no
 reader accepts. After an interruption the same command resumes from that folder: after the last complete shard, or with
 the list of images if there is no shard yet. Several processes, on any nodes that share the folder, make one pack by
---part; the order of its records is that of one process. The same SRC, seed and number of parts give the same bytes
-whatever the number of workers, the memory and interruptions.
+--part: list/N lists the images, 0/N and so on write the parts at the same time, and merge/N makes the pack of them. The
+order of its records is that of one process. The same SRC, seed and number of parts give the same bytes whatever the
+number of workers, the memory and interruptions.
 
 Memory holds what --memory-mb allows, one shard, and for each worker some megabytes of images and one decoded image. The
-list of images is files in that folder, as large as the images that did not come in files of their own.
+list of images is a SQLite file in that folder; beside it is a file with the images that did not come in files of their
+own.
 """
 
 import argparse
@@ -76,10 +78,12 @@ def encoding_of(text):
 
 
 def part_of(text):
-    match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text)
-    if not match or not int(match[1]) < int(match[2]):
-        raise argparse.ArgumentTypeError(f"{text} is not like 0/16: a part from 0 up, and how many there are")
-    return int(match[1]), int(match[2])
+    match = re.fullmatch(r"(list|merge|\d{1,4})/(\d{1,4})", text)
+    number = match and (int(match[1]) if match[1].isdigit() else match[1])
+    if not match or not (number if isinstance(number, int) else 0) < int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text} is not list/16, merge/16 or like 0/16: a part from 0 up, and how many "
+                                         "there are")
+    return number, int(match[2])
 
 
 def add_source_flags(parser):
@@ -149,8 +153,8 @@ def make_parser():
         help="memory for shuffling and sorting; more goes through files beside OUT (%(default)s)")
     add("--workers", type=between(0, 4096), default=os.cpu_count(),
         help="worker processes; 0: only this process (%(default)s)")
-    add("--part", type=part_of, default=(0, 1), metavar="I/N", help="make part I of N, from 0/N up; start a process "
-        "with the same flags for each; the last one merges the parts")
+    add("--part", type=part_of, metavar="I/N", help="make a pack by several processes with the same flags: list/N lists "
+        "the images, then 0/N, 1/N … write a part each, then merge/N makes the pack of them")
     add("--restart", action="store_true", help="remove what an interrupted pack has left, and begin again")
     add("--json", action="store_true", help="print only the JSON object")
     return parser

@@ -2,20 +2,51 @@
 
 import hashlib
 import os
-import struct
+import re
 
 import numpy as np
 
-from data_tools.packing.external_sort import Sorter
-from xc.data.pack import PackError
-
-ENTRY = struct.Struct(">QQ")  # hash of a name, label; sorts by the hash
 BLOCK = 2**16  # numbers written at once, and names of a pack read at once
+NUMBER = re.compile(rb"([+-]?)(\d*)(?:\.(\d*))?(?:[eE]([+-]?\d+))?")
 
 
 def name_hash(name):
     """64-bit hash of a name (bytes)."""
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
+
+
+def is_number(name):
+    """Whether a name (bytes) is a decimal number, as 10, 007, -1, 2.5 or 1e3."""
+    if name.isdigit():  # of bytes: ASCII digits
+        return True
+    found = NUMBER.fullmatch(name)
+    return bool(found and (found[2] or found[3]))
+
+
+def number_key(name):
+    """Bytes that sort names that are numbers by their values, however long they are.
+
+    A value is ± 0.DIGITS × 10^EXPONENT without zeros at either end of DIGITS: the sign, the exponent and then the digits
+    decide. Of negative numbers all bits are turned, so that a larger size comes first.
+    """
+    sign, whole, part, exponent = NUMBER.fullmatch(name).groups()
+    digits = (whole + (part or b"")).lstrip(b"0")
+    if not digits:
+        return b"\1"
+    exponent = int(exponent or 0) + len(whole) - (len(whole + (part or b"")) - len(digits))
+    size = _integer_key(exponent) + digits.rstrip(b"0") + b"\0"  # \0 sorts before every digit
+    return b"\0" + _turned(size) if sign == b"-" else b"\2" + size
+
+
+def _integer_key(value):
+    """Bytes that sort integers of any length, none the beginning of another."""
+    size = abs(value).to_bytes((abs(value).bit_length() + 7) // 8, "big")
+    size = len(size).to_bytes(2, "big") + size
+    return b"\0" + _turned(size) if value < 0 else b"\1" + size
+
+
+def _turned(key):
+    return bytes(255 - byte for byte in key)
 
 
 def names_of(pack):
@@ -33,31 +64,23 @@ class ClassTable:
     ends        int64 (C + 1,): name i is names[ends[i]:ends[i + 1]]
     """
 
-    def __init__(self, folder, names, memory_bytes):
+    def __init__(self, folder, names):
         """Makes a table.
 
-        folder        for its files; must be new
-        names         iterable of names (bytes), all different, in the order of their labels; at least one
-        memory_bytes  that this may take
+        folder  for its files; must be new
+        names   iterable of names (bytes), all different, in the order of their labels; at least one
         """
         os.mkdir(folder)
-        by_hash = Sorter(os.path.join(folder, "runs"), memory_bytes)
-        end = 0
-        with _Numbers(os.path.join(folder, "ends")) as ends, open(os.path.join(folder, "names"), "wb") as flat:
-            ends.add(0)
-            for label, name in enumerate(names):
+        block, end = [0], 0
+        with open(os.path.join(folder, "ends"), "wb") as ends, open(os.path.join(folder, "names"), "wb") as flat:
+            for name in names:
                 flat.write(name)
                 end += len(name)
-                ends.add(end)
-                by_hash.add(ENTRY.pack(name_hash(name), label))
-        last = None
-        with _Numbers(os.path.join(folder, "hashes")) as hashes, _Numbers(os.path.join(folder, "labels")) as labels:
-            for number, label in map(ENTRY.unpack, by_hash):
-                if number == last:
-                    raise PackError(f"two class names have the same hash {number:016x}; rename one of them")
-                last = number
-                hashes.add(number)
-                labels.add(label)
+                block.append(end)
+                if len(block) == BLOCK:
+                    ends.write(np.array(block, np.int64).tobytes())  # tofile does not report a full disk
+                    block = []
+            ends.write(np.array(block, np.int64).tobytes())
         self._map(folder)
 
     @classmethod
@@ -69,49 +92,11 @@ class ClassTable:
 
     def _map(self, folder):
         self.folder = folder
-        self.ends = _mapped(folder, "ends", np.int64)
-        self.names = _mapped(folder, "names", np.uint8)
-        self._hashes, self._labels = _mapped(folder, "hashes", np.uint64), _mapped(folder, "labels", np.int64)
+        self.ends = np.memmap(os.path.join(folder, "ends"), np.int64, "r")
+        self.names = np.memmap(os.path.join(folder, "names"), np.uint8, "r")
 
     def __len__(self):
         return len(self.ends) - 1
 
     def name(self, label):
-        return self.bytes_of(label).decode()
-
-    def bytes_of(self, label):
-        """The name as it is kept, in UTF-8."""
-        return self.names[self.ends[label] : self.ends[label + 1]].tobytes()
-
-    def labels(self, hashes):
-        """(n,) int64: labels of the names with these hashes (n,) uint64; −1 where there is none."""
-        places = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
-        return np.where(self._hashes[places] == hashes, self._labels[places], -1)
-
-
-class _Numbers:
-    """Writes numbers of 64 bits to a file, a block at a time."""
-
-    def __init__(self, path):
-        self._file, self._block = open(path, "wb"), []
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        if error[0] is None:
-            self._write()
-        self._file.close()
-
-    def add(self, number):
-        self._block.append(number)
-        if len(self._block) == BLOCK:
-            self._write()
-
-    def _write(self):
-        self._file.write(np.array(self._block, np.uint64).tobytes())  # tofile does not report a full disk
-        self._block = []
-
-
-def _mapped(folder, name, dtype):
-    return np.memmap(os.path.join(folder, name), dtype, "r")
+        return self.names[self.ends[label] : self.ends[label + 1]].tobytes().decode()

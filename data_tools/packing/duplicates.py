@@ -1,4 +1,4 @@
-"""Duplicates: images with the same bytes. They are found by a hash, sorted on disk, reported and left out.
+"""Duplicates: images with the same bytes. They are found by a hash, reported and left out.
 
 Images with the same bytes are a group. An image of a group is a
 
@@ -10,47 +10,50 @@ The report has a line for every image of every group: the hash, the number of la
 whether the image is the first of its label, a repeat or a leak, and whether it was kept or dropped.
 """
 
-import itertools
 import os
-import struct
 from collections import Counter, deque
 
-from data_tools.packing.catalogue import SPLITS, Decision
-from data_tools.packing.external_sort import Sorter
+from data_tools.packing.catalogue import ADDED, SPLITS
 from data_tools.packing.skipped import row
 from data_tools.packing.workers import CHUNK_RECORDS, content_hash, content_hashes, result_of
 
 RULES = ("keep", "report", "drop", "drop-conflicting")
-HASH_BYTES = 16
 TEST_FIRST = SPLITS[::-1]  # the image that is kept comes from the first of these splits
-DECISIONS = {"first": Decision.KEPT, "repeat": Decision.REPEAT, "leak": Decision.LEAK}
+TESTS = sum(name in ("test", "val") for name in TEST_FIRST)  # they are the first
+
+# Every image of every group, in order, with the number of labels of its group.
+GROUPS = f"""
+    SELECT hash, labels, place, one.number, is_first, is_tested AND place = {TEST_FIRST.index("train")}, name, path, root,
+        offset IS NULL
+    FROM (
+        SELECT *, sum(is_first) OVER same AS labels, count(*) OVER same AS times, min(place) OVER same < {TESTS} AS is_tested
+        FROM (SELECT *, class IS NOT lag(class) OVER (PARTITION BY hash ORDER BY class, place, number) AS is_first
+              FROM contents)
+        WINDOW same AS (PARTITION BY hash)) AS one
+    CROSS JOIN names ON names.class = one.class CROSS JOIN listed ON listed.number = one.number
+    WHERE times > 1 ORDER BY hash, one.class, place, one.number
+"""
 
 
 class Duplicates:
     """Takes the images that are listed, and decides which are left out as duplicates.
 
-    folder        where sorting puts what memory_bytes do not hold
+    db            connection to the table of the images
     pool, window  the workers that read files, and how many lists of files they have at most
     """
 
-    # Hash of the image, hash of the class name, index of the split in TEST_FIRST, number, length of the class name. The
-    # name and the path follow.
-    KEY = struct.Struct(f">{HASH_BYTES}sQBQH")
+    def __init__(self, db, pool, window):
+        self._db, self._pool, self._window = db, pool, window
+        self._rows, self._chunk, self._pending = [], [], deque()
+        db.execute("CREATE TABLE contents (hash, class, place, number)")
 
-    def __init__(self, folder, memory_bytes, pool, window):
-        self._folder, self._memory_bytes = folder, memory_bytes
-        self._sorter = Sorter(os.path.join(folder, "images"), memory_bytes // 2)
-        self._pool, self._window, self._chunk, self._pending = pool, window, [], deque()
-
-    def add(self, listed, root, path, label, data):
-        """Takes an image: its Entry in the catalogue, path below a root, class name, bytes if it has no file."""
-        label = label.encode()
-        key = listed.name, TEST_FIRST.index(listed.split), listed.number, len(label)
-        names = label + os.fsencode(path)
+    def add(self, listed, root, path, data):
+        """Takes an image: its Entry in the catalogue, path below a root, bytes if it has no file."""
+        key = listed.name, TEST_FIRST.index(listed.split), listed.number
         if data is not None:
-            self._sorter.add(self.KEY.pack(content_hash(data), *key) + names)
+            self._add(content_hash(data), key)
             return
-        self._chunk.append((os.path.join(root, path), key, names))
+        self._chunk.append((os.path.join(root, path), key))
         if len(self._chunk) == CHUNK_RECORDS:
             self._submit()
 
@@ -59,51 +62,52 @@ class Duplicates:
         self._submit()
         while self._pending:
             self._take()
+        self._insert()
 
-    def resolve(self, rule, decisions, report):
-        """Writes the report to a text file and sets decisions[number] by the rule, one of RULES. Call it once.
+    def resolve(self, rule, report, shown):
+        """Writes the report to a text file, and into the table what is left out by the rule, one of RULES. Call it once.
 
-        returns  Counter of images (repeats, leaks, conflicts) and of groups (contents); Counter of those left out by
-                 reason
+        shown    shown(path, root, is_file): the path of an image for messages
+
+        returns  Counter of images (repeats, leaks, conflicts) and of groups (contents)
         """
         report.write(row("hash", "labels", "split", "label", "path", "image", "done"))
-        found, left_out = Counter(), Counter()
-        for image, group in itertools.groupby(self._sorter, lambda item: item[:HASH_BYTES]):
-            # A group may be as large as the whole list, and its last image may decide about its first.
-            same, size = Sorter(os.path.join(self._folder, image.hex()), self._memory_bytes // 2), 0
-            labels, last, is_tested = 0, None, False
-            for item in group:
-                _, name, place, *_ = self.KEY.unpack_from(item)
-                labels, last = labels + (name != last), name
-                is_tested = is_tested or TEST_FIRST[place] in ("test", "val")
-                same.add(item)
-                size += 1
-            if size > 1:
-                found["contents"] += 1
-                for number, decision, cells in self._decide(same, labels, is_tested, rule, found):
-                    decisions[number] = decision
-                    left_out[decision.name.lower()] += decision != Decision.KEPT
-                    report.write(row(image.hex(), labels, *cells, "kept" if decision == Decision.KEPT else "dropped"))
-        return found, +left_out
+        self._db.execute("CREATE TABLE dropped (number, reason)")
+        found, dropped, last = Counter(), [], None
+        for image, labels, place, number, is_first, is_leak, name, path, root, is_file in self._db.execute(GROUPS):
+            found.update(contents=image != last, repeats=not is_first, leaks=is_leak, conflicts=labels > 1)
+            what, last = "leak" if is_leak else "first" if is_first else "repeat", image
+            reason = "conflict" if rule == "drop-conflicting" and labels > 1 else what
+            is_kept = rule == "report" or reason == "first"
+            if not is_kept:
+                dropped.append((number, reason))
+                if len(dropped) == ADDED:
+                    self._drop(dropped)
+            report.write(row(image.hex(), labels, TEST_FIRST[place], name.decode(), shown(os.fsdecode(path), root, is_file),
+                             what, "kept" if is_kept else "dropped"))
+        self._drop(dropped)
+        self._db.executescript("INSERT INTO left_out SELECT number, reason FROM dropped ORDER BY number; "
+                               "DROP TABLE dropped; DROP TABLE contents")
+        return found
 
-    def _decide(self, group, labels, is_tested, rule, found):
-        """Yields (number, Decision, cells of the report) of the images of a group, and counts them in `found`."""
-        last = None
-        for item in group:
-            _, name, place, number, length = self.KEY.unpack_from(item)
-            is_leak, is_repeat, last = is_tested and TEST_FIRST[place] == "train", name == last, name
-            found.update(repeats=is_repeat, leaks=is_leak, conflicts=labels > 1)
-            image = "leak" if is_leak else "repeat" if is_repeat else "first"
-            decision = Decision.CONFLICT if rule == "drop-conflicting" and labels > 1 else DECISIONS[image]
-            if rule == "report":
-                decision = Decision.KEPT
-            end = self.KEY.size + length
-            label, path = item[self.KEY.size : end].decode(), os.fsdecode(item[end:])
-            yield number, decision, (TEST_FIRST[place], label, path, image)
+    def _drop(self, rows):
+        self._db.executemany("INSERT INTO dropped VALUES (?, ?)", rows)
+        rows.clear()
+
+    def _add(self, image, key):
+        self._rows.append((image, *key))
+        if len(self._rows) == ADDED:
+            self._insert()
+
+    def _insert(self):
+        self._db.execute("BEGIN")
+        self._db.executemany("INSERT INTO contents VALUES (?, ?, ?, ?)", self._rows)
+        self._db.execute("COMMIT")
+        self._rows = []
 
     def _submit(self):
         if self._chunk:
-            future = self._pool.submit(content_hashes, [file for file, _, _ in self._chunk])
+            future = self._pool.submit(content_hashes, [file for file, _ in self._chunk])
             self._pending.append((self._chunk, future))
             self._chunk = []
         if len(self._pending) >= self._window:
@@ -111,6 +115,6 @@ class Duplicates:
 
     def _take(self):
         chunk, future = self._pending.popleft()
-        for (_, key, names), image in zip(chunk, result_of(future, chunk[0][0]), strict=True):
+        for (_, key), image in zip(chunk, result_of(future, chunk[0][0]), strict=True):
             if image is not None:  # an image that cannot be read is reported when it is packed
-                self._sorter.add(self.KEY.pack(image, *key) + names)
+                self._add(image, key)

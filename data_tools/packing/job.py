@@ -1,10 +1,11 @@
-"""Makes a pack: lists the images, writes the shards of one part, and merges the parts when all are written."""
+"""Makes a pack: lists the images, writes the shards of each part, and merges the parts. --part asks for one of these."""
 
 import dataclasses
 import os
 import shutil
 import time
 from array import array
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +14,9 @@ import PIL
 from data_tools.common.command import check_paths
 from data_tools.common.progress import note
 from data_tools.packing.catalogue import Catalogue
+from data_tools.packing.database import errors
 from data_tools.packing.encode import Encoding
 from data_tools.packing.journal import Journal
-from data_tools.packing.lease import run_once
 from data_tools.packing.list_images import list_images
 from data_tools.packing.merge import merge
 from data_tools.packing.select import names_in
@@ -34,10 +35,12 @@ from xc.files import sync_tree
 # Options that do not change the bytes of a pack, and those that `describe` has in another form.
 NOT_DESCRIBED = {"memory_mb", "workers", "max_skipped", "restart", "classes", "root", "part"}
 
+LISTING = "listing"  # in the work folder
+
 
 @dataclass(frozen=True)
 class Options:
-    """The flags of data_tools.pack, which says what they mean; kind is --from, part is (I, N)."""
+    """The flags of data_tools.pack, which says what they mean; kind is --from, part is (I, "list" or "merge", N)."""
 
     kind: str | None
     path_column: str | None
@@ -66,7 +69,7 @@ class Options:
     format: str | None
     quality: int | None
     check: str
-    part: tuple
+    part: tuple | None
     restart: bool
 
     @property
@@ -77,6 +80,21 @@ class Options:
         columns = {what: name for what, name in columns.items() if name is not None}
         splits = SplitNames({name.lower(): split for name, split in self.rename_split}, map(str.lower, self.without))
         return Reading(columns, self.header, self.text_encoding, self.root, splits=splits)
+
+    @property
+    def stage(self):
+        """What this process does: "list", "part", "merge", or "all"."""
+        if self.part is None:
+            return "all"
+        return self.part[0] if isinstance(self.part[0], str) else "part"
+
+    @property
+    def number(self):
+        return self.part[0] if self.stage == "part" else 0
+
+    @property
+    def parts(self):
+        return 1 if self.part is None else self.part[1]
 
     @property
     def memory_bytes(self):
@@ -91,8 +109,8 @@ def pack(src, out, options):
     """Packs src, a list of paths or SPLIT=PATH, into the new folder out and returns a summary.
 
     returns  dict of totals over the splits: records, classes, bytes, shards, skipped, left_out ({reason: images}),
-             seconds, and "splits", {split or "": {records, classes with images, bytes, shards}}. Of a part that was
-             not the last: its own totals without classes, left_out and splits, and "part": "I/N".
+             seconds, and "splits", {split or "": {records, classes with images, bytes, shards}}. With --part list/N and
+             I/N it has "part", the text of that flag, and what is known then.
 
     PackError or OSError for whatever the user can fix. There is nothing at out then; `workdir.what_is_kept` says what
     is kept.
@@ -101,26 +119,19 @@ def pack(src, out, options):
     given = given_sources(src, how.splits)
     check([path for _, path in given], out, options)
     job = Job(given, out, how, options)
-    with owned(job.folder, job.number, out), cleaned_up(job.folder, out, job.parts, job.is_listed, job.has_shards):
-        run_once(f"{job.listing}.claim", job.owner, job.is_listed, job.list_images)
-        catalogue, journal = job.write_part()
-        if not (missing := job.missing_parts()):
-            job.merge_once(catalogue)
-        if job.merged:
-            lost = {split: lost_classes(catalogue, split, counts) for split, (_, counts) in job.merged.items()}
+    with ExitStack() as locks:
+        for name in ("list", 0, "merge") if options.stage == "all" else options.part[:1]:
+            locks.enter_context(owned(job.folder, name, out))
+        with cleaned_up(job.folder, out, options.stage == "all", job.is_listed, job.has_shards), errors():
+            facts = job.run()
+        if options.stage in ("all", "merge"):
             discard(job.folder)
-    if job.merged:
-        facts = job.summary(catalogue, lost)
-    else:
-        note(f"part {job.number} of {job.parts} is done"
-             f"{f', {missing} are to come; the last makes the pack' * bool(missing)}")
-        facts = {"part": f"{job.number}/{job.parts}", **totals(journal.shards.values()), "skipped": journal.tally.count}
     return facts | {"seconds": round(time.monotonic() - started, 3)}
 
 
 def check(src, out, options):
     """PackError for flags that contradict each other and paths that cannot be used."""
-    if options.part[1] > 1 and is_pack(out):
+    if options.stage != "all" and is_pack(out):
         raise PackError(f"{out} is a pack: if these parts made it, all is done; else give another name")
     check_paths(src, out, options.root)
     if options.quality is not None and options.format in ("png", "raw"):
@@ -134,8 +145,13 @@ def check(src, out, options):
     if options.check != "full" and options.encoding != KEPT:
         raise PackError(f"--check {options.check} is for images that keep their bytes, all others are decoded; leave "
                         "it out")
-    if options.restart and options.part[1] > 1:
-        raise PackError(f"--restart with --part would remove the work of other parts; remove {path_for(out)} yourself")
+    if options.stage in ("part", "merge"):
+        if options.restart:
+            raise PackError("--restart would remove the work of other parts; give it with --part list/N, which begins "
+                            "anew, or leave it out")
+        if not os.path.isdir(os.path.join(path_for(out), LISTING)):
+            raise PackError(f"{out}: its images are not listed yet; run this command with --part list/{options.parts} "
+                            "first")
 
 
 def describe(given, options):
@@ -146,16 +162,15 @@ def describe(given, options):
     return {"SRC": [[split, os.path.abspath(path)] for split, path in given],
             "state of SRC": [fingerprint(path) for _, path in given],
             "--classes": classes and [os.path.abspath(classes), fingerprint(classes)],
-            "--root": root and os.path.abspath(root), "parts": options.part[1],
-            "versions": {"pack": layout.VERSION, "parts": 2, "Pillow": PIL.__version__}, **flags}
+            "--root": root and os.path.abspath(root), "parts": options.parts,
+            "versions": {"pack": layout.VERSION, "parts": 3, "Pillow": PIL.__version__}, **flags}
 
 
 class Job:
-    """One part of a pack that is being made.
+    """What this process does of a pack that is being made.
 
-    folder   the work folder, shared by all parts
+    folder   the work folder, which all processes of the pack share
     listing  folder of the Catalogue, shared too
-    merged   {split: ([Shard], (C,) int64 images of each class)} once this process has merged the parts
     """
 
     def __init__(self, given, out, how, options):
@@ -164,21 +179,38 @@ class Job:
         self.classes = None  # of --classes: hashes of the names to take, or the Pack whose class table to use
         if (path := options.classes) is not None:
             self.classes = names_in(path) if os.path.isfile(path) else open_splits(path)["train"]
-        self.number, self.parts = options.part
         self.folder = open_folder(out, describe(given, options), options.restart)
-        self.owner, self.listing = f"part-{self.number}", os.path.join(self.folder, "listing")
-        self.part_folders = [os.path.join(self.folder, f"part-{i}") for i in range(self.parts)]
-        self.merged, self.tally = {}, None
+        self.listing = os.path.join(self.folder, LISTING)
+        self.part_folders = [os.path.join(self.folder, f"part-{i}") for i in range(options.parts)]
 
     def is_listed(self):
         return os.path.isdir(self.listing)
 
     def has_shards(self):
         """Whether this part has a shard that is complete."""
-        return Journal(self.part_folders[self.number]).shards
+        return Journal(self.part_folders[self.options.number]).shards
+
+    def run(self):
+        """Does what --part asks for, and returns facts of it."""
+        stage, parts = self.options.stage, self.options.parts
+        if stage in ("all", "list") and not self.is_listed():
+            self.list_images()
+        catalogue = Catalogue(self.listing)
+        if stage == "list":
+            note(f"the images are listed; now run --part 0/{parts}" + f" to --part {parts - 1}/{parts}" * (parts > 1) +
+                 f", then --part merge/{parts}")
+            return {"part": f"list/{parts}", "images": catalogue.num_images, "classes": len(catalogue.table),
+                    "skipped": catalogue.skipped.count, "left_out": catalogue.left_out}
+        if stage in ("all", "part"):
+            journal = self.write_part(catalogue)
+        if stage == "part":
+            note(f"part {self.options.number} of {parts} is written; when all are, run --part merge/{parts}")
+            return {"part": f"{self.options.number}/{parts}", **totals(journal.shards.values()),
+                    "skipped": journal.tally.count}
+        return self.merge(catalogue)
 
     def list_images(self):
-        new = f"{self.listing}-{self.owner}"
+        new = f"{self.listing}-new"
         shutil.rmtree(new, ignore_errors=True)  # a killed process may have left it
         os.mkdir(new)
         wanted, table_of = self.classes, None
@@ -188,52 +220,49 @@ class Job:
         sync_tree(new)
         os.rename(new, self.listing)
 
-    def write_part(self):
-        """(Catalogue, Journal) of this part, all of whose shards are written."""
-        catalogue, journal = Catalogue(self.listing), Journal(self.part_folders[self.number])
+    def write_part(self, catalogue):
+        """The Journal of this part, all of whose shards are written."""
+        journal = Journal(self.part_folders[self.options.number])
         if journal.taken:
-            note(f"resuming after {journal.taken:,} of {catalogue.expected(self.number):,} images")
+            expected = catalogue.expected(self.options.number, self.options.parts)
+            note(f"resuming after {journal.taken:,} of {expected:,} images")
         if not journal.done:
-            write_part(journal, catalogue, self.number, [source.root for source in self.sources], self.options)
-        return catalogue, journal
+            write_part(journal, catalogue, [source.root for source in self.sources], self.options)
+        return journal
 
-    def missing_parts(self):
-        """Number of parts that are not written yet. PackError where something else is at out."""
+    def merge(self, catalogue):
+        """Makes the pack of all parts, and returns facts of it. PackError where a part is not written yet."""
         if os.path.lexists(self.out):
-            if self.parts == 1 or not is_pack(self.out):
-                raise PackError(f"{self.out} has appeared meanwhile, and is not the pack; take it away")
-            return 0  # then even the journals may be gone
-        return sum(not Journal(place).done for place in self.part_folders)
-
-    def merge_once(self, catalogue):
-        """Merges the parts, unless another process does."""
-        journals = [Journal(place) for place in self.part_folders]
-        self.tally = sum((one.tally for one in journals), catalogue.skipped)
-        self.tally.check(self.options.max_skipped, catalogue.total)
+            raise PackError(f"{self.out} has appeared meanwhile, and is not the pack; take it away")
+        journals, parts = [Journal(place) for place in self.part_folders], self.options.parts
+        if missing := [number for number, journal in enumerate(journals) if not journal.done]:
+            raise PackError(f"{len(missing)} of {parts} parts are not written yet: {', '.join(map(str, missing[:NAMED]))}"
+                            f"{', …' * (len(missing) > NAMED)}; run them, as --part {missing[0]}/{parts}, then --part "
+                            f"merge/{parts} again")
+        tally = sum((one.tally for one in journals), catalogue.skipped)
+        tally.check(self.options.max_skipped, catalogue.total)
         names = [os.path.basename(os.path.abspath(path)) for path in self.src]
         source = ", ".join(names[:NAMED]) + f" and {len(names) - NAMED} more" * (len(names) > NAMED)
+        merged = merge(self.folder, self.out, catalogue, journals, tally, source=source, seed=self.options.seed)
+        return self.summary(catalogue, merged, tally)
 
-        def make_pack():
-            self.merged = merge(self.folder, self.out, catalogue, journals, self.tally, source=source,
-                                seed=self.options.seed)
-
-        run_once(os.path.join(self.folder, "pack.claim"), self.owner, lambda: os.path.lexists(self.out), make_pack)
-
-    def summary(self, catalogue, lost):
+    def summary(self, catalogue, merged, tally):
         """Totals of the pack as `pack` returns them; notes on stderr what was left out.
 
-        lost  {split: (number, first names)} of classes without images
+        merged  {split: ([Shard], (C,) int64 images of each class)}
+        tally   Tally of all images that could not be packed
         """
-        if self.tally.count:
-            note(f"skipped {self.tally.count} images, listed in {os.path.join(self.out, 'skipped.tsv')}: {self.tally}")
-        for split, (count, names) in lost.items():
+        if tally.count:
+            note(f"skipped {tally.count} images, listed in {os.path.join(self.out, 'skipped.tsv')}: {tally}")
+        for split, (_, counts) in merged.items():
+            count, names = lost_classes(catalogue, split, counts)
             if count:
                 note(f"warning: {count} classes{split and f' of {split}'} lost all their images; they keep their "
                      f"labels: {', '.join(names)}{', …' if count > NAMED else ''}")
         splits = {split: {**totals([shards]), "classes": np.count_nonzero(counts)}
-                  for split, (shards, counts) in self.merged.items()}
-        return {**totals(shards for shards, _ in self.merged.values()), "classes": len(catalogue.table),
-                "skipped": self.tally.count, "left_out": catalogue.left_out, "splits": splits}
+                  for split, (shards, counts) in merged.items()}
+        return {**totals(shards for shards, _ in merged.values()), "classes": len(catalogue.table),
+                "skipped": tally.count, "left_out": catalogue.left_out, "splits": splits}
 
 
 def totals(shards_of_splits):

@@ -13,14 +13,14 @@ class Journal:
     """The journal in a folder, which need not exist yet.
 
     shards   {split: [Shard]} that are complete and on the disk
-    start    key of the record to resume from; b"": from the first
+    start    place of the record to resume from; 0: from the first
     skipped  state of `Skipped` at that record; None: nothing was written
     taken    number of records before it
     done     whether all records are written
     """
 
     def __init__(self, folder):
-        self.folder, self.shards, self.start, self.skipped, self.taken, self.done = folder, {}, b"", None, 0, False
+        self.folder, self.shards, self.start, self.skipped, self.taken, self.done = folder, {}, 0, None, 0, False
         self._path = os.path.join(folder, "journal")
         self._length = 0  # of its complete lines; the last may be truncated
         with suppress(FileNotFoundError), open(self._path, "rb") as file:
@@ -37,13 +37,12 @@ class Journal:
     def _take(self, split, shard, start, skipped, taken):
         if shard is not None:
             self.shards.setdefault(split, []).append(Shard(*shard))
-        self.start, self.skipped, self.taken = bytes.fromhex(start or ""), skipped, taken
+        self.start, self.skipped, self.taken = start or 0, skipped, taken
         self.done = start is None
 
     def add(self, split, shard, start, skipped, taken):
-        """Records a Shard of a split that is on the disk, or None, and the key to resume from; None at the end."""
-        entry = {"split": split, "shard": shard, "start": None if start is None else start.hex(), "skipped": skipped,
-                 "taken": taken}
+        """Records a Shard of a split that is on the disk, or None, and the place to resume from; None at the end."""
+        entry = {"split": split, "shard": shard, "start": start, "skipped": skipped, "taken": taken}
         line = json.dumps(entry).encode() + b"\n"
         if shard is not None:
             sync(os.path.join(self.folder, split))  # the entry of the shard in its folder

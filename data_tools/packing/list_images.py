@@ -6,8 +6,8 @@ from collections import Counter
 import numpy as np
 
 from data_tools.common.progress import Progress, note
-from data_tools.packing.catalogue import CLASS_SPLITS, CatalogueWriter, Decision, zeros_file
-from data_tools.packing.class_table import BLOCK, names_of
+from data_tools.packing.catalogue import CLASS_SPLITS, CatalogueWriter
+from data_tools.packing.class_table import BLOCK
 from data_tools.packing.duplicates import Duplicates
 from data_tools.packing.select import choose
 from data_tools.packing.skipped import LeftOut, Skipped
@@ -19,6 +19,8 @@ LEFT_OUT = {"split": "images of splits that --without names", "class": "images o
             "repeat": "images that repeat others", "leak": "images of train that are in val or test too",
             "conflict": "images with several labels", "few": "images of classes with fewer than --min-images",
             "many": "images beyond --max-images-per-class"}
+REASONS = {"repeat": "repeats another image", "leak": "is in val or test too", "conflict": "has several labels",
+           "few": "its class has fewer images than --min-images", "many": "beyond --max-images-per-class"}
 
 
 def list_images(folder, sources, splits, wanted, table_of, options):
@@ -32,30 +34,30 @@ def list_images(folder, sources, splits, wanted, table_of, options):
 
     PackError where the images do not make a pack.
     """
-    catalogue = CatalogueWriter(folder, options.memory_bytes, options.seed, wanted, options.split, options.split_by,
-                                options.part[1])
-    skipped, left_out, repeated = _take_all(catalogue, folder, sources, splits, options)
-    _check_splits_of(catalogue, sources, skipped, left_out, options)
+    catalogue = CatalogueWriter(folder, options.memory_bytes, options.seed, wanted, options.split, options.split_by)
+    skipped, listed_out, repeated = _take_all(catalogue, folder, sources, splits, options)
+    _check_splits_of(catalogue, sources, skipped, listed_out, options)
     if unused := splits.unused():
         raise PackError(f"no split is called {', '.join(unused)}, which --without or --rename-split names; the images "
                         f"have the splits {', '.join(filter(None, catalogue.splits)) or 'none'}")
+    catalogue.end_of_images()
     if repeats := catalogue.check_paths():
         note(f"{repeats} rows name a path that an earlier row named; these images are packed once for each row")
     has_weights = catalogue.has_weights
-    if options.duplicates == "keep" and options.max_images_per_class is None:
-        decisions = np.broadcast_to(np.uint8(Decision.KEPT), len(catalogue))  # takes no memory
-    else:
-        decisions = zeros_file(os.path.join(folder, "decisions"), len(catalogue), np.uint8)
+
+    def shown(path, root, is_file):
+        return shown_path(path, sources[root].root, None if is_file else b"", sources)
+
     if options.duplicates != "keep":
-        left_out += _resolve(repeated, options.duplicates, decisions, os.path.join(folder, "duplicates.tsv"))
-    names, owner = catalogue.class_names(), "train"
-    if table_of is not None:
-        names, owner = names_of(table_of), "the pack of --classes"
-    choice = choose(catalogue, names, owner, decisions, folder, options.memory_bytes, options.min_images,
-                    options.max_images_per_class, options.split_by == "class")
-    left_out += choice.left_out
-    _report(catalogue, choice, left_out, wanted, options)
-    catalogue.finish(choice.table, has_weights, left_out, skipped.tally)
+        _resolve(repeated, options.duplicates, os.path.join(folder, "duplicates.tsv"), shown)
+    choice = choose(catalogue, table_of, folder, options.min_images, options.max_images_per_class,
+                    options.split_by == "class")
+    choice = choice._replace(left_out=listed_out + choice.left_out)
+    with LeftOut(os.path.join(folder, "left-out.tsv")) as left_out:
+        for path, root, is_file, reason in catalogue.left_out():
+            left_out.add(shown(path, root, is_file), REASONS[reason])
+    _report(choice, wanted, options)
+    catalogue.finish(choice, has_weights, skipped.tally)
 
 
 def shown_path(path, root, data, sources):
@@ -70,8 +72,7 @@ def _take_all(catalogue, folder, sources, splits, options):
     with (Skipped(os.path.join(folder, "skipped.tsv"), options.max_skipped) as skipped,
           LeftOut(os.path.join(folder, "left-out.tsv")) as left_out,
           worker_pool(options.workers if find_duplicates else 0) as pool, Progress("listing") as progress):
-        repeated = Duplicates(os.path.join(folder, "duplicates"), options.memory_bytes // 8, pool,
-                              2 * options.workers + 1)
+        repeated = Duplicates(catalogue.db, pool, 2 * options.workers + 1)
         roots = [os.path.realpath(source.root) for source in sources]
         for source, root in zip(sources, roots, strict=True):
             number = roots.index(root)  # sources with the same root share its number: their files are the same
@@ -87,7 +88,7 @@ def _take_all(catalogue, folder, sources, splits, options):
                     left_out.add(shown_path(path, source.root, data, sources), "its class is none of --classes")
                     counts["class"] += 1
                 elif find_duplicates:
-                    repeated.add(entry, source.root, shown_path(path, source.root, data, sources), name, data)
+                    repeated.add(entry, source.root, path, data)
                 numbers.take(source.path, name)
             numbers.end(source)
         repeated.end()
@@ -117,24 +118,28 @@ def _reasons(skipped, left_out):
     return f" ({'; '.join(what)})" if what else ""
 
 
-def _resolve(repeated, rule, decisions, path):
-    """Writes the report of duplicates, notes what was found, and returns what was left out {reason: images}."""
+def _resolve(repeated, rule, path, shown):
+    """Writes the report of duplicates, and notes what was found."""
     with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
-        found, left_out = repeated.resolve(rule, decisions, file)
+        found = repeated.resolve(rule, file, shown)
     note(f"{found['contents']} images come several times: {found['repeats']} repeats of the same label, "
          f"{found['leaks']} in train that are in val or test too, {found['conflicts']} with several labels")
-    return left_out
 
 
-def _report(catalogue, choice, left_out, wanted, options):
+def _report(choice, wanted, options):
     """Notes what was left out, and what may surprise about the labels."""
-    for reason, count in left_out.items():
-        note(f"left out {count} {LEFT_OUT[reason]}")
+    for reason in LEFT_OUT:
+        if count := choice.left_out[reason]:
+            note(f"left out {count} {LEFT_OUT[reason]}")
     if choice.num_few:
         note(f"{choice.num_few} classes have fewer than --min-images {options.min_images} and get no label; the labels "
              f"of the others are 0, 1, 2, … {len(choice.table) - 1}")
-    if catalogue.has_gaps:
+    if choice.has_gaps:
         note("the class names are numbers with gaps: their labels are 0, 1, 2, … without gaps")
+    if choice.num_spellings:
+        pairs = ", ".join(f"{one!r} and {other!r}" for one, other in choice.spellings)
+        note(f"{choice.num_spellings} pairs of classes have the same name in two spellings of Unicode (NFC, NFD): {pairs}"
+             f"{', …' * (choice.num_spellings > len(choice.spellings))}; rename one of each pair if they are one class")
     absent = 0 if wanted is None else len(wanted) - len(choice.table) - choice.num_few
     if absent > 0:
         note(f"{absent} classes of {options.classes} have no images and get no label")

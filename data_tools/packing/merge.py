@@ -1,7 +1,6 @@
 """Merges the parts that several processes wrote into one pack."""
 
 import os
-import secrets
 import shutil
 
 import numpy as np
@@ -26,7 +25,7 @@ def merge(folder, out, catalogue, journals, tally, **attributes):
 
     returns     {split: ([Shard], (C,) int64 images of each class)}
 
-    It may be interrupted and called again, and two processes may call it at a time: every step can be done twice.
+    It may be interrupted and called again: every step can be done twice.
     """
     pack, merged = os.path.join(folder, "pack"), {}
     for split in catalogue.splits:
@@ -34,7 +33,7 @@ def merge(folder, out, catalogue, journals, tally, **attributes):
             raise PackError(f"no image{split and ' of ' + split} can be used: {tally}")
     for split in catalogue.splits:
         os.makedirs(os.path.join(pack, split), exist_ok=True)
-        counts = zeros_file(os.path.join(folder, f"written-{split}-{secrets.token_hex(4)}"), len(catalogue.table))
+        counts = zeros_file(os.path.join(folder, f"written-{split}"), len(catalogue.table))
         merged[split] = shards, _ = [], counts
         for journal in journals:
             for number, shard in enumerate(journal.shards.get(split, ())):
@@ -49,10 +48,9 @@ def merge(folder, out, catalogue, journals, tally, **attributes):
     listing = os.path.join(folder, "listing")
     with atomic_path(os.path.join(pack, "skipped.tsv"), replace=True, folder=folder) as path:
         _join(path, [os.path.join(place, "skipped.tsv") for place in (listing, *(one.folder for one in journals))])
-    left_out = [os.path.join(place, "left-out.tsv") for place in (listing, *(one.folder for one in journals))]
-    if left_out := list(filter(os.path.exists, left_out)):
+    if os.path.exists(left_out := os.path.join(listing, "left-out.tsv")):
         with atomic_path(os.path.join(pack, "left_out.tsv"), replace=True, folder=folder) as path:
-            _join(path, left_out)
+            _join(path, [left_out])
     if os.path.exists(duplicates := os.path.join(listing, "duplicates.tsv")):
         with atomic_path(os.path.join(pack, "duplicates.tsv"), replace=True, folder=folder) as path:
             shutil.copyfile(duplicates, path)

@@ -101,9 +101,9 @@ class Skipped:
 
 
 class LeftOut:
-    """Writes the images that are left out on purpose to a file without a header: the path and reason of each.
+    """Adds the images that are left out on purpose to a file without a header: the path and reason of each.
 
-    path    of the file, which is made for the first of them
+    path    of the file, which is made for the first image if there is none
     counts  Counter {reason: images}
     """
 
@@ -119,6 +119,6 @@ class LeftOut:
 
     def add(self, path, reason):
         if self._file is None:
-            self._file = open(self._path, "w", encoding="utf-8", errors="surrogateescape", newline="\n")  # noqa: SIM115
+            self._file = open(self._path, "a", encoding="utf-8", errors="surrogateescape", newline="\n")  # noqa: SIM115
         self._file.write(row(path, reason))
         self.counts[reason] += 1

@@ -16,8 +16,6 @@ from data_tools.packing.class_table import ClassTable, names_of
 from data_tools.packing.writer import PackWriter
 from xc.data.pack import INDEX_FILE, SPLITS, Pack, PackError
 
-_TABLE_BYTES = 2**28  # of memory for the names of classes while they are sorted
-
 
 def rounded(counts, share, random):
     """(C,) int64: a share of each count (C,), rounded down or up at random; the sum is within 1 of the share of all."""
@@ -83,7 +81,7 @@ def split(src, out, *, test, val, by, seed, shard_mb):
                                     pack.has_weights) for name in SPLITS if name == "train" or name in left}
         deal(pack, left, writers, random)
         work = os.path.join(partial, "classes")
-        table = ClassTable(work, names_of(pack), _TABLE_BYTES)
+        table = ClassTable(work, names_of(pack))
         for writer in writers.values():
             writer.end_shard()
         for writer in writers.values():  # last: a folder without an index is not a pack

@@ -96,21 +96,19 @@ def open_folder(out, description, restart):
 
 
 @contextmanager
-def cleaned_up(folder, out, parts, is_listed, has_shards):
+def cleaned_up(folder, out, alone, is_listed, has_shards):
     """On an error: removes the work folder if nothing can be resumed from it; otherwise the error says that it stays.
 
+    alone                  whether this process makes the whole pack
     is_listed, has_shards  functions: whether the images are listed, and whether this part has shards
     """
     try:
         yield
     except BaseException as error:  # Ctrl-C too
         if not os.path.isdir(folder):
-            raise PackError(f"the process that lists the images of {out} for all parts failed; it says why") from error
+            raise
         by_user = isinstance(error, PackError)
-        if not is_listed():
-            if by_user or parts == 1:
-                discard(folder)
-        elif by_user and parts == 1 and not has_shards():
+        if not is_listed() or by_user and alone and not has_shards():
             discard(folder)
         elif by_user:
             raise PackError(f"{error}; {what_is_kept(out)}") from error

@@ -9,8 +9,8 @@ from data_tools.packing.workers import CHUNK_BYTES, CHUNK_RECORDS, read_in_order
 from data_tools.packing.writer import ShardWriter
 
 
-def write_part(journal, catalogue, number, roots, options):
-    """Writes the shards of part `number` of the catalogue, from where its journal ends.
+def write_part(journal, catalogue, roots, options):
+    """Writes the shards of the part of the catalogue that the options name, from where its journal ends.
 
     roots    folders in which the paths of the images start
     options  Options of the pack
@@ -23,9 +23,9 @@ def write_part(journal, catalogue, number, roots, options):
         def end_shard(start):
             journal.add(split, writer and writer.write(), start, skipped.state(), taken)
 
-        chunks = catalogue.chunks(number, options.memory_bytes // 2, CHUNK_RECORDS, CHUNK_BYTES, journal.start)
+        chunks = catalogue.chunks(options.number, options.parts, CHUNK_RECORDS, CHUNK_BYTES, journal.start)
         with (worker_pool(options.workers) as pool,
-              Progress("packing", catalogue.expected(number), done=taken) as progress):
+              Progress("packing", catalogue.expected(options.number, options.parts), done=taken) as progress):
             images = read_in_order(pool, 2 * options.workers + 1, roots, chunks, options.max_pixels, options.encoding,
                                    options.check)
             for record, data, crc_or_reason in images:
@@ -34,7 +34,7 @@ def write_part(journal, catalogue, number, roots, options):
                     skipped.add(record.split, path, crc_or_reason)
                 else:
                     if writer and not (split == record.split and writer.fits(data)):
-                        end_shard(record.key)
+                        end_shard(record.place)
                     if split != record.split:
                         split = record.split
                         writer = ShardWriter(os.path.join(journal.folder, split), options.shard_mb * 1e6,

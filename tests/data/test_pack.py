@@ -135,7 +135,7 @@ def test_verify_holds_some_of_many_long_names(tmp_path):
     writer = PackWriter(tmp_path / "pack", 10**6, np.zeros(20_000, np.int64))
     writer.add(picture(0), zlib.crc32(picture(0)), 7)
     writer.end_shard()
-    table = ClassTable(tmp_path / "table", (b"%d" % number * 400 for number in range(10_000, 30_000)), 2**20)
+    table = ClassTable(tmp_path / "table", (b"%d" % number * 400 for number in range(10_000, 30_000)))
     writer.write_index(table, source="made", seed=0, skipped=0)
     pack = Pack(tmp_path / "pack")
     tracemalloc.start()

@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.commands import run_pack
 from tests.support.images import picture, png, write_tree
+from tests.support.pack_jobs import run_parts
 from tests.support.packs import file_hashes
 from tests.support.rows import count_records, facts, write_rows
 from xc.data.pack import open_splits
@@ -173,14 +174,13 @@ def test_the_number_of_parts_changes_no_choice(tmp_path, capsys, kind):
     said, whole = facts(capsys), open_splits(tmp_path / "1")
     assert said["left_out"].keys() == {"repeat", "leak", "few", "many"}
     for parts in 2, 5:
-        for part in reversed(range(parts)):
-            run_pack(source, tmp_path / str(parts), *flags, "--part", f"{part}/{parts}")
+        run_parts(parts, source, tmp_path / str(parts), *flags)
         assert facts(capsys)["left_out"] == said["left_out"]
         for split, pack in open_splits(tmp_path / str(parts)).items():
             assert pack.read(np.arange(len(pack)))[0] == whole[split].read(np.arange(len(whole[split])))[0]
             assert pack.classes_digest == whole[split].classes_digest
-        reports = [tmp_path / name / "duplicates.tsv" for name in ("1", str(parts))]
-        assert reports[0].read_bytes() == reports[1].read_bytes()
+        for report in "duplicates.tsv", "left_out.tsv":
+            assert (tmp_path / str(parts) / report).read_bytes() == (tmp_path / "1" / report).read_bytes()
 
 
 def test_reports_tell_which_of_several_sources(tmp_path, capsys):

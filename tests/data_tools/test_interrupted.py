@@ -16,6 +16,7 @@ import pytest
 
 import data_tools.pack
 import data_tools.packing.catalogue
+import data_tools.packing.image_file
 import data_tools.packing.workers
 from data_tools.packing.catalogue import zeros_file
 from data_tools.packing.writer import ShardWriter
@@ -23,7 +24,7 @@ from tests.support.commands import ended, pack_fails, run_pack, start_slow
 from tests.support.disks import small_disk
 from tests.support.images import write_tree
 from tests.support.launch import ROOT
-from tests.support.pack_jobs import FLAGS, LARGE_BYTES, entries, kept, start_pack, write_source
+from tests.support.pack_jobs import FLAGS, LARGE_EXTENT, entries, kept, run_parts, stages, start_pack, write_source
 from tests.support.packs import file_hashes
 from tests.support.processes import wait_until
 from tests.support.sources import samples, write_tar
@@ -84,21 +85,22 @@ def test_a_dead_worker_is_one_line(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("source, parts", [("folder", 1), ("webdataset", 3), ("large", 3)], indirect=["source"])
+@pytest.mark.parametrize("source, parts", [("folder", None), ("webdataset", 3), ("large", 3)], indirect=["source"])
 def test_a_pack_killed_again_and_again_equals_an_unbroken_one(source, tmp_path, parts):
-    """A random one of its processes, while it lists, writes shards or makes the pack of them."""
-    src, _ = source
-    for i in range(parts):
-        run_pack(src, tmp_path / "whole", *FLAGS, "--part", f"{i}/{parts}")
-    chance, out, told = random.Random(parts), tmp_path / "pack", ""
+    """While it lists, writes shards or makes the pack of them."""
+    src, whole = source
+    if parts is not None:
+        run_parts(parts, src, whole := tmp_path / "whole", *FLAGS)
+    chance, out, told = random.Random(parts or 1), tmp_path / "pack", ""
 
-    def launch(seconds=0.05):
-        return [start_pack(src, out, "--part", f"{i}/{parts}", seconds=seconds) for i in range(parts)]
+    def launch(seconds, names):
+        return [start_pack(src, out, *(["--part", name] if name else []), seconds=seconds) for name in names]
 
-    moments = [lambda: list(kept(out).glob("listing-part-*")), *[lambda n=n: entries(out) >= n for n in (2, 9, 17)],
-               lambda: (kept(out) / "pack").exists()]
-    for moment in moments:
-        processes = launch()
+    first, *others, last = [None] * 3 if parts is None else stages(parts)
+    moments = [([first], lambda: list(kept(out).glob("listing-*"))), *[
+        (others, lambda n=n: entries(out) >= n) for n in (2, 9, 17)], ([last], lambda: (kept(out) / "pack").exists())]
+    for names, moment in moments:
+        processes = launch(0.05, names)
         wait_until(lambda: moment() or out.exists())  # noqa: B023
         time.sleep(chance.uniform(0, 0.02))
         for process in processes:
@@ -108,11 +110,12 @@ def test_a_pack_killed_again_and_again_equals_an_unbroken_one(source, tmp_path, 
         for journal in kept(out).glob("part-*/journal"):
             with open(journal, "ab") as file:
                 file.write(chance.choice([b"", b'{"split": "tr']))  # cut in the middle of a line
-    results = [ended(process) for process in launch(0)]
-    assert [code for code, *_ in results].count(0) >= 1, results
-    late = "pack is a pack: " if parts > 1 else "pack exists"  # one that began later
-    assert all(code == 0 or late in error for code, _, error in results), results
-    assert file_hashes(out) == file_hashes(tmp_path / "whole") and not kept(out).exists()
+        if names == [first] != others:
+            assert ended(*launch(0, names))[0] == 0
+        if parts is not None and names == others and moment is moments[3][1]:
+            assert [ended(process)[0] for process in launch(0, names)] == [0] * parts
+    assert ended(*launch(0, [last]))[0] == 0
+    assert file_hashes(out) == file_hashes(whole) and not kept(out).exists()
     assert "resuming after" in told
 
 
@@ -132,47 +135,46 @@ def test_an_interrupted_pack_resumes(source, tmp_path, number):
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-def test_a_pack_does_not_show_which_images_were_large(tmp_path, monkeypatch, parts):
+def test_a_pack_does_not_show_where_images_were_kept(tmp_path, monkeypatch, parts):
     """Nor where it was interrupted."""
     src, write, packs = write_source("webdataset", tmp_path / "src"), ShardWriter.write, []
+    for most in data_tools.packing.image_file.MOST_EXTENT, LARGE_EXTENT, 0:
+        monkeypatch.setattr(data_tools.packing.image_file, "MOST_EXTENT", most)
+        run_parts(parts, src, tmp_path / f"{most}", *FLAGS)
+        packs.append(file_hashes(tmp_path / f"{most}"))
+    calls = itertools.count()
 
-    def pack(out):
-        for i in range(parts):
-            run_pack(src, out, *FLAGS, "--part", f"{i}/{parts}")
-        packs.append(file_hashes(out))
+    def stopped(writer):
+        if next(calls) in (3, 4, 9):
+            raise KeyboardInterrupt
+        return write(writer)
 
-    for most in 2**16, LARGE_BYTES, 0:
-        monkeypatch.setattr(data_tools.packing.catalogue, "LARGE_BYTES", most)
-        pack(tmp_path / f"{most}")
-    monkeypatch.setattr(data_tools.packing.catalogue, "LARGE_BYTES", LARGE_BYTES)
-    for stop in 3, 0, 5:
-        calls = itertools.count()
-
-        def stopped(writer):
-            if next(calls) == stop:  # noqa: B023
-                raise KeyboardInterrupt
-            return write(writer)
-
-        monkeypatch.setattr(ShardWriter, "write", stopped)
-        with pytest.raises(SystemExit):
-            pack(tmp_path / "stopped")
-    large = (kept(tmp_path / "stopped") / "listing" / data_tools.packing.catalogue.LARGE_FILE).stat().st_size
-    assert LARGE_BYTES * 30 < large < sum(path.stat().st_size for path in src.iterdir()) / 3
+    monkeypatch.setattr(ShardWriter, "write", stopped)
+    for part in stages(parts):
+        with contextlib.suppress(SystemExit):
+            run_pack(src, tmp_path / "stopped", *FLAGS, "--part", part)
     monkeypatch.setattr(ShardWriter, "write", write)
-    pack(tmp_path / "stopped")
-    assert packs == packs[:1] * 4
+    assert next(calls) > 5 and not (tmp_path / "stopped").exists()
+    run_parts(parts, src, tmp_path / "stopped", *FLAGS)
+    assert [*packs, file_hashes(tmp_path / "stopped")] == packs[:1] * 4
 
 
 def test_a_list_that_lost_bytes_of_images_is_one_line(tmp_path, monkeypatch, capsys):
     src = write_source("webdataset", tmp_path / "src")
-    monkeypatch.setattr(data_tools.packing.catalogue, "LARGE_BYTES", LARGE_BYTES)
-    run_pack(src, tmp_path / "pack", *FLAGS, "--part", "0/2")
-    os.truncate(kept(tmp_path / "pack") / "listing" / data_tools.packing.catalogue.LARGE_FILE, 1000)
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        run_pack(src, tmp_path / "pack", *FLAGS, "--part", "1/2")
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "inside an image" in error and not (tmp_path / "pack").exists()
+    run_pack(src, tmp_path / "pack", *FLAGS, "--part", "list/2")
+    os.truncate(kept(tmp_path / "pack") / "listing" / data_tools.packing.catalogue.IMAGES_FILE, 1000)
+    error = pack_fails(capsys, src, tmp_path / "pack", *FLAGS, "--part", "1/2")
+    assert "inside an image" in error and not (tmp_path / "pack").exists()
+
+
+def test_a_list_that_is_damaged_is_one_line(tmp_path, capsys):
+    src = write_source("folder", tmp_path / "src")
+    run_pack(src, tmp_path / "pack", *FLAGS, "--part", "list/2")
+    table = kept(tmp_path / "pack") / "listing" / data_tools.packing.catalogue.TABLE_FILE
+    whole = table.read_bytes()
+    for damaged in whole[:3000], b"x" * len(whole), whole[:4096] + bytes(len(whole) - 4096):
+        table.write_bytes(damaged)
+        assert "is damaged" in pack_fails(capsys, src, tmp_path / "pack", *FLAGS, "--part", "1/2")
 
 
 @pytest.mark.parametrize("source, kilobytes", [

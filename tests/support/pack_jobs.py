@@ -4,14 +4,13 @@ import itertools
 
 import numpy as np
 
-import data_tools.packing.catalogue
-import data_tools.packing.lease
-from tests.support.commands import start
+import data_tools.packing.image_file
+from tests.support.commands import run_pack, start
 from tests.support.images import picture
 from tests.support.sources import write_tar
 from xc.data.pack import open_splits
 
-LARGE_BYTES = 165  # two of five images have more
+LARGE_EXTENT = 330  # two of five images have more than half of it
 FLAGS = ["--shard-mb", 5e-4, "--max-skipped", 3, "--memory-mb", 0.002, "--workers", 0]  # three images a shard
 
 
@@ -33,13 +32,23 @@ def write_source(kind, folder):
     return folder
 
 
-def start_pack(*args, seconds=0.0, patience=90):
+def stages(parts):
+    """What --part is for one process after the other."""
+    return [f"list/{parts}", *(f"{i}/{parts}" for i in range(parts)), f"merge/{parts}"]
+
+
+def run_parts(parts, *args):
+    """Make a pack by so many parts, one after the other."""
+    for stage in stages(parts):
+        run_pack(*args, "--part", stage)
+
+
+def start_pack(*args, seconds=0.0):
     """Start a process that packs and whose fsync takes so many seconds."""
     return start(
-        "import os, runpy, time, data_tools.packing.lease, data_tools.packing.catalogue; "
+        "import os, runpy, time, data_tools.packing.image_file; "
         f"os.fsync = lambda fd: time.sleep({seconds}); "
-        f"data_tools.packing.lease.LIFE_SECONDS = 0.1; data_tools.packing.lease.PATIENCE_SECONDS = {patience}; "
-        f"data_tools.packing.catalogue.LARGE_BYTES = {data_tools.packing.catalogue.LARGE_BYTES}; "
+        f"data_tools.packing.image_file.MOST_EXTENT = {data_tools.packing.image_file.MOST_EXTENT}; "
         "runpy.run_module('data_tools.pack', run_name='__main__', alter_sys=True)", *args, *FLAGS)
 
 

@@ -19,7 +19,7 @@ def write_pack(folder, names, images, shard_bytes=1000):
     for image, label in images:
         writer.add(image, zlib.crc32(image), label)
     writer.end_shard()
-    table = ClassTable(f"{folder}.classes", (name.encode() for name in names), 2**20)
+    table = ClassTable(f"{folder}.classes", (name.encode() for name in names))
     writer.write_index(table, source="made", seed=0, skipped=0)
     shutil.rmtree(f"{folder}.classes")
     return folder
