@@ -104,6 +104,7 @@ def main():
     scores = evaluator.final(reloaded=scored_step != progress.step)
     if scores is None:
         raise stop.exit(progress, cfg)
+    stop.close()
     log.finish(progress, scores, scored_step, state, schedule, watchdog)
 
 
