@@ -76,7 +76,8 @@ def main():
         if not (due.anything or stopping):
             continue
         # Before a save: there must be a checkpoint to go back to. An evaluation that is told to stop saves, too.
-        divergence = checkpoints.divergence(progress, before_save=due.save or due.evaluate or stopping)
+        with world.traffic.uncounted():
+            divergence = checkpoints.divergence(progress, before_save=due.save or due.evaluate or stopping)
         if divergence:
             progress = checkpoints.roll_back(divergence)
             batches = loader.train(progress.examples, schedule.examples, schedule.micro_batch)

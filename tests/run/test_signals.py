@@ -21,7 +21,8 @@ def test_nothing_is_in_flight_at_the_end(asked, end):
         in_flight.append(tensor)
         return lambda: in_flight.pop()
 
-    stop = StopSignal(SimpleNamespace(device="cpu", size=1, all_ranks=SimpleNamespace(all_reduce_async=all_reduce_async)))
+    group = SimpleNamespace(all_reduce_async=all_reduce_async)
+    stop = StopSignal(SimpleNamespace(device="cpu", size=1, all_ranks=group))
     for _ in range(asked):
         assert not stop.requested()
         assert len(in_flight) == 1
