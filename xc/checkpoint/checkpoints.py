@@ -6,7 +6,7 @@ from xc.checkpoint.best import best_valid
 from xc.checkpoint.layout import step_of, top1_of
 from xc.checkpoint.newest import to_resume
 from xc.checkpoint.rollback import Divergence, Rollbacks
-from xc.checkpoint.state import load, load_weights, not_finite
+from xc.checkpoint.state import fitting, load, load_weights, not_finite
 from xc.checkpoint.writer import CheckpointWriter
 from xc.data.evaluated import split_while_training
 from xc.errors import UserError
@@ -89,6 +89,8 @@ class Checkpoints:
         """
         try:
             folder = best_valid(self._cfg.out, self._split, progress.step, self._world)
+            with self._world.raise_on_all_ranks():
+                fitting(folder, self._state, self._identity)  # before a weight is changed
         except UserError as error:
             if self._world.rank == 0:
                 print(f"warning: test is evaluated with the last weights: {error}", file=sys.stderr, flush=True)

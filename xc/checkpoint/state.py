@@ -21,6 +21,8 @@ from xc.optim.schedule import Progress
 from xc.run import watchdog
 from xc.run.loss_meter import LossMeter
 
+_BLOCK = 2**22  # numbers that are looked at at once
+
 
 @dataclass
 class State:
@@ -59,8 +61,9 @@ def not_finite(state, world):
 
 
 def _is_finite(tensor):
-    # A sum takes no memory. That of huge numbers may be infinite, so a second look is needed then.
-    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+    # In blocks, since torch copies 16-bit numbers to sum them. A sum is quick, but may be infinite for huge numbers.
+    return all(bool(block.sum(dtype=torch.float32).isfinite()) or bool(block.isfinite().all())
+               for block in tensor.flatten().split(_BLOCK))
 
 
 def load_weights(folder, state, identity):
@@ -69,7 +72,7 @@ def load_weights(folder, state, identity):
     The rest is that of `load`.
     """
     folder = Path(folder)
-    _, ranges, _ = _fitting(folder, {**_shape(state.head), **identity}, state)
+    ranges = fitting(folder, state, identity)[1]
     with _naming(folder / "backbone.safetensors") as reading:
         state.backbone.load_state_dict(load_file(reading.path))
         _load_rows(folder, state, ranges, {"weight": state.head.weight}, reading)
@@ -84,7 +87,7 @@ def load(folder, state, identity):
     does not fit.
     """
     folder, head = Path(folder), state.head
-    progress, ranges, numbers = _fitting(folder, {**_shape(head), **identity}, state)
+    progress, ranges, numbers = fitting(folder, state, identity)
     with _naming(folder / "backbone.safetensors") as reading:
         state.backbone.load_state_dict(load_file(reading.path))
         reading.path = folder
@@ -131,10 +134,10 @@ def _load_rows(folder, state, ranges, tables, reading):
                 rows[start - shard.first : stop - shard.first] = piece[start - first : stop - first]
 
 
-def _fitting(folder, expected, state):
-    """(progress, ranges of the files of rows, numbers) of a checkpoint; ValueError where it is not as expected."""
+def fitting(folder, state, identity):
+    """(progress, ranges of the files of rows, numbers) of a checkpoint; ValueError where `load` cannot take it."""
     meta = read_meta(folder)
-    for name, here in expected.items():
+    for name, here in {**_shape(state.head), **identity}.items():
         if meta.get(name) != here:
             raise ValueError(f"checkpoint {folder} has {name} {meta.get(name)}, this run {here}: resume with the "
                              "data and settings it was written with")
