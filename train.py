@@ -42,18 +42,19 @@ def main():
     state = setup.state(cfg, splits["train"], world)
 
     # --- resume: any number of ranks from the files of any number of ranks ---
-    checkpoints = Checkpoints(cfg, state, schedule, splits["train"], world)
+    checkpoints = Checkpoints(cfg, state, schedule, splits, world)
     progress = checkpoints.resume()
     setup.run_folder(cfg, world)
     log = RunLog(cfg, progress, schedule, world)
     stop = StopSignal(world)
     evaluator = Evaluator(cfg, state, splits, stop, world)
+    setup.say_what_is_evaluated(cfg, splits, world)
     if checkpoints.lacks_scores and Due.after(progress, schedule, cfg, splits).evaluate:
         scores = evaluator.run()  # the launch before ended inside of this evaluation
         if scores is None:
             raise stop.exit(progress, cfg)
         checkpoints.add_scores(scores)
-        log.evaluation(progress, scores | evaluator.details())
+        log.evaluation(progress, scores, evaluator.details())
 
     # --- the loop over steps ---
     batches = loader.train(progress.examples, schedule.examples, schedule.micro_batch)
@@ -74,8 +75,11 @@ def main():
             stopping = stop.requested() and not due.last
         if not (due.anything or stopping):
             continue
-        if state.losses.sync().non_finite_step is not None:  # before a save: there must be a checkpoint to go back to
-            progress = checkpoints.roll_back()
+        # Before a save: there must be a checkpoint to go back to. An evaluation that is told to stop saves, too.
+        with world.traffic.uncounted():
+            divergence = checkpoints.divergence(progress, before_save=due.save or due.evaluate or stopping)
+        if divergence:
+            progress = checkpoints.roll_back(divergence)
             batches = loader.train(progress.examples, schedule.examples, schedule.micro_batch)
             log.rewind(progress)
             continue
@@ -89,15 +93,20 @@ def main():
             if due.save or stopping:
                 checkpoints.save(progress, scores)
             if scores:
-                log.evaluation(progress, scores | evaluator.details())
+                log.evaluation(progress, scores, evaluator.details())
         if stopping:
             checkpoints.finish()
             raise stop.exit(progress, cfg)
 
-    # --- the result ---
+    # --- the result: where there is val, test is used here, once ---
     log.step_begins(progress)  # ends the trace
     checkpoints.finish()
-    log.finish(progress, evaluator.last or evaluator.run(may_stop=False), state, schedule, watchdog)
+    scored_step = checkpoints.load_best(progress) if evaluator.tests and cfg.test == "best" else progress.step
+    scores = evaluator.final(reloaded=scored_step != progress.step)
+    if scores is None:
+        raise stop.exit(progress, cfg)
+    stop.close()
+    log.finish(progress, scores, scored_step, state, schedule, watchdog)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,9 @@ def _flag(group, default, help, *, choices=None, least=None, above=None, most=No
 
 @dataclass(frozen=True)
 class Config:
-    data: str = _flag("data", "", "a pack, or a folder with the packs train and test (python -m data_tools.pack makes "
-                                  "them), or synthetic classes: synth:classes=1000000,dim=128,… (xc/data/synthetic.py)")
+    data: str = _flag("data", "", "a pack, or a folder with the packs train and perhaps val and test (python -m "
+                                  "data_tools.pack makes them), or synthetic classes: "
+                                  "synth:classes=1000000,dim=128,… (xc/data/synthetic.py)")
     sampler: str = _flag("data", "natural", "natural: every image once an epoch; balanced: every class equally often; "
                          "sqrt: a class by the square root of its number of images; weighted: an image by its weight "
                          "in the pack", choices=SAMPLERS)
@@ -131,8 +132,9 @@ class Config:
                             time=True)
     keep_checkpoints: int = _flag("checkpoints and faults", 2, "last checkpoints that are kept, beside the one with "
                                   "the highest top-1", least=1, alias="keep")
-    max_bad_records: int = _flag("checkpoints and faults", 0, "unreadable records of train, and of test, that are "
-                                 "replaced by the next record; one more ends the launch", least=0)
+    max_bad_records: int = _flag("checkpoints and faults", 0, "unreadable records of train that are replaced by "
+                                 "the next record, and of val, and of test, that are left out; one more ends the "
+                                 "launch", least=0)
     max_rollbacks: int = _flag("checkpoints and faults", 0, "times that a run with a non-finite loss goes back to a "
                                "checkpoint and leaves the batch out; 0: it ends", least=0)
     stall_seconds: float = _flag("checkpoints and faults", 600.0, "end the run where no rank makes progress for so "
@@ -141,7 +143,11 @@ class Config:
                         "and memory of a run with these flags, and do nothing else; --data and --out are optional")
 
     log_steps: int = _flag("logging", 50, "steps between two lines of metrics", least=1)
-    eval_every: str = _flag("logging", "1epochs", "time between two evaluations; 0: only at the end", time=True)
+    eval_every: str = _flag("logging", "1epochs", "time between two evaluations on val, or on test where there is no "
+                            "val; 0: only at the end", time=True)
+    test: str = _flag("logging", "best", "weights that test is evaluated with at the end: those of the checkpoint with "
+                      "the highest top-1 on val, or the last ones; without val always the last ones",
+                      choices=("best", "last"))
     trace_steps: int = _flag("logging", 0, "steps to record in RUN/trace.json, after the first 10", least=0,
                              alias="timeline_steps")
 

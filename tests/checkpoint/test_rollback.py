@@ -3,10 +3,9 @@
 import pytest
 
 from tests.support.worlds import run_ranks
-from xc.checkpoint.rollback import Rollbacks
+from xc.checkpoint.rollback import Divergence, Rollbacks
 from xc.comm.world import World
 from xc.errors import UserError
-from xc.run.loss_meter import LossMeter
 
 
 @pytest.mark.parametrize("text", ["[" * 10**5, "5", '["a"]', "{", ""])
@@ -27,7 +26,5 @@ def test_steps_that_are_left_out_are_known_to_all_ranks(tmp_path):
     (2, "there is no checkpoint yet to go back to")])
 def test_a_run_may_go_back_so_often(most, text, tmp_path):
     (tmp_path / "rollbacks.json").write_text("[5]")
-    losses = LossMeter()
-    losses.non_finite_step, losses.non_finite_loss = 21, float("nan")
     with pytest.raises(UserError, match=text):
-        Rollbacks(most, tmp_path, World()).folder(losses)
+        Rollbacks(most, tmp_path, World()).folder(Divergence(21, "the loss of step 22 is nan"))

@@ -77,21 +77,6 @@ def test_training_goes_on_after_a_save_that_failed(error, tmp_path, monkeypatch,
     assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000004"]
 
 
-def test_what_is_no_number_is_not_saved(tmp_path, capsys):
-    """On whichever rank it is; what was saved before is there to go back to."""
-    def body(world):
-        saver, state = savers.CheckpointWriter(tmp_path, world, IDENTITY, 2), state_of(world, seed=1)
-        saver.save(state, position(1))
-        if world.rank == 2:
-            state.head.weight[1, 2] = torch.nan
-        saver.save(state, position(2))
-        saver.finish()
-
-    run_ranks(3, body)
-    assert "weight of rows-000000000007-000000000010.safetensors is not finite" in capsys.readouterr().err
-    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
-
-
 def test_the_state_may_change_while_it_is_written(tmp_path, monkeypatch):
     begun, write = threading.Event(), tensor_file.write
 

@@ -102,6 +102,14 @@ def test_a_pack_without_weights_says_so(whole):
         Pack(whole[0]).weights(0, 1)
 
 
+def test_counts_of_some_classes_are_part_of_those_of_all(whole):
+    pack = Pack(whole[0])
+    for first in range(pack.num_classes + 1):
+        for last in range(first, pack.num_classes + 1):
+            assert np.array_equal(pack.counts(first, last), pack.class_counts[first:last])
+    assert pack.num_classes > 2
+
+
 @pytest.mark.parametrize("most_records, most_bytes", [(256, 2**23), (256, 50), (5, 50), (5, 2**23), (1, 1), (256, 1)])
 def test_ranges_are_all_records_and_as_many_as_fit(tmp_path, monkeypatch, most_records, most_bytes):
     chance = np.random.default_rng(most_bytes)

@@ -31,23 +31,44 @@ def splits(data, **changes):
 def batches(world, data, split="train", **changes):
     cfg = dataclasses.replace(CFG, data=data, **changes)
     loader = Loader(open_splits(cfg)[split], cfg, world)
-    if split == "test":
+    if split != "train":
         return list(loader.test(13))
     queue = loader.train(26, 26 + 39, 13)
     return [part for [part] in iter(lambda: queue.take(1), [])]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 14])
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("split", ["train", "val", "test"])
 @pytest.mark.parametrize("kind", ["", ",images=1"])
 def test_batches_depend_on_neither_ranks_nor_threads(world_size, split, kind):
-    data = "synth:classes=21,test=30,examples=2" + kind
+    data = "synth:classes=21,test=30,val=31,examples=2" + kind
     (alone,) = run_ranks(1, lambda w: batches(w, data, split, loader_threads=1))
     ranks = run_ranks(world_size, lambda w: batches(w, data, split))
     assert {len(r) for r in ranks} == {len(alone)} == {3}
     for step, (inputs, labels) in enumerate(alone):
         assert torch.equal(torch.cat([r[step][0] for r in ranks]), inputs)
         assert torch.equal(torch.cat([r[step][1] for r in ranks]), labels)
+
+
+@pytest.mark.parametrize("test, val", [(1, 22), (21, 20), (43, 64)])
+def test_counts_of_classes_are_those_of_the_examples(test, val):
+    found = splits(f"synth:classes=21,examples=3,test={test},val={val}")
+    for name, split in found.items():
+        counts = np.bincount(split.examples(np.arange(len(split)))[1], minlength=21)
+        for first, last in (0, 21), (4, 17), (20, 21), (5, 5):
+            assert np.array_equal(split.class_counts(first, last), counts[first:last]), name
+    assert set(found["train"].class_counts(0, 21)) == {3} and found["train"].class_names([4, 2]) == ["4", "2"]
+
+
+def test_a_split_of_its_own_changes_no_other():
+    plain, more = splits("synth:classes=21,test=30"), splits("synth:classes=21,test=30,val=9")
+    assert list(plain) == ["train", "test"] and list(more) == ["train", "val", "test"]
+    for name in plain:
+        assert plain[name].classes_digest == more[name].classes_digest
+        for one, other in zip(plain[name].examples(np.arange(9)), more[name].examples(np.arange(9)), strict=True):
+            assert torch.equal(one, other)
+    inputs = [split.examples(np.arange(9))[0] for split in more.values()]
+    assert not any(torch.equal(inputs[a], inputs[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
 def test_the_seed_of_the_run_reorders_and_that_of_the_data_renews():

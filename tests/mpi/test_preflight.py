@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.mpi, pytest.mark.long]
 DATA = ["--data", "synth:classes=300,dim=16,test=50", "--feature-dim", 16, "--global-batch", 30]
 PLACES = ["ranks", "MPI", "software", "threads", "interfaces", "shared memory", "GPUs", "sums", "network",
           "clocks"]
-OF_A_RUN = ["data", "memory", "run folder", "checkpoints"]
+OF_A_RUN = ["data", "evaluation", "memory", "run folder", "checkpoints"]
 
 
 def findings(process):

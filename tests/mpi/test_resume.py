@@ -20,6 +20,12 @@ LARS = ["--optimizer", "lars", "--lr", 2, "--head-lr-scale", 1]
 VECTORS = ["--data", "synth:classes=300,dim=16,test=50", "--global-batch", 60, "--lr", 0.05, "--epochs", 2]
 
 
+def evaluations(run_folder):
+    """[(step, split)] of a run folder, in order."""
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["split"]) for line in lines if "split" in line]
+
+
 def last_files(run_folder):
     """{name: bytes} of the newest checkpoint of a run."""
     folder = sorted((run_folder / "checkpoints").iterdir())[-1]
@@ -63,6 +69,8 @@ def test_stopped_and_resumed_is_uninterrupted(ranks, stop, flags, tmp_path):
 
 
 NORMS = [*RUN, "--backbone", "resnet18", "--steps", 26, "--log-steps", 8, "--eval-every", "9steps", "--lr", 0.001]
+TESTED = [*RUN, "--data", "synth:classes=60,dim=16,test=1000,val=1001", "--steps", 24, "--eval-every", "12steps",
+          "--save-every", "12steps"]
 EVALUATED = [*RUN, "--data", "synth:classes=60,dim=16,test=1000", "--steps", 24, "--eval-every", "12steps"]
 
 
@@ -105,6 +113,23 @@ def test_an_evaluation_that_is_interrupted_is_made_up_for(at, unbroken, tmp_path
     result = mpirun(2, "train.py", *EVALUATED, "--out", cut, "--resume", "auto")
     assert accuracies(cut) == accuracies(whole) and len(accuracies(cut)) == 2
     assert last_json(result)["top1"] == accuracies(whole)[-1][1]
+    assert last_files(cut) == last_files(whole)
+
+
+def test_a_test_at_the_end_that_is_interrupted_is_made_up_for(unbroken, tmp_path):
+    """On another number of ranks. Once it is made, a further launch says the same and writes nothing."""
+    cut, whole = tmp_path / "cut", unbroken(TESTED)
+    calls = 24 + 2 * 77 + 20  # steps, batches of two evaluations on val, and some of test
+    mpirun(2, "-m", "tests.mpi.programs.stopped", calls, *TESTED, "--out", cut, expect=75)
+    assert [split for _, split in evaluations(cut)] == ["val", "val"]
+    saved = {path.name: path.read_bytes() for path in (cut / "checkpoints").rglob("*.safetensors")}
+    results = [mpirun(ranks, "train.py", *TESTED, "--out", cut, "--resume", "auto") for ranks in (3, 2)]
+    assert evaluations(cut) == evaluations(whole) == [(12, "val"), (24, "val"), (24, "test")]
+    assert accuracies(cut) == accuracies(whole)
+    tops = [[last_json(result)[name] for name in ("top1", "val_top1", "top1_class_mean", "scored_step")]
+            for result in results]
+    assert tops[0] == tops[1] and tops[0][0] == pytest.approx(accuracies(whole)[0][1], abs=1e-6)
+    assert saved == {path.name: path.read_bytes() for path in (cut / "checkpoints").rglob("*.safetensors")}
     assert last_files(cut) == last_files(whole)
 
 

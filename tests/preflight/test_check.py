@@ -1,14 +1,16 @@
 """The preflight check: a line for every finding, a remedy and an exit code for faults; no rank waits."""
 
+import sys
 import threading
 import time
 
 import pytest
 
 from tests.support.facts import facts_of
-from tests.support.launch import ROOT
+from tests.support.launch import ROOT, run
 from tests.support.worlds import run_ranks
 from xc.config import Config, as_arguments, parse
+from xc.data.pack import open_splits
 from xc.errors import UserError
 from xc.preflight import hosts, network
 from xc.preflight.check import check
@@ -69,6 +71,41 @@ def test_a_plan_that_does_not_fit(flags, tmp_path, capsys):
     text = found_wrong(capsys)["memory"]
     assert code == 2 and "does not fit" in text and " ranks, with no more on a host than now" in text
     assert "class rows" in text and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("splits, state, texts", [
+    ("test=50", "ok", ["on test while training, 50 examples; and at the end, with the last weights"]),
+    ("test=0,val=70", "ok", ["on val while training, 70 examples; and at the end, with the last weights"]),
+    ("test=50,val=70", "ok", ["on val while training, 70 examples; at the end on test, 50 examples, with the best",
+                              "train has images of all classes of val and test"]),
+    ("test=0", "warning", ["none: ", "has neither val nor test", "give it test= or val= above 0"])])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_what_will_be_evaluated(splits, state, texts, ranks, capsys):
+    code, _ = checked(ranks, "--data", f"synth:classes=31,dim=16,{splits}", *DATA[2:])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line[9:23].strip() == "evaluation"]
+    assert code == 0 and line.startswith(state) and all(text in line for text in texts)
+
+
+@pytest.mark.parametrize("shares, named", [
+    ({"val": 0.3}, {"val": 3}), ({"val": 0.5, "test": 0.2}, {"val": 5, "test": 2})])
+def test_classes_that_train_has_no_image_of_are_named(shares, named, tiny_packs, tmp_path, capsys):
+    flags = [part for name, share in shares.items() for part in (f"--{name}", share)]
+    run(sys.executable, "-m", "data_tools.split", tiny_packs / "train", tmp_path / "packs", "--by", "class", *flags)
+    code, _ = checked(2, "--data", tmp_path / "packs", "--global-batch", 12)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line[9:23].strip() == "evaluation"]
+    assert code == 0 and line.startswith("warning ")
+    packs = open_splits(tmp_path / "packs")
+    for name, number in named.items():
+        classes = [packs[name].class_name(label) for label, count in enumerate(packs[name].class_counts) if count]
+        assert len(classes) == number  # whole classes, so train has none of them
+        more = f" and {number - 4} more" if number > 4 else ""
+        assert f"{number} classes of {name} have no image in train: {', '.join(classes[:4])}{more}" in line
+
+
+def test_a_pack_without_splits_is_told_how_to_get_some(tiny_packs, capsys):
+    checked(1, "--data", tiny_packs / "train", "--global-batch", 12)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line[9:23].strip() == "evaluation"]
+    assert line.startswith("warning ") and f"python -m data_tools.split {tiny_packs / 'train'} " in line
 
 
 def test_other_code_on_one_rank_is_named(monkeypatch):

@@ -88,7 +88,8 @@ def accuracies(folder):
 
 def last_json(process):
     """The object that train.py prints last; horovodrun writes its prefix before it, and at times behind it too."""
-    return json.JSONDecoder().raw_decode(process.stdout[process.stdout.rindex("{") :])[0]
+    line = [line for line in process.stdout.splitlines() if "{" in line][-1]
+    return json.JSONDecoder().raw_decode(line[line.index("{") :])[0]
 
 
 def error_lines(process):

@@ -5,6 +5,7 @@
 Each scenario trains a small model with a fixed seed in a checkout of COMMIT and in this one: once without a break, and
 once stopped by SIGUSR1 and resumed. `rollback` goes back from a loss that is not finite. Compared bit for bit: every
 line of metrics.jsonl but for its times, every tensor of the newest checkpoint, and the accuracies of the last line.
+Names that only this checkout writes into a line are no difference.
 The flags are those of COMMIT, so a flag that was renamed since must still be known by its old name.
 
 --work keeps the results of COMMIT, so that a second comparison runs this checkout alone. Exit code 1 where something
@@ -159,6 +160,10 @@ def untimed(line):
 
 def difference(before, after):
     """The first difference as a text; None where there is none."""
+    before, after = dict(before), dict(after)
+    after["lines"] = [known(old, new) for old, new in zip(before["lines"], after["lines"], strict=False)] + \
+        after["lines"][len(before["lines"]) :]
+    after["last"] = known(before["last"], after["last"])
     for old, new in zip(before["lines"], after["lines"], strict=False):
         if old != new:
             return f"metrics differ: {old} is now {new}"
@@ -170,6 +175,11 @@ def difference(before, after):
         return f"tensors of {before['checkpoint']}: {sorted(before['tensors'].keys() ^ after['tensors'].keys())}"
     wrong = [name for name, tensor in before["tensors"].items() if not torch.equal(tensor, after["tensors"][name])]
     return f"tensors of {before['checkpoint']} differ: {wrong}" if wrong else None
+
+
+def known(old, new):
+    """What a new line has of the names of an old one."""
+    return {name: value for name, value in new.items() if name in old}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
-"""The checkpoints of a run: resume from one, save, go back to one."""
+"""The checkpoints of a run: resume from one, save, go back to one, take the best one at the end."""
 
-from xc.checkpoint.layout import top1_of
+import sys
+
+from xc.checkpoint.best import best_valid
+from xc.checkpoint.layout import step_of, top1_of
 from xc.checkpoint.newest import to_resume
-from xc.checkpoint.rollback import Rollbacks
-from xc.checkpoint.state import load
+from xc.checkpoint.rollback import Divergence, Rollbacks
+from xc.checkpoint.state import fitting, load, load_weights, not_finite
 from xc.checkpoint.writer import CheckpointWriter
+from xc.data.evaluated import split_while_training
+from xc.errors import UserError
 from xc.optim.schedule import Progress
 from xc.run.loss_meter import LossMeter
 
@@ -16,14 +21,15 @@ class Checkpoints:
     lacks_scores   whether the run resumes, by --resume auto, from a checkpoint that was not evaluated
     """
 
-    def __init__(self, cfg, state, schedule, train_split, world):
+    def __init__(self, cfg, state, schedule, splits, world):
+        train_split, self._split = splits["train"], split_while_training(splits)
         self._cfg, self._state, self._schedule, self._world = cfg, state, schedule, world
         # What a run must have in common with a checkpoint to resume from it; these names are in meta.json.
         self._identity = {
             "seed": cfg.seed, "sampler": cfg.sampler, "logits": cfg.logits, "num_records": len(train_split),
             "data_seed": train_split.data_seed, "classes_digest": train_split.classes_digest,
             "course": schedule.batch_schedule}
-        self._writer = CheckpointWriter(cfg.out, world, self._identity, cfg.keep_checkpoints)
+        self._writer = CheckpointWriter(cfg.out, world, self._identity, cfg.keep_checkpoints, split=self._split)
         self._rollbacks = Rollbacks(cfg.max_rollbacks, cfg.out, world)
         self._resumed, self.lacks_scores = None, False
 
@@ -37,7 +43,7 @@ class Checkpoints:
         if self._resumed is None:
             return Progress()
         progress = self._load(self._resumed)
-        top1 = self._world.all_ranks.all_gather_object(top1_of(self._resumed))[0]
+        top1 = self._world.all_ranks.all_gather_object(top1_of(self._resumed, self._split))[0]
         self.lacks_scores = self._cfg.resume == "auto" and top1 is None
         return progress
 
@@ -49,19 +55,51 @@ class Checkpoints:
         """Add the scores of an evaluation to the checkpoint that was resumed."""
         self._writer.add_top1(self._resumed, scores["top1"])
 
-    def roll_back(self):
-        """Go back from a loss that is not finite; returns the Progress of the checkpoint that was loaded.
+    def divergence(self, progress, before_save):
+        """The Divergence of the run by now; None where all is finite.
 
-        NonFiniteLoss where --max-rollbacks does not allow it, or there is no checkpoint.
+        before_save  whether the state is looked at as well as the losses: an update after the last finite loss must not
+                     replace a good checkpoint
+        """
+        losses = self._state.losses.sync()
+        if losses.non_finite_step is not None:
+            return Divergence(losses.non_finite_step,
+                              f"the loss of step {losses.non_finite_step + 1} is {losses.non_finite_loss}")
+        name = not_finite(self._state, self._world) if before_save else None
+        return name and Divergence(progress.step - 1, f"{name} is not finite after step {progress.step}")
+
+    def roll_back(self, divergence):
+        """Go back from a divergence; returns the Progress of the checkpoint that was loaded.
+
+        Diverged where --max-rollbacks does not allow it, or there is no checkpoint.
         """
         self._writer.finish()
-        folder = self._rollbacks.folder(self._state.losses)
+        folder = self._rollbacks.folder(divergence)
         self._state.losses = LossMeter(self._world.device)
         return self._load(folder)
 
     def finish(self):
         """Wait until the last checkpoint is on the disk. SaveError where it could not be written."""
         self._writer.finish(last=True)
+
+    def load_best(self, progress):
+        """Load backbone and class rows of the best checkpoint up to this Progress; returns the number of its step.
+
+        Where that is the step of this Progress, or there is no best checkpoint that can be used, the weights stay.
+        """
+        try:
+            folder = best_valid(self._cfg.out, self._split, progress.step, self._world)
+            with self._world.raise_on_all_ranks():
+                fitting(folder, self._state, self._identity)  # before a weight is changed
+        except UserError as error:
+            if self._world.rank == 0:
+                print(f"warning: test is evaluated with the last weights: {error}", file=sys.stderr, flush=True)
+            return progress.step
+        step = step_of(folder)
+        if step != progress.step:
+            with self._world.raise_on_all_ranks():
+                load_weights(folder, self._state, self._identity)
+        return step
 
     def _load(self, folder):
         with self._world.raise_on_all_ranks():

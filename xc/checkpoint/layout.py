@@ -18,7 +18,7 @@ meta.json has the keys
     num_classes, num_rows, rows_are, feature_dim, row_dtype            the class rows
     seed, sampler, logits, num_records, data_seed, classes_digest, course      what a resumed run must have in common
     noise_scale, loss_scale, losses                 small parts of the state
-    top1                                            of the evaluation at this step, or null
+    top1, evaluated_on                              of the evaluation at this step, and its split; or null
 
 All files are written into a hidden folder, meta.json last, and then the folder is renamed. So a folder with its final
 name is complete and on the disk. safetensors files hold no code. Any number of ranks can read a checkpoint: a rank
@@ -50,9 +50,9 @@ def write_meta(folder, meta):
     replace_text(Path(folder) / "meta.json", json.dumps(meta | {"crc32": _crc32_of(meta)}, indent=1))
 
 
-def add_top1(folder, top1):
-    """Add the top-1 of a later evaluation to a checkpoint."""
-    write_meta(folder, read_meta(folder) | {"top1": top1})
+def add_top1(folder, top1, split):
+    """Add the top-1 of a later evaluation of that split to a checkpoint."""
+    write_meta(folder, read_meta(folder) | {"top1": top1, "evaluated_on": split})
     sync(folder)
 
 
@@ -138,7 +138,12 @@ def ranges_of(folder, meta):
 
 def folders(checkpoints):
     """Folders of the checkpoints, oldest first."""
-    return sorted((f for f in checkpoints.glob("step-*") if _FOLDER.fullmatch(f.name)), key=lambda f: int(f.name[5:]))
+    return sorted((f for f in checkpoints.glob("step-*") if _FOLDER.fullmatch(f.name)), key=step_of)
+
+
+def step_of(folder):
+    """The number of steps after which a checkpoint was written, from the name of its folder."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def rows_name(first, last):
@@ -160,18 +165,27 @@ def crc32(path, progress=None):
     return crc
 
 
-def best_of(folders):
-    """The checkpoint with the highest top-1, the first of equal ones; None where none was evaluated."""
-    return max((folder for folder in folders if top1_of(folder) is not None), key=top1_of, default=None)
+def best_of(folders, split=None):
+    """The checkpoint with the highest top-1, the first of equal ones; None where none was evaluated.
+
+    split  None: evaluated on any split; else on that one
+    """
+    top1 = {folder: top1_of(folder, split) for folder in folders}
+    return max((folder for folder in folders if top1[folder] is not None), key=top1.get, default=None)
 
 
-def top1_of(folder):
-    """Top-1 of the evaluation at a checkpoint; None where there was none, or the checkpoint cannot be read."""
+def top1_of(folder, split=None):
+    """Top-1 of the evaluation at a checkpoint; None where there was none, or the checkpoint cannot be read.
+
+    split  None: of any split; else of that one
+    """
     try:
-        top1 = read_meta(folder).get("top1")
+        meta = read_meta(folder)
     except ValueError:
         return None
-    return top1 if isinstance(top1, float) and math.isfinite(top1) else None
+    top1, evaluated_on = meta.get("top1"), meta.get("evaluated_on", "test")  # without: of code that knew test alone
+    is_number = isinstance(top1, float) and math.isfinite(top1)
+    return top1 if is_number and split in (None, evaluated_on) else None
 
 
 def types_of(values):

@@ -1,7 +1,9 @@
-"""Rollbacks: a loss that is not finite ends the run, or takes it back to a checkpoint and leaves the batch out."""
+"""Rollbacks: a loss or a weight that is not finite ends the run, or takes it back to a checkpoint and leaves the batch
+out."""
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from xc.checkpoint.newest import newest_valid
@@ -9,15 +11,23 @@ from xc.errors import UserError
 from xc.files import replace_text
 
 
-class NonFiniteLoss(UserError):
+class Diverged(UserError):
     """Every rank raises it. The same command would end the same way."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """step: number (from 0) of the step at which something is not finite; what: a text that says what"""
+
+    step: int
+    what: str
 
 
 class Rollbacks:
     """The rollbacks of a run. RUN/rollbacks.json keeps them, so that a later launch leaves out the same batches.
 
-    skipped  numbers (from 0) of the steps whose batches are left out: the steps whose loss was not finite, and those
-             before them, whose updates may be the cause
+    skipped  numbers (from 0) of the steps whose batches are left out: the steps of the divergences, and those before
+             them, whose updates may be the cause
     """
 
     def __init__(self, most, run, world):
@@ -32,21 +42,21 @@ class Rollbacks:
     def skipped(self):
         return {step - before for step in self._bad_steps for before in (0, 1)}
 
-    def folder(self, losses):
+    def folder(self, divergence):
         """The checkpoint to go back to: the newest from before the batches that are left out, where there is one.
 
-        NonFiniteLoss where the run may not go back, or has no checkpoint. Collective.
+        Diverged where the run may not go back, or has no checkpoint. Collective.
         """
-        step, advice = losses.non_finite_step, "take a smaller --lr or a longer --warmup and resume from a checkpoint"
-        what = f"the loss of step {step + 1} is {losses.non_finite_loss}"
+        step, what = divergence.step, divergence.what
+        advice = "take a smaller --lr or a longer --warmup and resume from a checkpoint"
         if not self._most:
-            raise NonFiniteLoss(f"{what}: {advice}, or let the run go back and leave the batch out: --max-rollbacks")
+            raise Diverged(f"{what}: {advice}, or let the run go back and leave the batch out: --max-rollbacks")
         if len(self._bad_steps) >= self._most:
-            raise NonFiniteLoss(f"{what}, and the run went back {self._most} times (--max-rollbacks): {advice}")
+            raise Diverged(f"{what}, and the run went back {self._most} times (--max-rollbacks): {advice}")
         folder = (newest_valid(self._run, self._world, most_steps=step - 1)
                   or newest_valid(self._run, self._world))
         if folder is None:
-            raise NonFiniteLoss(f"{what}, and there is no checkpoint yet to go back to: {advice}")
+            raise Diverged(f"{what}, and there is no checkpoint yet to go back to: {advice}")
         self._bad_steps.append(step)
         with self._world.raise_on_all_ranks():
             if self._world.rank == 0:

@@ -3,8 +3,10 @@
 No random state is kept: every random number is a function of the seed and of the step.
 """
 
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +20,8 @@ from xc.optim.optimizers import RowSGD
 from xc.optim.schedule import Progress
 from xc.run import watchdog
 from xc.run.loss_meter import LossMeter
+
+_BLOCK = 2**22  # numbers that are looked at at once
 
 
 @dataclass
@@ -49,6 +53,31 @@ def meta_of(state, progress):
     return {"format": FORMAT, "version": VERSION, **asdict(progress), **_numbers(state), **_shape(state.head)}
 
 
+def not_finite(state, world):
+    """The name of a tensor of the state that is not finite, on whichever rank; None where all are. Collective."""
+    name = next((f"{key} of {name}" for name, tables in files_of(state, world).items()
+                 for key, tensor in tables.items() if tensor.is_floating_point() and not _is_finite(tensor)), None)
+    return next((name for name in world.all_ranks.all_gather_object(name) if name is not None), None)
+
+
+def _is_finite(tensor):
+    # In blocks, since torch copies 16-bit numbers to sum them. A sum is quick, but may be infinite for huge numbers.
+    return all(bool(block.sum(dtype=torch.float32).isfinite()) or bool(block.isfinite().all())
+               for block in tensor.flatten().split(_BLOCK))
+
+
+def load_weights(folder, state, identity):
+    """Load what evaluation needs of a checkpoint: the backbone and the class rows. Nothing else is changed.
+
+    The rest is that of `load`.
+    """
+    folder = Path(folder)
+    ranges = fitting(folder, state, identity)[1]
+    with _naming(folder / "backbone.safetensors") as reading:
+        state.backbone.load_state_dict(load_file(reading.path))
+        _load_rows(folder, state, ranges, {"weight": state.head.weight}, reading)
+
+
 def load(folder, state, identity):
     """Load a checkpoint into a state; returns the progress at which it was written.
 
@@ -58,44 +87,57 @@ def load(folder, state, identity):
     does not fit.
     """
     folder, head = Path(folder), state.head
-    progress, ranges, numbers = _fitting(folder, {**_shape(head), **identity}, state)
-    path = folder / "backbone.safetensors"
-    watchdog.heartbeat("reading a checkpoint")
-    try:
-        state.backbone.load_state_dict(load_file(path))
-        path = folder
+    progress, ranges, numbers = fitting(folder, state, identity)
+    with _naming(folder / "backbone.safetensors") as reading:
+        state.backbone.load_state_dict(load_file(reading.path))
+        reading.path = folder
         state.exchange.load(folder)
-        path = folder / "optimizer.safetensors"
-        _set_momentum_by_name(state, load_file(path))
-        for first, last in ranges:
-            start, stop = max(first, head.shard.first), min(last, head.shard.last)
-            if start >= stop:
-                continue
-            watchdog.heartbeat("reading a checkpoint")
-            path = folder / rows_name(first, last)
-            with safe_open(path, "pt") as file:
-                if "momentum" not in file.keys() and state.head_optimizer.momentum:
-                    raise ValueError("it holds no momentum of the class rows: resume with --head-momentum 0")
-                for name, rows in _row_tables(state):
-                    piece = file.get_slice(name)
-                    if piece.get_shape() != [last - first, rows.shape[1]]:
-                        raise ValueError(f"{name} has shape {piece.get_shape()}")
-                    rows[start - head.shard.first : stop - head.shard.first] = piece[start - first : stop - first]
-        path = folder
+        reading.path = folder / "optimizer.safetensors"
+        _set_momentum_by_name(state, load_file(reading.path))
+        _load_rows(folder, state, ranges, dict(_row_tables(state)), reading)
+        reading.path = folder
         head.load(folder)  # it checks its own files
         for owner, values in zip(_number_owners(state), numbers, strict=True):
             if values.get("active") == vars(owner).get("active"):  # loss scaling is on, or off, as it was then
                 vars(owner).update(values)
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as e:
-        raise ValueError(f"checkpoint file {path} cannot be used ({' '.join(str(e).split())}): resume with the "
-                         "settings it was written with, or take another checkpoint") from e
     return progress
 
 
-def _fitting(folder, expected, state):
-    """(progress, ranges of the files of rows, numbers) of a checkpoint; ValueError where it is not as expected."""
+@contextmanager
+def _naming(path):
+    """Turn an error of the block into a ValueError that names the file in hand, `path` of what the block gets."""
+    watchdog.heartbeat("reading a checkpoint")
+    reading = SimpleNamespace(path=path)
+    try:
+        yield reading
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as e:
+        raise ValueError(f"checkpoint file {reading.path} cannot be used ({' '.join(str(e).split())}): resume with the "
+                         "settings it was written with, or take another checkpoint") from e
+
+
+def _load_rows(folder, state, ranges, tables, reading):
+    """Read this rank's part of the tables {name: (S, …)} from the files of class rows."""
+    shard = state.head.shard
+    for first, last in ranges:
+        start, stop = max(first, shard.first), min(last, shard.last)
+        if start >= stop:
+            continue
+        watchdog.heartbeat("reading a checkpoint")
+        reading.path = folder / rows_name(first, last)
+        with safe_open(reading.path, "pt") as file:
+            if "momentum" in tables and "momentum" not in file.keys():
+                raise ValueError("it holds no momentum of the class rows: resume with --head-momentum 0")
+            for name, rows in tables.items():
+                piece = file.get_slice(name)
+                if piece.get_shape() != [last - first, rows.shape[1]]:
+                    raise ValueError(f"{name} has shape {piece.get_shape()}")
+                rows[start - shard.first : stop - shard.first] = piece[start - first : stop - first]
+
+
+def fitting(folder, state, identity):
+    """(progress, ranges of the files of rows, numbers) of a checkpoint; ValueError where `load` cannot take it."""
     meta = read_meta(folder)
-    for name, here in expected.items():
+    for name, here in {**_shape(state.head), **identity}.items():
         if meta.get(name) != here:
             raise ValueError(f"checkpoint {folder} has {name} {meta.get(name)}, this run {here}: resume with the "
                              "data and settings it was written with")

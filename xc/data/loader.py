@@ -5,6 +5,8 @@ A split is what the Loader takes examples from, a `PackSplit` or a `SyntheticSpl
     data_seed                                  int: splits with another seed have other records in the same order
     num_classes, classes_digest, input_shape   (channels, size, size) or (dim,): one example as the backbone sees it
     len(split)                                 examples of an epoch
+    split.class_counts(first, last)            (last - first,) int64: examples of an epoch, of these classes
+    split.class_names(ids)                     list of str
     split.order(seed).records(first, count)    record numbers of examples of the endless training sequence (sampler.py)
     split.examples(records, replace=True)      tensors: inputs (n, *input_shape), pixels as uint8, else float32, and
                                                labels (n,); others replace records that cannot be used, or

@@ -122,8 +122,12 @@ class Pack:
     @functools.cached_property
     def class_counts(self):
         """(C,) int64: records of each class. Read at its first use; only this costs memory that grows with C."""
-        counts = self._index.read("class_counts", 0, self.num_classes)
-        if (counts < 0).any() or (counts > self.num_records).any() or counts.sum() != self.num_records:
+        return self.counts(0, self.num_classes)
+
+    def counts(self, start, stop):
+        """(stop − start,) int64: records of the classes start … stop − 1."""
+        counts, all_of_them = self._index.read("class_counts", start, stop), stop - start == self.num_classes
+        if (counts < 0).any() or (counts > self.num_records).any() or all_of_them and counts.sum() != self.num_records:
             raise self._index.error(f"class_counts do not add up to num_records {self.num_records}")
         return counts
 
@@ -188,24 +192,22 @@ class Pack:
         progress  called with the number of records done since the last call
         returns   the number of records; PackError names the first bad one
         """
-        num_bytes, counts = 0, np.zeros(self.num_classes, np.int64)
+        index, num_bytes, counts = self._index, 0, np.zeros(self.num_classes, np.int64)
         for start, stop in self.ranges():
             images, labels = self.read(np.arange(start, stop))
             num_bytes += sum(map(len, images))
             np.add.at(counts, labels, 1)
             progress(len(images))
         if num_bytes != self.num_bytes:
-            raise self._index.error(f"num_bytes is {self.num_bytes}, the records have {num_bytes}")
+            raise index.error(f"num_bytes is {self.num_bytes}, the records have {num_bytes}")
         wrong = np.flatnonzero(counts != self.class_counts)
         if len(wrong):
-            raise self._index.error(f"class_counts[{wrong[0]}] is {self.class_counts[wrong[0]]}, "
-                                    f"the records have {counts[wrong[0]]}")
-        if self.has_weights:
-            for start in range(0, self.num_records, 2**20):
-                self.weights(start, min(start + 2**20, self.num_records))
+            raise index.error(f"class_counts[{wrong[0]}] is {self.class_counts[wrong[0]]}, the records have "
+                              f"{counts[wrong[0]]}")
+        for start in range(0, self.num_records if self.has_weights else 0, 2**20):
+            self.weights(start, min(start + 2**20, self.num_records))
         for start in range(0, self.num_classes, NAMES):
             self.class_names(start, min(start + NAMES, self.num_classes))
-        index = self._index
         if classes_digest(index.blocks("class_name_offsets"), index.blocks("class_names")) != self.classes_digest:
             raise index.error("classes_digest does not match the class names")
         return self.num_records
@@ -213,8 +215,7 @@ class Pack:
     def close(self):
         """Close the shards; a later read opens them again."""
         with self._lock:
-            self._shards.clear()
-            self._kept_runs.clear()
+            self._shards, self._kept_runs = {}, {}
 
     def _check_shard_files(self, sizes):
         for number, size in enumerate(sizes):

@@ -36,6 +36,14 @@ class PackSplit:
         """About how many bytes of memory `order` needs."""
         return {"natural": 0, "weighted": 16 * len(self)}.get(self.sampler, 8 * len(self) + 56 * self.num_classes)
 
+    def class_counts(self, first, last):
+        """(last − first,) int64: records of the classes first … last − 1. PackError where they are damaged."""
+        return self.pack.counts(first, last)
+
+    def class_names(self, ids):
+        """Names of the classes of these ids."""
+        return [self.pack.class_name(label) for label in ids]
+
     def order(self, seed):
         """The order of the examples by the sampler. PackError or ValueError where labels or weights are damaged."""
         pack = self.pack

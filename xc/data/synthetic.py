@@ -29,7 +29,7 @@ from xc.errors import UserError
 
 PREFIX = "synth:"
 MAX_CLASSES, MAX_IMAGE_CLASSES = 10**8, 10**5
-_CLUSTERS, _TRAIN, _TEST, _LEVELS = 1, 2, 4, 16  # streams of random numbers; a split has two, for labels and for noise
+_CLUSTERS, _TRAIN, _TEST, _VAL, _LEVELS = 1, 2, 4, 6, 16  # streams of random numbers; a split has two: labels, noise
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Spec:
     noise: float = 0.6  # standard deviation of the noise; that of the prototypes is 1
     examples: int = 10  # training examples per class and epoch; every epoch has new ones
     test: int = 10000  # test examples; 0: no test split
+    val: int = 0  # validation examples; 0: no val split
     seed: int = 0  # of the data; --seed fixes the order of the examples
     images: int = 0  # 1: small images of --image-size and --channels
 
@@ -76,6 +77,7 @@ class Spec:
             ("noise", 0 <= spec.noise <= 1000, "0 to 1000"),
             ("examples", 1 <= spec.examples <= 10**6, "1 to 1000000"),
             ("test", 0 <= spec.test <= 10**9, "0 to 1000000000"),
+            ("val", 0 <= spec.val <= 10**9, "0 to 1000000000"),
             ("seed", 0 <= spec.seed < 2**32, "0 to 2**32 - 1"),
         ]:
             if not ok:
@@ -84,14 +86,14 @@ class Spec:
 
 
 def open_splits(cfg):
-    """{"train": SyntheticSplit, "test": SyntheticSplit} of a Config whose `data` starts with synth:; UserError."""
+    """{"train": SyntheticSplit, "val": …, "test": …} of a Config whose `data` starts with synth:; UserError."""
     spec = Spec.parse(cfg.data)
     if cfg.sampler != "natural":
         raise UserError(f"--sampler {cfg.sampler} is for packs, the classes of --data {cfg.data} are balanced: leave "
                         "it out")
     shape = (cfg.channels, cfg.image_size, cfg.image_size) if spec.images else (spec.dim,)
     splits = {"train": SyntheticSplit(spec, shape, spec.examples * spec.classes, _TRAIN),
-              "test": SyntheticSplit(spec, shape, spec.test, _TEST)}
+              "val": SyntheticSplit(spec, shape, spec.val, _VAL), "test": SyntheticSplit(spec, shape, spec.test, _TEST)}
     return {name: split for name, split in splits.items() if len(split)}
 
 
@@ -109,12 +111,24 @@ class SyntheticSplit:
     def __init__(self, spec, input_shape, num_records, stream):
         self.spec, self.num_classes, self.input_shape = spec, spec.classes, input_shape
         self._num_records, self._stream = num_records, stream
-        classes = {k: v for k, v in dataclasses.asdict(spec).items() if k not in ("examples", "test")}
+        classes = {k: v for k, v in dataclasses.asdict(spec).items() if k not in ("examples", "test", "val")}
         self.data_seed = spec.seed
         self.classes_digest = hashlib.sha256(repr(classes).encode()).hexdigest()
 
     def __len__(self):
         return self._num_records
+
+    def class_counts(self, first, last):
+        """(last − first,) int64: examples of an epoch of the classes first … last − 1."""
+        passes, rest = divmod(len(self), self.num_classes)
+        counts = np.full(last - first, passes, np.int64)
+        labels = self.labels(passes * self.num_classes + np.arange(rest))  # each class once at most
+        counts[labels[(first <= labels) & (labels < last)] - first] += 1
+        return counts
+
+    def class_names(self, ids):
+        """Names of the classes of these ids."""
+        return [str(label) for label in ids]
 
     def order(self, seed):
         """The order of the examples for the Loader: the seed chooses the place to start."""

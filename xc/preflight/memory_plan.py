@@ -109,6 +109,7 @@ class MemoryPlan:
             "building graph or index": head.building, "features": 6 * in_flight * group * cfg.feature_dim * 4,
             "batches": (num_parts + max(num_parts, PREFETCH) + 4 * cfg.loader_threads) * batch + order_bytes,
             "inputs": 0 if on_cpu else num_parts * batch + 6 * min(batch, 4 * PIECE["cuda"]),
+            "scores by class": 9 * head.num_rows,  # examples, hits and frequency of each class
             "checkpoint copy": head.saved + 2 * sparse + weights + momentum, "libraries": _LIBRARIES,
         }
         on_disk = head.num_shards * head.saved + 2 * num_ranks * sparse + weights + momentum

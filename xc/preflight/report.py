@@ -64,10 +64,12 @@ def on_rank_0(world, function):
     return on_all_ranks(world, lambda: function() if world.rank == 0 else None)[0]
 
 
-def listed(texts, most=4):
-    """The first texts with commas between them, and how many more there are."""
+def listed(texts, most=4, number=0):
+    """The first texts with commas between them, and how many more there are. number: of all texts, where not all are
+    given"""
     texts = list(texts)
-    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+    number = number or len(texts)
+    return ", ".join(texts[:most]) + (f" and {number - most:,} more" if number > most else "")
 
 
 def size_text(num_bytes):

@@ -10,13 +10,15 @@ from pathlib import Path
 
 from xc.data import loader
 from xc.data.augment import prepared
+from xc.data.evaluated import classes_without_images, how_to_split, split_while_training, tested_at_the_end
 from xc.data.pack_split import PackSplit
-from xc.errors import UserError
+from xc.errors import UserError, one_line
 from xc.optim.schedule import Schedule
 from xc.preflight.report import MIB, listed, on_all_ranks, on_rank_0, size_text
 from xc.run import folder as run_folder
 
 _TEST_BYTES = 64 * MIB  # written to measure the speed of the disk
+_NAMED = 4  # of the classes that train has no image of
 _TEST_RECORDS = 256  # read to measure the speed of one thread
 
 
@@ -63,9 +65,33 @@ def report_data(report, cfg, world):
         raise UserError(f"--data {cfg.data} is not the same on all ranks: use a file system that all hosts share")
     rate = on_rank_0(world, read)
     sizes = " + ".join(f"{len(split):,}" for split in splits.values())
+    untrained = on_rank_0(world, lambda: _untrained(splits))
     report.add("data", f"{found[0].num_classes:,} classes, {sizes} examples ({' + '.join(splits)}), one thread reads "
                        f"{rate:,.0f} a second")
+    _report_evaluation(report, cfg, splits, untrained)
     return found[0]
+
+
+def _untrained(splits):
+    """{split: (number of its classes without an image in train, names of the first ones)} of val and test."""
+    found = {name: classes_without_images(splits["train"], split) for name, split in splits.items() if name != "train"}
+    return {name: (len(ids), splits["train"].class_names(ids[:_NAMED].tolist())) for name, ids in found.items()}
+
+
+def _report_evaluation(report, cfg, splits, untrained):
+    """Say what is evaluated when, and which of its classes cannot be known."""
+    split = split_while_training(splits)
+    if split is None:
+        report.add("evaluation", f"none: {cfg.data} has neither val nor test", "warning", how_to_split(cfg.data))
+        return
+    at_end = (f"at the end on test, {len(splits['test']):,} examples, with the {cfg.test} weights"
+              if tested_at_the_end(splits) else "and at the end, with the last weights")
+    unknown = [f"{number:,} classes of {name} have no image in train: {listed(map(one_line, names), _NAMED, number)}"
+               for name, (number, names) in untrained.items() if number]
+    known = "" if unknown else f"; train has images of all classes of {' and '.join(untrained)}"
+    report.add_checked("evaluation", f"on {split} while training, {len(splits[split]):,} examples; {at_end}{known}",
+                       "; ".join(unknown), "add images of them to train, or read top1_by_frequency, which has their "
+                       "examples as 0")
 
 
 def report_run_folder(report, cfg, world, plan):

@@ -48,20 +48,23 @@ class RunLog:
             **self._world.traffic.pop_metrics(steps), **self.timer.take(steps, examples))
         self._logged = progress
 
-    def evaluation(self, progress, scores):
-        """Log {top1: …, …} of an evaluation."""
-        self._metrics.log(progress, **scores, train_seconds=self.timer.total)
+    def evaluation(self, progress, scores, details):
+        """Log the scores {split, top1, …} of an evaluation, and its details {name: number}."""
+        self._metrics.log(progress, split=scores["split"], **named(scores), **details, train_seconds=self.timer.total)
 
     def rewind(self, progress):
         """The run went back to this Progress: later lines are dropped."""
         self._logged = progress
         self._metrics.rewind(progress)
 
-    def finish(self, progress, scores, state, schedule, watchdog):
+    def finish(self, progress, scores, scored_step, state, schedule, watchdog):
         """Close the records and print the result of the run on rank 0. Collective.
 
-        scores  of the last evaluation; None without a test split
+        scores       {split: scores} of the evaluations at the end
+        scored_step  the step whose weights had them
         """
+        if len(scores) == 2:  # test was kept for the end; otherwise its line is in the log
+            self._metrics.log_once(progress, split="test", **named(scores["test"]), scored_step=scored_step)
         self._metrics.close()
         world, rss = self._world, torch.tensor(peak_rss_mb(), device=self._world.device)
         peak = world.all_ranks.all_reduce(rss, "max").item()
@@ -71,8 +74,20 @@ class RunLog:
         if schedule.auto and state.noise.grown == 1:
             print("warning: --batch-growth auto never let the batch grow: the gradient noise did not grow, or was not "
                   "known", file=sys.stderr)
-        result = {**(scores or {"top1": None, "top5": None}),
+        result = {"top1": None, "top5": None}
+        for split in sorted(scores):
+            result |= {name: value for name, value in named(scores[split]).items() if value is not None}
+        result |= {"scored_step": scored_step,
                   "images_per_second": round(self.timer.images_per_second, 1), "peak_rss_mb": round(peak),
                   "steps": progress.step, "seconds": round(time.perf_counter() - _STARTED, 1), "run": self._cfg.out}
         print(f"resume with: {resume_command(self._cfg, world.size)}")
         print(json.dumps(result), flush=True)
+
+
+def named(scores):
+    """The scores as logs name them. Those of val have val_ before their names, so that they are never taken for those
+    of test."""
+    split = scores["split"]
+    prefix = "" if split == "test" else f"{split}_"
+    names = {"bad_records": f"bad_{split}_records"}
+    return {names.get(name, prefix + name): value for name, value in scores.items() if name != "split"}

@@ -81,25 +81,30 @@ class Metrics:
         self._of_all = f"/{num_steps}" if num_steps else ""
 
     def log(self, progress, **values):
-        """Write one line of metrics. A value of None is left out."""
+        """Write one line of metrics: numbers, texts, or {name: number}. A value of None is left out."""
         if not self._active:
             return
         step, values = progress.step, {name: value for name, value in values.items() if value is not None}
         with self._tolerating_full_disk(f"step {step}"):
-            self._lines.write(json.dumps({"step": step} | {k: _rounded(v) for k, v in values.items()}) + "\n")
+            self._lines.write(_line(step, values) + "\n")
         with self._tolerating_full_disk(f"step {step}"):
-            for name, value in values.items():
+            for name, value in _numbers(values):
                 self._board.add_scalar(name, value, step)
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name in _SHOWN)
         if self._terminal:
             self._bar.update(progress.examples - self._bar.n)
-            if "top1" in values:
+            if "split" in values:
                 self._bar.write(f"step {step}  {text}", file=sys.stderr)
             else:
                 self._bar.set_postfix_str(text)
         else:
             with self._tolerating_full_disk(f"step {step}"):
                 print(f"step {step}{self._of_all}  {text}", flush=True)
+
+    def log_once(self, progress, **values):
+        """As `log`, unless an earlier launch wrote the same line."""
+        if self._active and _line(progress.step, values) not in self._path.read_text(errors="replace").splitlines():
+            self.log(progress, **values)
 
     @contextmanager
     def _tolerating_full_disk(self, when):
@@ -143,11 +148,26 @@ def _step_of(line):
     return step if isinstance(step, int) else math.inf
 
 
+def _line(step, values):
+    return json.dumps({"step": step} | {name: _rounded(v) for name, v in values.items() if v is not None})
+
+
+def _numbers(values):
+    """Yields (name, number); a number in {name: number} is named by both names."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{key}", number) for key, number in value.items())
+        elif not isinstance(value, str):
+            yield name, value
+
+
 def _rounded(value):
+    if isinstance(value, dict):
+        return {name: _rounded(number) for name, number in value.items()}
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
-_SHOWN = {"loss", "lr", "global_batch", "images_per_second", "top1", "top5"}
+_SHOWN = {"loss", "lr", "global_batch", "images_per_second", "top1", "top5", "val_top1", "val_top5"}
 
 
 def peak_rss_mb():

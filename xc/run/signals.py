@@ -40,10 +40,17 @@ class StopSignal:
         self._answer = self._world.all_ranks.all_reduce_async(received)
         return bool(answer.item())
 
+    def close(self):
+        """Wait for the sum in flight, which would otherwise arrive in memory that is free by then. Collective."""
+        if self._answer:
+            self._answer()
+        self._answer = None
+
     def exit(self, progress, cfg):
-        """The ExitRun of a run that stops here; everything was saved."""
+        """The ExitRun of a run that stops here; everything was saved. Collective."""
         from xc.errors import ExitRun
         from xc.run.folder import resume_command
 
+        self.close()
         return ExitRun(EXIT_CODE, f"stopped by a signal after {progress.step} steps, all of them saved; resume with: "
                                   f"{resume_command(cfg, self._world.size)}")

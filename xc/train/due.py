@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from xc.data.evaluated import split_while_training
+
 
 @dataclass(frozen=True)
 class Due:
@@ -15,10 +17,10 @@ class Due:
 
     @classmethod
     def after(cls, progress, schedule, cfg, splits):
-        """What is due at this Progress. Evaluations need a test split."""
+        """What is due at this Progress. Evaluations need a split val or test."""
         last = schedule.done(progress)
         return cls(log=progress.step % cfg.log_steps == 0 or last,
-                   evaluate="test" in splits and (schedule.due(progress, cfg.eval_every) or last),
+                   evaluate=bool(split_while_training(splits)) and (schedule.due(progress, cfg.eval_every) or last),
                    save=schedule.due(progress, cfg.save_every) or last, last=last)
 
     @property

@@ -1,57 +1,82 @@
-"""Exact top-1 and top-5 over all classes."""
+"""Exact top-1 and top-5 over all classes: of val, or of test where there is no val; at the end of test."""
 
 import torch
 
+from xc.data.evaluated import split_while_training, tested_at_the_end
 from xc.data.loader import Loader
 from xc.run import watchdog
+from xc.train.class_scores import ClassScores, frequencies_of
 
 _NUM_EXAMPLES = 4  # of each rank, on which the active classes are compared with all classes
 
 
 class Evaluator:
-    """Evaluates the state of a run on its test split.
+    """Evaluates the state of a run.
 
+    split     name of the split that is evaluated while training: val, or test where there is no val; None without both
+    tests     whether test is kept for the end
     last      scores of the last evaluation in this launch; None before the first one
     stopped   whether the last evaluation was given up because a signal asked for a stop
     examples  (features (B, D), labels (B,)) of the last step's first micro-batch, for `details`
     """
 
     def __init__(self, cfg, state, splits, stop, world):
+        """UserError or PackError where the counts of classes are damaged. Collective."""
         self._cfg, self._state, self._stop, self._world = cfg, state, stop, world
-        self._loader = Loader(splits["test"], cfg, world) if "test" in splits else None
+        self.split, self.tests = split_while_training(splits), tested_at_the_end(splits)
+        self._loaders = {name: Loader(split, cfg, world) for name, split in splits.items() if name != "train"}
+        with world.raise_on_all_ranks():
+            self._frequencies = frequencies_of(splits["train"], state.head.shard) if self.split else None
         self.last, self.stopped, self.examples = None, False, None
 
     def run(self, may_stop=True):
-        """Scores of the test split: {top1, top5, examples}. None where there is no test split or it stopped.
-        Collective."""
-        self.last, self.stopped = None, False
-        if self._loader is None:
-            return None
-        stop = self._stop.requested if may_stop else lambda: False
-        batches = self._loader.test(self._cfg.global_batch)
-        self.last = evaluate(self._state.backbone, self._state.head, batches, self._world, stop)
-        self.stopped = self.last is None
+        """Scores {split, top1, …} of the split that is evaluated while training. None where there is none, or where a
+        signal asked for a stop. Collective."""
+        self.last = self._scores(self.split, may_stop) if self.split else None
         return self.last
 
-    def details(self):
-        """What else a log line of an evaluation has: {bad_test_records, …}, and what the selection of active classes
-        costs on a few examples of the last step. Collective.
+    def final(self, reloaded):
+        """{split: its scores}, for the last line; this is where test is evaluated, if there is val. Collective.
+
+        reloaded  whether the weights are others than those of the last evaluation
+
+        None where a signal asked for a stop, which is heard where test is kept for the end: the next launch tests.
         """
-        quality = {}
-        if self.examples is not None:
-            features, labels = self.examples
-            features = features[:_NUM_EXAMPLES]
-            quality = self._state.head.selection_quality(features, labels[: len(features)])
-        return {"bad_test_records": self._loader.bad_records(), **quality}
+        scores = {}
+        if self.split:
+            scores[self.split] = self.last if self.last and not reloaded else self.run(may_stop=self.tests)
+        if self.tests and not self.stopped:
+            scores["test"] = self._scores("test", may_stop=True)
+        return None if self.stopped else scores
+
+    def details(self):
+        """What else a log line of an evaluation has: what the selection of active classes costs on a few examples of
+        the last step. Collective.
+        """
+        if self.examples is None:
+            return {}
+        features, labels = self.examples
+        features = features[:_NUM_EXAMPLES]
+        return self._state.head.selection_quality(features, labels[: len(features)])
+
+    def _scores(self, split, may_stop):
+        head, loader = self._state.head, self._loaders[split]
+        by_class = ClassScores(self._frequencies, head)
+        stop = self._stop.requested if may_stop else lambda: False
+        batches = loader.test(self._cfg.global_batch)
+        scores = evaluate(self._state.backbone, head, batches, self._world, stop, by_class)
+        self.stopped = scores is None
+        return scores and {"split": split, **scores, "bad_records": loader.bad_records()}
 
 
 @torch.no_grad()
-def evaluate(backbone, head, batches, world, stopped=lambda: False):
+def evaluate(backbone, head, batches, world, stopped, by_class):
     """Shares of the examples whose label is the best or among the five best of ALL classes; the same at any W.
 
-    batches  of (images, labels), as many on every rank; a rank's may be empty
-    stopped  asked before every batch, answers alike on all ranks; where it is true, there is no result
-    returns  dict of top1, top5 (shares) and examples; or None
+    batches   of (images, labels), as many on every rank; a rank's may be empty
+    stopped   asked before every batch, answers alike on all ranks; where it is true, there is no result
+    by_class  ClassScores that counts the examples
+    returns   dict of top1, top5 (shares), examples, and the scores by class; or None
 
     Collective.
     """
@@ -67,6 +92,8 @@ def evaluate(backbone, head, batches, world, stopped=lambda: False):
         features = backbone(images) if len(images) else torch.zeros(0, head.feature_dim, device=world.device)
         above = head.num_scores_above_target(features, labels)
         hits += torch.tensor([(above < 1).sum(), (above < 5).sum(), len(above)])
+        by_class.add(labels, above < 1)
     backbone.train(training)
     top1, top5, examples = world.all_ranks.all_reduce(hits).tolist()
-    return {"top1": top1 / max(1, examples), "top5": top5 / max(1, examples), "examples": examples}
+    return {"top1": top1 / max(1, examples), "top5": top5 / max(1, examples), "examples": examples,
+            **by_class.scores()}

@@ -1,7 +1,10 @@
 """What a run is made of: data, state, run folder. A mistake found on any rank is raised on all of them."""
 
+import sys
+
 from xc.checkpoint.state import State
 from xc.data import loader
+from xc.data.evaluated import how_to_split, split_while_training
 from xc.gradients import exchanges
 from xc.model import backbone as backbones
 from xc.model import head_table
@@ -41,3 +44,18 @@ def run_folder(cfg, world):
     with world.raise_on_all_ranks():
         if world.rank == 0:
             folder.create(cfg, world.size)
+
+
+def say_what_is_evaluated(cfg, splits, world):
+    """One line of rank 0 where the data lack a split: a warning where nothing can be evaluated, otherwise a note."""
+    if world.rank != 0:
+        return
+    split = split_while_training(splits)
+    if split is None:
+        print(f"warning: nothing is evaluated, since {cfg.data} has neither val nor test: {how_to_split(cfg.data)}",
+              file=sys.stderr, flush=True)
+    elif split == "test" and cfg.test == "best":
+        print("note: there is no val to choose the best weights by, so test is evaluated with the last ones",
+              flush=True)
+    elif "test" not in splits:
+        print("note: there is no test, so the scores are those of val, with the last weights", flush=True)

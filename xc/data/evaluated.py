@@ -1,0 +1,46 @@
+"""Which split a run evaluates while it trains, and which of its classes train has no image of."""
+
+import os
+import shlex
+
+import numpy as np
+
+from xc.data import synthetic
+
+_BLOCK = 2**20  # classes whose counts are read at once
+
+
+def split_while_training(splits):
+    """Name of the split that is evaluated while training: val, or test where there is no val; None without either."""
+    return next((name for name in ("val", "test") if name in splits), None)
+
+
+def tested_at_the_end(splits):
+    """Whether test is kept for the end: val is evaluated while training."""
+    return split_while_training(splits) == "val" and "test" in splits
+
+
+def how_to_split(data):
+    """What to do where --data has neither val nor test."""
+    if data.startswith(synthetic.PREFIX):
+        return "give it test= or val= above 0"
+    folder = os.path.normpath(data)
+    train = os.path.join(folder, "train")
+    pack, out = shlex.quote(train if os.path.isdir(train) else folder), shlex.quote(f"{folder}-split")
+    return f"make them with python -m data_tools.split {pack} {out} --test 0.01 --val 0.01"
+
+
+def blocks_of(first, last):
+    """Yields (first, last) of ranges that cover the classes first … last - 1 in order, whose counts fit in memory."""
+    for start in range(first, last, _BLOCK):
+        yield start, min(start + _BLOCK, last)
+
+
+def classes_without_images(train, split):
+    """(n,) int64: ids of the classes that the split has examples of and train has none. PackError."""
+    found = [np.empty(0, np.int64)]
+    for first, last in blocks_of(0, train.num_classes):
+        lacking = train.class_counts(first, last) == 0
+        if lacking.any():
+            found.append(first + np.flatnonzero(lacking & (split.class_counts(first, last) > 0)))
+    return np.concatenate(found)
