@@ -1,15 +1,16 @@
 """Names of image files by their content."""
 
-import re
+from xc.data.image_types import HEAD_BYTES, image_type
 
-SUFFIXES = ((rb"\x89PNG\r\n\x1a\n", "png"), (rb"\xff\xd8\xff", "jpg"), (rb"RIFF....WEBP", "webp"), (rb"BM", "bmp"),
-            (rb"GIF8[79]a", "gif"), (rb"II[*+]\0|MM\0[*+]|MM\*\0|II\0\*", "tif"), (rb"P5\s", "pgm"),
-            (rb"P6\s", "ppm"))
+SUFFIXES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif", "AVIF": "avif",
+            "JPEG2000": "jp2"}
 
 
 def suffix_of(image):
     """Suffix for a file with these bytes; ValueError where they have no format that packs may have."""
-    for pattern, suffix in SUFFIXES:
-        if re.match(pattern, image, re.DOTALL):
-            return suffix
-    raise ValueError("not an image of a known format")
+    name = image_type(image[:HEAD_BYTES])
+    if name == "PPM":
+        return {b"P5": "pgm", b"P6": "ppm"}.get(image[:2], "pnm")
+    if name not in SUFFIXES:
+        raise ValueError("not an image of a known format")
+    return SUFFIXES[name]

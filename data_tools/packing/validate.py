@@ -3,12 +3,15 @@
 import struct
 import zlib
 
-from xc.data.images import decode_plain_jpeg, open_header, open_image
+import numpy as np
+
+from xc.data.images import PNG_CHUNK, decode_plain_jpeg, open_header, open_image
 
 PNG = b"\x89PNG\r\n\x1a\n"
-PNG_CHUNK, PNG_HEADER = struct.Struct(">I4s"), struct.Struct(">IIBBBBB")
+PNG_HEADER = struct.Struct(">IIBBBBB")
 PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by colour type: grey, RGB, and both with transparency
 CHECKS = ("full", "header", "none")
+DARK = 16  # of 255: an image that is nowhere brighter is not recognised
 
 
 def check_image(data, max_pixels, check):
@@ -27,9 +30,28 @@ def check_image(data, max_pixels, check):
             raise ValueError("empty")
     elif check == "full":
         if not _is_plain_png(data, max_pixels) and decode_plain_jpeg(data, max_pixels, only_check=True) is None:
-            open_image(data, max_pixels, only_check=True)
+            check_visible(open_image(data, max_pixels, only_check=True))
     elif not _ends_well(open_header(data, max_pixels), data):
-        open_image(data, max_pixels, only_check=True)
+        check_visible(open_image(data, max_pixels, only_check=True))
+
+
+def check_visible(image):
+    """ValueError where a reader, which keeps 8 bits, would see nothing in a decoded Pillow image.
+
+    It takes the numbers of deep images for 16 bits, and those of floating-point images for 0 … 255.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return
+    pixels = np.asarray(image)
+    if image.mode == "F" and not np.isfinite(pixels).all():
+        raise ValueError("floating-point numbers that are not finite")
+    least, most = float(pixels.min()), float(pixels.max())
+    white = 255 if image.mode == "F" else 65535
+    if least == most and 0 <= most <= white:
+        return  # one colour, as it is
+    if least < 0 or most > white or most < DARK * (white + 1) / 256:
+        raise ValueError(f"numbers from {least:g} to {most:g}, of which a reader that takes 0 for black and {white} for "
+                         "white sees nothing; convert it to 8 bits")
 
 
 def _is_plain_png(data, max_pixels):

@@ -14,7 +14,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from data_tools.packing.encode import Encoding
-from data_tools.packing.validate import check_image
+from data_tools.packing.validate import check_image, check_visible
 from xc.data import pack as layout
 from xc.data.images import open_image
 from xc.data.pack import PackError
@@ -40,7 +40,9 @@ def check_images(images, max_pixels, encoding, check):
                 if encoding == KEPT:
                     check_image(data, max_pixels, check)
                 else:
-                    data = encoding.apply(open_image(data, max_pixels), data)
+                    image = open_image(data, max_pixels)
+                    check_visible(image)
+                    data = encoding.apply(image, data)
                     _check_size(len(data))
             except (OSError, ValueError) as error:
                 results.append((None, getattr(error, "strerror", None) or str(error)))

@@ -122,7 +122,7 @@ def _write(path, kinds, tables, **attributes):
     arrays = {name: np.asarray(tables[name], dtype) for name, dtype in kinds.items()}
     with open(path, "wb") as file:  # fails here if the disk is full: HDF5 fails later, with pages of text
         os.posix_fallocate(file.fileno(), 0, sum(array.nbytes for array in arrays.values()) + 2**16)
-    with h5py.File(path, "w") as file:
+    with h5py.File(path, "w", locking=False) as file:  # nobody else knows the file yet
         for name, value in {"format": layout.FORMAT, "version": layout.VERSION, **attributes}.items():
             file.attrs[name] = np.int64(value) if isinstance(value, int) else np.bytes_(os.fsencode(value))
         for name, array in arrays.items():

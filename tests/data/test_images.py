@@ -3,13 +3,14 @@
 import io
 import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import xc.data.images
-from tests.support.images import BAD_IMAGES, picture, png
+from tests.support.images import BAD_IMAGES, IMAGE_KINDS, picture, png, smooth
 from xc.data import images as pack
 from xc.data.images import decode, open_image
 
@@ -129,3 +130,54 @@ def test_an_image_that_packs_also_decodes(mode):
     Image.new("RGB", (3, 3)).convert(mode).save(file, "TIFF")
     with pytest.raises(ValueError, match="does not convert"):
         pack.open_image(file.getvalue())
+
+
+@pytest.mark.parametrize("kind, mode", IMAGE_KINDS)
+def test_what_is_read_is_recognised(kind, mode):
+    """The pixels are those of the image that was written, whatever its format, but for what the format loses."""
+    data, name = smooth(kind, mode=mode), dict.fromkeys(("I;16", "F", "L", "LA", "1"), "L").get(mode, "RGB")
+    original = Image.open(io.BytesIO(smooth("PNG"))).convert(name)
+    found = decode(data, 40, len(name)).astype(int)
+    wanted = np.asarray(original.resize((40, 40), Image.Resampling.BICUBIC), int).reshape(40, 40, -1).transpose(2, 0, 1)
+    # Black and white pixels and a palette differ from the original one by one, and not on average.
+    apart = abs(found.mean() - wanted.mean()) if mode == "1" else abs(found - wanted).mean()
+    assert apart < (8 if mode == "P" else 3)
+
+
+@pytest.mark.parametrize("kind, mode, words", [("TIFF", "LAB", "mode LAB"), ("ICO", "RGB", "ICO, which is not read"),
+                                               ("DDS", "RGBA", "DDS, which is not read"),
+                                               ("TGA", "RGB", "not an image of a known format"),
+                                               ("PDF", "RGB", "not an image, but a PDF"),
+                                               ("EPS", "RGB", "not an image, but a text")])
+def test_what_is_not_read_is_named(kind, mode, words):
+    with pytest.raises(ValueError, match=words):
+        open_image(smooth(kind, mode=mode))
+
+
+@pytest.mark.parametrize("data, words", [
+    (b"", "empty"), (b"\0" * 99, "zeros"), (b"\n<!DOCTYPE html><html>", "an HTML page"),
+    (b'<?xml version="1.0"?>', "an XML"), (b'{"error": 404}', "a JSON"), (b"\0\0\0\x18ftypisom", "a video"),
+    (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC, which is not"),
+    (b"\xff\x0a\x12\x13", "JPEG XL"), (b"version https://git-lfs.github.com/spec/v1\noid", "git-lfs"),
+    (b"<svg xmlns='http://www.w3.org/2000/svg'>", "SVG, which is not read"), (b"BM is how this begins" * 9, "a text"),
+    (b"P5 is how this begins" * 9, "a text"), (b"\x89PNG\r\n\x1a\n" + bytes(30), "a PNG whose header is damaged"),
+    (b"\x07\x01" * 40, "not an image of a known format")])
+def test_why_a_file_is_not_read(data, words):
+    with pytest.raises(ValueError, match=words):
+        open_image(data)
+
+
+LABELS = {b"iCCP": b"a\0\0", b"zTXt": b"a\0\0", b"iTXt": b"XML:com.adobe.xmp\0\1\0\0\0"}
+
+
+@pytest.mark.parametrize("kind", [b"iCCP", b"zTXt", b"iTXt"])
+@pytest.mark.parametrize("num_chunks", [1, 70])
+def test_metadata_of_a_png_may_be_large(kind, num_chunks):
+    """More than Pillow reads; the pixels are fine."""
+    bare, content = png(4, 4, 4 * 5), LABELS[kind] + zlib.compress(bytes(2**21))
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    for place in 33, -12:  # before and behind the pixels
+        data = bare[:place] + chunk * num_chunks + bare[place:]
+        assert np.array_equal(decode(data, 4, 1), decode(bare, 4, 1))
+        with pytest.raises(ValueError, match="PNG|decode"):
+            open_image(data[:40])

@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 import data_tools.show
-from data_tools.packing.validate import CHECKS, _is_plain_png, check_image
+from data_tools.packing.validate import CHECKS, _is_plain_png, check_image, check_visible
 from tests.support.commands import pack_fails, run_pack
-from tests.support.images import IMAGE_KINDS, picture, png, smooth, with_checksums
+from tests.support.images import IMAGE_KINDS, picture, png, smooth, with_checksums, write_tree
 from tests.support.packs import contents, file_hashes
+from tests.support.sources import skipped_rows
 from xc.data.images import MAX_SCANS, decode, decode_plain_jpeg, open_header, open_image
 from xc.data.pack import Pack
 from xc.data.pack_split import PackSplit
@@ -45,6 +46,10 @@ def verdict(check, *args):
     return None
 
 
+def seen(data, most):
+    check_visible(open_image(data, most))
+
+
 def fault(data, check):
     return verdict(check_image, data, MOST, check)
 
@@ -72,7 +77,7 @@ def test_an_image_passes_just_where_it_decodes(images):
         data = spoilt(images[number % len(images)], rng)
         if images is PNGS and number % 4:
             data = with_checksums(data)
-        verdicts.append(verdict(open_image, data, MOST))
+        verdicts.append(verdict(seen, data, MOST))
         assert fault(data, "full") == verdicts[-1]
     assert 300 < sum(one is None for one in verdicts) < 2900
 
@@ -207,3 +212,21 @@ def test_a_check_is_of_bytes_that_are_kept(tmp_path, capsys, flags):
     for check in "header", "none":
         error = pack_fails(capsys, tmp_path / "src", tmp_path / "pack", "--check", check, *flags)
         assert f"--check {check} is for images that keep their bytes" in error
+
+
+@pytest.mark.parametrize("pixels, seen", [
+    (np.linspace(0, 1, 20, dtype=np.float32), False), (np.linspace(0, 255, 20, dtype=np.float32), True),
+    (np.linspace(-1, 1, 20, dtype=np.float32), False), (np.array([np.nan] * 20, np.float32), False),
+    (np.zeros(20, np.float32), True), (np.linspace(0, 65535, 20).astype(np.uint16), True),
+    (np.linspace(0, 4095, 20).astype(np.uint16), False), (np.full(20, 70, np.uint16), True),
+    (np.linspace(0, 255, 20).astype(np.int32), False), (np.linspace(0, 10**6, 20).astype(np.int32), False),
+    (np.linspace(0, 65535, 20).astype(np.int32), True)])
+@pytest.mark.parametrize("flags", [[], ["--format", "png"]])
+def test_deep_images_in_which_nothing_would_be_seen_are_skipped(tmp_path, pixels, seen, flags):
+    """A reader keeps 8 bits: numbers from 0 to 1, or of 12 bits, would all be black, and large ones white."""
+    write_tree(tmp_path / "src", {"a": 1})
+    Image.fromarray(pixels.reshape(4, 5)).save(tmp_path / "src" / "a" / "deep.tif")
+    run_pack(tmp_path / "src", tmp_path / "pack", "--max-skipped", 1, *flags)
+    rows = skipped_rows(tmp_path / "pack")
+    assert [path for path, _ in rows] == ([] if seen else ["a/deep.tif"])
+    assert seen or "sees nothing" in rows[0][1] or "not finite" in rows[0][1]

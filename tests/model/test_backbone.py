@@ -1,5 +1,8 @@
 """Networks by name."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -60,6 +63,71 @@ def test_what_cannot_be_built_is_one_line(name, size):
     with pytest.raises(UserError, match=name) as error:
         backbones.build(name, (3, size, size), 8, 0, World())
     assert "\n" not in str(error.value)
+
+
+class FixedSize(torch.nn.Module):
+    """As timm's vision transformers: made for one size, given by img_size."""
+
+    def __init__(self, img_size=224, in_chans=3, num_classes=1000):
+        super().__init__()
+        if img_size % 8:
+            raise AssertionError("image size must be divisible by 8\nof the patches")
+        self.size, self.layer = img_size, torch.nn.Linear(in_chans, num_classes)
+
+    def forward(self, images):
+        assert images.shape[-1] == self.size, f"Input height ({images.shape[-1]}) doesn't match model ({self.size})"
+        return self.layer(images.mean((2, 3)))
+
+
+class AnySize(torch.nn.Module):
+    """As timm's ResNets, which know no img_size."""
+
+    def __init__(self, in_chans=3, num_classes=1000):
+        super().__init__()
+        self.layer = torch.nn.Linear(in_chans, num_classes)
+
+    def forward(self, images):
+        return self.layer(images.mean((2, 3)))
+
+
+class Stubborn(AnySize):
+    def forward(self, images):
+        raise AssertionError(f"Input height ({images.shape[-1]}) doesn't match model (224)")
+
+
+@pytest.fixture
+def timm(monkeypatch):
+    """A package with timm's functions and networks that behave as timm's do."""
+    models = {"vit": FixedSize, "resnet": AnySize, "stubborn": Stubborn}
+    package = SimpleNamespace(__version__="0", list_models=lambda: list(models),
+                              create_model=lambda name, **keywords: models[name](**keywords))
+    monkeypatch.setitem(sys.modules, "timm", package)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+@pytest.mark.parametrize("channels, size", [(3, 96), (1, 24)])
+def test_networks_of_timm_take_the_size_of_the_images(timm, name, channels, size):
+    net = backbones.build(f"timm:{name}", (channels, size, size), 8, 0, World()).eval()
+    assert net(torch.zeros(2, channels, size, size)).shape == (2, 8)
+
+
+@pytest.mark.parametrize("name, size, reason", [("vit", 100, "must be divisible by 8"),
+                                                ("stubborn", 96, r"Input height \(96\)")])
+def test_an_image_size_that_a_network_of_timm_does_not_take_is_one_line(timm, name, size, reason):
+    with pytest.raises(UserError, match=f"timm:{name} cannot take --image-size {size} .*{reason}") as error:
+        backbones.build(f"timm:{name}", (3, size, size), 8, 0, World())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size, examples, fits", [(8, 1, False), (8, 2, True), (16, 1, True)])
+def test_batch_norm_needs_two_values(size, examples, fits):
+    """Four stages halve an image of 8 pixels to one."""
+    if fits:
+        net = backbones.build("resnet18", (3, size, size), 8, 0, World(), examples_of_rank=examples)
+        net[0].train()(torch.zeros(examples, 3, size, size))  # would raise
+    else:
+        with pytest.raises(UserError, match="--backbone resnet18 has batch norm, which needs two values"):
+            backbones.build("resnet18", (3, size, size), 8, 0, World(), examples_of_rank=examples)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

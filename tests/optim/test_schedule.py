@@ -32,6 +32,16 @@ def after(one, step):
     return position.after(now)
 
 
+@pytest.mark.parametrize("flags, num_ranks", [
+    ({"global_batch": 1}, 1), ({"global_batch": 8, "micro_batches": 8}, 1),
+    ({"global_batch": 1, "schedule": "fccs", "max_batch": 8}, 1)])
+def test_a_micro_batch_of_one_example_is_refused(flags, num_ranks):
+    """The norm of its features over the batch would make all of them 0: the loss stays ln C."""
+    with pytest.raises(ValueError, match="a micro-batch of one example has no statistics"):
+        schedule(num_ranks=num_ranks, **flags)
+    assert schedule(**{**flags, "global_batch": 8, "micro_batches": 4}).micro_batch == 2
+
+
 def test_steps_follow_from_epochs():
     assert schedule(global_batch=100, epochs=2.0).num_steps == 20
     assert schedule(global_batch=128, epochs=2.0).num_steps == 16
@@ -99,7 +109,7 @@ def test_growth_has_all_the_room_unless_it_is_told_otherwise():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 300), st.integers(0, 20), st.integers(0, 30),
+@given(st.integers(2, 40), st.integers(1, 50), st.integers(1, 300), st.integers(0, 20), st.integers(0, 30),
        st.integers(0, 40), st.integers(0, 9), st.integers(1, 3))
 def test_nothing_is_lost_at_any_setting(batch, most, steps, warmup, hold, tail, growth, parts):
     """Every example of the run is in one step; as many updates as asked for, or a line that says why not."""

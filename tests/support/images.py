@@ -54,13 +54,21 @@ def smooth(format, size=(60, 40), mode="RGB"):
     """The bytes of an image whose colours change slowly."""
     x, y = np.meshgrid(np.linspace(0, 200, size[0]), np.linspace(0, 200, size[1]))
     file = io.BytesIO()
-    Image.fromarray(np.stack([x, y, 220 - x], 2).astype(np.uint8)).convert(mode).save(file, format)
+    image = Image.fromarray(np.stack([x, y, 220 - x], 2).astype(np.uint8))
+    if mode == "I;16":  # convert would leave the numbers below 256
+        image = Image.fromarray(np.asarray(image.convert("L"), np.uint16) * 257)
+    elif mode in ("RGBa", "La"):
+        image = image.convert(mode[:-1] + "A").convert(mode)
+    else:
+        image = image.convert(mode)
+    image.save(file, format)
     return file.getvalue()
 
 
 IMAGE_KINDS = [
     ("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "P"), ("PNG", "L"), ("PNG", "LA"), ("PNG", "1"), ("JPEG", "RGB"),
     ("JPEG", "CMYK"), ("JPEG", "L"), ("WEBP", "RGB"), ("WEBP", "RGBA"), ("BMP", "RGB"), ("GIF", "P"), ("TIFF", "F"),
+    ("AVIF", "RGB"), ("JPEG2000", "RGB"), ("JPEG2000", "LA"), ("TIFF", "CMYK"),
     ("TIFF", "I;16")]
 
 

@@ -26,6 +26,21 @@ def launched_size():
     return next((int(os.environ[v]) for v in _SIZE_VARIABLES if v in os.environ), None)
 
 
+def stray_launch():
+    """(what started this process, number of processes, rank) where a launcher without MPI started several; else None.
+
+    Each of them would train alone.
+    """
+    if launched_rank() is not None:
+        return None
+    for launcher, size, rank in (("torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "a launcher of torch",
+                                  "WORLD_SIZE", "RANK"), ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")):
+        size, rank = os.environ.get(size, ""), os.environ.get(rank, "")
+        if size.isdigit() and int(size) > 1 and rank.isdigit():
+            return launcher, int(size), int(rank)
+    return None
+
+
 def launched_by_gloo():
     """Whether `horovodrun --gloo` launched this process. There is no MPI then."""
     return os.environ.get("HOROVOD_CONTROLLER") == "gloo"
@@ -90,12 +105,14 @@ def _exit_with(error):
             raise_start_errors(str(error))
         except UserError as first:
             error = first
-    if launched_rank() in (None, 0):
+    stray = stray_launch()
+    rank = stray[2] if stray else launched_rank()
+    if rank in (None, 0):
         print(f"error: {error}", file=sys.stderr, flush=True)
     # The launcher ends all ranks when the first one exits, so the others wait until rank 0 has printed.
-    if not launched_by_gloo():
+    if not (launched_by_gloo() or stray):
         _barrier()
-    elif launched_rank():
+    elif rank:
         time.sleep(3)
     sys.exit(error.code)
 

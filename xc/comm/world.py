@@ -20,7 +20,7 @@ import threading
 import torch
 
 from xc.comm.groups import BackgroundGroup, Group, HorovodGroup, Mailbox, MpiGroup, MpiMailbox
-from xc.comm.launch import launched_by_gloo, launched_rank, launched_size, raise_start_errors
+from xc.comm.launch import launched_by_gloo, launched_rank, launched_size, raise_start_errors, stray_launch
 from xc.comm.traffic import Traffic, sent_all_reduce
 from xc.errors import UserError
 
@@ -223,9 +223,9 @@ def open_world(device="auto", model_parallel_size=0):
         raise UserError("--device cuda, but torch finds no CUDA device here: use --device cpu, or check the driver")
     if launched_rank() is not None:
         return MpiWorld(device, model_parallel_size)
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        raise UserError(f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} tasks without MPI, and each would train "
-                        "alone: give srun --mpi=pmix, or use mpirun")
+    if stray := stray_launch():
+        raise UserError(f"{stray[0]} started {stray[1]} processes, which MPI does not join, and each would train "
+                        "alone: use mpirun, horovodrun or srun --mpi=pmix")
     _grid(1, model_parallel_size)
     return World(device)
 

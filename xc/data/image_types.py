@@ -4,21 +4,38 @@ import re
 
 HEAD_BYTES = 64  # of a file that image_type needs
 
-# The formats that images.py reads, as Pillow names them.
-READ = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-_MAGIC = ((rb"\x89PNG\r\n\x1a\n", "PNG"), (rb"\xff\xd8\xff", "JPEG"), (rb"RIFF....WEBP", "WEBP"),
-          (rb"BM....\0\0\0\0....[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", "BMP"), (rb"GIF8[79]a", "GIF"),
-          (rb"II\*\0|MM\0\*|II\+\0|MM\0\+|MM\*\0|II\0\*", "TIFF"), (rb"P[1-6]\s\s*(#|\d)", "PPM"),
-          (rb"....ftyp(avif|avis)", "AVIF"), (rb"....ftyp(mif1|msf1|heic|heix|hevc|hevx|heim|heis)", "HEIC"),
-          (rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51", "JPEG 2000"),
-          (rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
-          (rb"8BPS\0[\1\2]", "PSD"), (rb"\0\0[\1\2]\0[^\0]\0", "ICO"), (rb"DDS \x7c\0\0\0", "DDS"))
-_PATTERNS = [(re.compile(pattern, re.DOTALL), name) for pattern, name in _MAGIC]
+_MAGIC = {
+    "PNG": rb"\x89PNG\r\n\x1a\n", "JPEG": rb"\xff\xd8\xff", "WEBP": rb"RIFF....WEBP", "GIF": rb"GIF8[79]a",
+    "BMP": rb"BM....\0\0\0\0....[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",
+    "TIFF": rb"II\*\0|MM\0\*|II\+\0|MM\0\+|MM\*\0|II\0\*", "PPM": rb"P[1-6fF]\s+[#\d]", "AVIF": rb"....ftypavi[fs]",
+    "JPEG2000": rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
+    "HEIC": rb"....ftyp(?:mif1|msf1|hei[cxms]|hev[cxms])", "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n",
+    "PSD": rb"8BPS\0[\1\2]", "ICO": rb"\0\0\x01\0[^\0]\0", "DDS": rb"DDS \x7c\0\0\0", "OpenEXR": rb"\x76\x2f\x31\x01",
+    "SVG": rb"\s*(?:<\?xml[^>]*>\s*)?<svg[\s>]"}
+# Those that images.py reads, by Pillow's names. An icon may hold an image of any size, whatever its header says.
+READ = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+_PATTERN = re.compile(b"|".join(b"(%s)" % pattern for pattern in _MAGIC.values()), re.DOTALL)
+_NAMES = tuple(_MAGIC)
+
+_OTHERS = ((rb"\s*<(!doctype html|html|head|body)", "an HTML page"), (rb"\s*<\?xml", "an XML file"),
+           (rb"\s*[{\[]\s*[\"{\[}\]]", "a JSON file"), (rb"%PDF", "a PDF"), (rb"PK\x03\x04", "a zip file"),
+           (rb"\x1f\x8b", "a gzip file"), (rb"....ftyp|\x1a\x45\xdf\xa3|RIFF....AVI ", "a video"),
+           (rb"version https://git-lfs", "a pointer of git-lfs; fetch the file itself"), (rb"\0+\Z", "zeros"),
+           (rb"[\t\n\r\x20-\x7e]+\Z", "a text"))
 
 
 def image_type(head):
     """The format of an image that begins with these bytes, or more; None where it is no image."""
-    for pattern, name in _PATTERNS:
-        if pattern.match(head):
-            return name
-    return None
+    match = _PATTERN.match(head)
+    return _NAMES[match.lastindex - 1] if match else None
+
+
+def why_unread(data):
+    """Why these bytes are not read as an image, for a message; "" where their format is one of READ."""
+    head = data[:HEAD_BYTES]
+    if (name := image_type(head)) is not None:
+        return "" if name in READ else f"{name}, which is not read; convert it to PNG or JPEG"
+    for pattern, what in _OTHERS:
+        if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
+            return f"not an image, but {what}"
+    return "not an image of a known format" if head else "empty: no image"

@@ -12,25 +12,38 @@ import struct
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PPM: also PGM, of uncompressed grey
+from xc.data.image_types import HEAD_BYTES, image_type, why_unread
+
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # else every process that decodes would take all cores
+
 MAX_PIXELS = 200_000_000  # of an image that a reader decodes: 600 MB as RGB
 # Of a JPEG. Progressive files have about 10, and libtiff allows 100 as well. A scan of a few bytes can cost as much as
 # decoding the whole image. The pattern is the start of the header of a scan: libjpeg fails at any other, and compressed
 # data cannot contain it.
 MAX_SCANS = 100
 SCAN = re.compile(rb"\xff\xda\0[\x08\x0a\x0c\x0e][\1-\4]")
+# What Pillow decodes to and `decode` converts. LAB and premultiplied transparency are not among them.
+MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "F", "I", "I;16", "I;16B", "I;16L", "I;16N"}
+PNG_CHUNK = struct.Struct(">I4s")  # length and kind
+PNG_METADATA = {b"iCCP", b"tEXt", b"zTXt", b"iTXt", b"eXIf"}
 TILE_WIDTH, TILE_HEIGHT = 322, 323  # tags of a TIFF
 INTEGERS = {1: 1, 3: 2, 4: 4}  # bytes of the types of its numbers
 
 
 def open_header(data, max_pixels=MAX_PIXELS):
     """The Pillow image in data (bytes), not decoded yet; ValueError as for open_image."""
+    if reason := why_unread(data):
+        raise ValueError(reason)
+    name = image_type(data[:HEAD_BYTES])
     try:
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=[name])
     except Exception as error:  # plugins raise all kinds of exceptions for a bad header
-        raise ValueError("not an image of a known format, or its header is damaged") from error
+        if name == "PNG" and (bare := _without_metadata(data)) is not None:
+            return open_header(bare, max_pixels)
+        reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
+        raise ValueError(f"a {name} whose header is damaged{reason}") from error
     if image.format == "PPM" and (data[:2] not in (b"P5", b"P6") or image.tile[0][0] != "raw"):
         # Pillow reads the other kinds in Python, number by number: a hostile one takes minutes.
         raise ValueError("a PPM that is not one of bytes with the maximum 255, or of 16 bits")
@@ -41,6 +54,24 @@ def open_header(data, max_pixels=MAX_PIXELS):
     if image.format == "TIFF" and (pixels := _tiled_pixels(data, image)) > max_pixels:
         raise ValueError(f"{image.width}×{image.height} pixels in tiles of {pixels}, more than {max_pixels}")
     return image
+
+
+def _without_metadata(png):
+    """A PNG without its texts, colour profile and other metadata, which may be larger than Pillow reads.
+
+    None where it has none of them, or is cut short.
+    """
+    parts, place, kind = [png[:8]], 8, b""
+    while kind != b"IEND":
+        if place + 12 > len(png):
+            return None
+        length, kind = PNG_CHUNK.unpack_from(png, place)
+        end = place + 12 + length
+        if kind not in PNG_METADATA:
+            parts.append(png[place:end])
+        place = end
+    bare = b"".join(parts)
+    return bare if len(bare) < place <= len(png) else None
 
 
 def _has_many_scans(jpeg):
@@ -73,8 +104,8 @@ def open_image(data, max_pixels=MAX_PIXELS, only_check=False):
 
     only_check  the pixels are not needed: a JPEG is read completely, but decoded at an eighth of its width and height
 
-    ValueError where it is not a complete PNG, JPEG, WebP, BMP, GIF, TIFF or PPM, or its header announces more than
-    max_pixels pixels; the header is checked before anything is decoded. Of an animation, the first frame is taken.
+    ValueError where it is not a complete image of the formats READ, or its header announces more than max_pixels
+    pixels; the header is checked before anything is decoded. Of an animation, the first frame is taken.
     """
     image = open_header(data, max_pixels)
     try:
@@ -82,8 +113,10 @@ def open_image(data, max_pixels=MAX_PIXELS, only_check=False):
             image.draft("L", (image.width // 8 or 1, image.height // 8 or 1))
         image.load()
     except Exception as error:
+        if image.format == "PNG" and (bare := _without_metadata(data)) is not None:
+            return open_image(bare, max_pixels)
         raise ValueError(f"does not decode: {error}") from error
-    if image.mode in ("LAB", "La"):
+    if image.mode not in MODES:
         raise ValueError(f"its colours are of mode {image.mode}, which does not convert to RGB")
     return image
 

@@ -1,5 +1,7 @@
 """Backbones by name: networks that turn images or vectors into features. All end in `FeatureNorm`."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -144,13 +146,14 @@ class Backbone(nn.Sequential):
 _DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build(name, input_shape, feature_dim, seed, world, amp="off"):
+def build(name, input_shape, feature_dim, seed, world, amp="off", examples_of_rank=2):
     """The Backbone of that name, with the same weights on every rank for the same seed.
 
-    input_shape  (channels, size, size) or (dim,), of one example
-    amp          off, bf16 or fp16; parameters stay float32, activations are in 16 bits
+    input_shape       (channels, size, size) or (dim,), of one example
+    amp               off, bf16 or fp16; parameters stay float32, activations are in 16 bits
+    examples_of_rank  fewest examples that a rank has of a micro-batch
 
-    UserError where the name is not known or the network does not take such examples.
+    UserError where the name is not known or the network does not take such examples, or so few of them.
     """
     images = len(input_shape) == 3
     if name == "auto":
@@ -169,17 +172,38 @@ def build(name, input_shape, feature_dim, seed, world, amp="off"):
         elif name in _RESNETS:
             net = ResNet(*_RESNETS[name], *input_shape[:2], feature_dim)
         else:
-            net = _from_timm(name.removeprefix("timm:"), input_shape[0], feature_dim)
+            net = _from_timm(name.removeprefix("timm:"), *input_shape[:2], feature_dim)
     try:
-        with torch.no_grad():
-            net.eval()(torch.zeros(1, *input_shape))
-    except RuntimeError as e:
-        raise UserError(f"--backbone {name} cannot take --image-size {input_shape[-1]} ({str(e).splitlines()[0]}): "
-                        "take larger images or another network") from e
+        fewest = _fewest_values(net, input_shape)
+    except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as e:  # timm's models raise any of them
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise UserError(f"--backbone {name} cannot take --image-size {input_shape[-1]} ({reason}): take larger images "
+                        "or another network") from e
+    if fewest * examples_of_rank < 2:
+        raise UserError(f"--backbone {name} has batch norm, which needs two values of a channel: a micro-batch has one "
+                        f"example on a rank, and at --image-size {input_shape[-1]} one value remains of it. Take a "
+                        "larger --global-batch, fewer --micro-batches, larger images or --backbone small")
     return Backbone(net.train(), FeatureNorm(feature_dim, world), _DTYPES[amp]).to(world.device)
 
 
-def _from_timm(name, channels, feature_dim):
+@torch.no_grad()
+def _fewest_values(net, input_shape):
+    """Fewest values of a channel of one example that a batch norm of a network has statistics of; inf without one."""
+    fewest, hooks = [math.inf], []
+
+    def look(module, inputs):
+        fewest.append(inputs[0].numel() // inputs[0].shape[1])
+
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            hooks.append(module.register_forward_pre_hook(look))
+    net.eval()(torch.zeros(1, *input_shape))
+    for hook in hooks:
+        hook.remove()
+    return min(fewest)
+
+
+def _from_timm(name, channels, image_size, feature_dim):
     """A network of the package timm; UserError where there is none."""
     try:
         import timm
@@ -188,4 +212,12 @@ def _from_timm(name, channels, feature_dim):
                         "beside a torchvision that fits torch, or take --backbone resnet50") from e
     if name not in timm.list_models():
         raise UserError(f"--backbone timm:{name} is not a model of timm {timm.__version__}: see timm.list_models()")
-    return timm.create_model(name, in_chans=channels, num_classes=feature_dim)
+    keywords = {"in_chans": channels, "num_classes": feature_dim}
+    try:
+        return timm.create_model(name, img_size=image_size, **keywords)
+    except TypeError:  # most networks take images of any size, and no img_size
+        return timm.create_model(name, **keywords)
+    except (RuntimeError, AssertionError, ValueError) as e:
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise UserError(f"--backbone timm:{name} cannot take --image-size {image_size} ({reason}): take another size "
+                        "or another network") from e

@@ -268,6 +268,10 @@ def _largest_batch(cfg, num_records, num_ranks):
     if batch // num_ranks < cfg.micro_batches:
         raise ValueError(f"--micro-batches {cfg.micro_batches} is more than the {batch // num_ranks} examples of a "
                          f"rank (--global-batch {batch} on {num_ranks} ranks): take fewer")
+    if batch == cfg.micro_batches:
+        flags = f"--global-batch {batch}" + f" in --micro-batches {batch}" * (batch > 1)
+        raise ValueError(f"{flags}: a micro-batch of one example has no statistics, its features would all be 0; take "
+                         "at least two examples for each micro-batch")
     grows = cfg.schedule == "fccs" and cfg.max_batch
     largest, flag = (cfg.max_batch, "--max-batch") if grows else (batch, "--global-batch")
     if largest > num_records:

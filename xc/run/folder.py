@@ -56,7 +56,7 @@ def create(cfg, world_size):
 
 
 def _lock(out):
-    """Lock the run until this process ends. Without effect on a file system without locks."""
+    """Lock the run until this process ends. On a file system without locks, a warning and no lock."""
     file = open(out / ".lock", "a+")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -64,7 +64,9 @@ def _lock(out):
         file.seek(0)
         raise UserError(f"--out {out} belongs to {file.read().strip()}, which trains there: wait until it ends, or "
                         "name another folder") from e
-    except OSError:
+    except OSError as e:
+        print(f"warning: --out {out} cannot be locked ({e.strerror}): take care that no other run writes there",
+              file=sys.stderr, flush=True)
         return
     _locks.append(file)
     file.truncate(0)

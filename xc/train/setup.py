@@ -31,7 +31,9 @@ def state(cfg, train_split, world):
     """All that training changes, at its start: the backbone on every rank, the class rows split over ranks.
     Collective."""
     with world.raise_on_all_ranks():
-        backbone = backbones.build(cfg.backbone, train_split.input_shape, cfg.feature_dim, cfg.seed, world, cfg.amp)
+        examples_of_rank = cfg.global_batch // cfg.micro_batches // world.size
+        backbone = backbones.build(cfg.backbone, train_split.input_shape, cfg.feature_dim, cfg.seed, world, cfg.amp,
+                                   examples_of_rank)
         head = head_table.build(cfg, train_split.num_classes, world)
         exchange = exchanges.build(backbone, world, cfg)
     return State(backbone, backbone_optimizer(backbone, cfg, exchange.keeps_momentum), head,
