@@ -5,7 +5,6 @@ import os
 import shutil
 import time
 from array import array
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,9 +97,7 @@ def pack(src, out, options):
     started, out = time.monotonic(), os.path.abspath(out)
     check(src, out, options)
     job = Job(src, out, options)
-    with ExitStack() as locks:
-        for name in ("list", 0, "merge") if options.stage == "all" else options.part[:1]:
-            locks.enter_context(owned(job.folder, name, out))
+    with owned(job.folder, job.owner, out):
         with cleaned_up(job.folder, out, options.stage == "all", job.is_listed, job.has_shards), errors():
             facts = job.run()
         if options.stage in ("all", "merge"):
@@ -140,7 +137,7 @@ def describe(src, options):
     classes, root = options.classes, options.root
     return {"SRC": [os.path.abspath(path) for path in src], "state of SRC": [fingerprint(path) for path in src],
             "--classes": classes and [os.path.abspath(classes), fingerprint(classes)],
-            "--root": root and os.path.abspath(root), "parts": options.parts,
+            "--root": root and os.path.abspath(root), "parts": options.part and options.parts,
             "versions": {"pack": layout.VERSION, "parts": 3, "Pillow": PIL.__version__}, **flags}
 
 
@@ -158,6 +155,7 @@ class Job:
         if (path := options.classes) is not None:
             self.classes = names_in(path) if os.path.isfile(path) else open_splits(path)["train"]
         self.folder = open_folder(out, describe(src, options), options.restart)
+        self.owner = 0 if options.stage == "all" else options.part[0]  # of a lock
         self.listing = os.path.join(self.folder, LISTING)
         self.part_folders = [os.path.join(self.folder, f"part-{i}") for i in range(options.parts)]
 
