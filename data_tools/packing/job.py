@@ -1,4 +1,4 @@
-"""Makes a pack: lists the images, writes the shards of each part, and merges the parts. --part asks for one of these."""
+"""Makes a pack: lists the images, writes the shards of each part, and merges them. --part asks for one of these."""
 
 import dataclasses
 import os
@@ -212,9 +212,9 @@ class Job:
             raise PackError(f"{self.out} has appeared meanwhile, and is not the pack; take it away")
         journals, parts = [Journal(place) for place in self.part_folders], self.options.parts
         if missing := [number for number, journal in enumerate(journals) if not journal.done]:
-            raise PackError(f"{len(missing)} of {parts} parts are not written yet: {', '.join(map(str, missing[:NAMED]))}"
-                            f"{', …' * (len(missing) > NAMED)}; run them, as --part {missing[0]}/{parts}, then --part "
-                            f"merge/{parts} again")
+            named = ", ".join(map(str, missing[:NAMED])) + ", …" * (len(missing) > NAMED)
+            raise PackError(f"{len(missing)} of {parts} parts are not written yet: {named}; run them, as --part "
+                            f"{missing[0]}/{parts}, then --part merge/{parts} again")
         tally = sum((one.tally for one in journals), catalogue.skipped)
         tally.check(self.options.max_skipped, catalogue.total)
         names = [os.path.basename(os.path.abspath(path)) for path in self.src]
