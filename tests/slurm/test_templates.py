@@ -182,7 +182,8 @@ def test_several_jobs_wait_for_each_other(site):
     assert said == "submitted: 41 lists the images, 42 writes 16 parts, 43 makes the pack\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["0", "--", "a", "b"], ["x"], ["16", "a", "b"], ["16", "--", "a"], ["99999"]])
+@pytest.mark.parametrize("arguments", [
+    [], ["0", "--", "a", "b"], ["x"], ["16", "a", "b"], ["16", "--", "a"], ["99999"]])
 def test_several_jobs_want_a_number_and_two_places(site, arguments):
     site.command("sbatch", SBATCH)
     said = site.job("slurm/pack.sh", *arguments, expect=2)
