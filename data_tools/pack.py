@@ -81,8 +81,8 @@ def part_of(text):
     match = re.fullmatch(r"(list|merge|\d{1,4})/(\d{1,4})", text)
     number = match and (int(match[1]) if match[1].isdigit() else match[1])
     if not match or not (number if isinstance(number, int) else 0) < int(match[2]):
-        raise argparse.ArgumentTypeError(f"{text} is not list/16, merge/16 or like 0/16: a part from 0 up, and how many "
-                                         "there are")
+        raise argparse.ArgumentTypeError(f"{text} is not list/16, merge/16 or like 0/16: a part from 0 up, and how "
+                                         "many there are")
     return number, int(match[2])
 
 
@@ -153,8 +153,8 @@ def make_parser():
         help="memory for shuffling and sorting; more goes through files beside OUT (%(default)s)")
     add("--workers", type=between(0, 4096), default=os.cpu_count(),
         help="worker processes; 0: only this process (%(default)s)")
-    add("--part", type=part_of, metavar="I/N", help="make a pack by several processes with the same flags: list/N lists "
-        "the images, then 0/N, 1/N … write a part each, then merge/N makes the pack of them")
+    add("--part", type=part_of, metavar="I/N", help="make a pack by several processes with the same flags: list/N "
+        "lists the images, then 0/N, 1/N … write a part each, then merge/N makes the pack of them")
     add("--restart", action="store_true", help="remove what an interrupted pack has left, and begin again")
     add("--json", action="store_true", help="print only the JSON object")
     return parser

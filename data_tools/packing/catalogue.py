@@ -33,7 +33,7 @@ LISTED = """
     CREATE TABLE names (class INTEGER PRIMARY KEY, splits, name);
     CREATE TABLE left_out (number INTEGER PRIMARY KEY, reason);
 """
-# What is packed, by its place in the order of the pack. Rows of PACKED are written in that order, so they need no index.
+# What is packed, by its place in the order of the pack. Rows are written in that order, so they need no index.
 PACKED = """
     CREATE TABLE packed.images (place INTEGER PRIMARY KEY, split, key, label, root, weight, path, offset, size);
 """

@@ -26,8 +26,8 @@ def is_number(name):
 def number_key(name):
     """Bytes that sort names that are numbers by their values, however long they are.
 
-    A value is ± 0.DIGITS × 10^EXPONENT without zeros at either end of DIGITS: the sign, the exponent and then the digits
-    decide. Of negative numbers all bits are turned, so that a larger size comes first.
+    A value is ± 0.DIGITS × 10^EXPONENT without zeros at either end of DIGITS: the sign, the exponent and then the
+    digits decide. Of negative numbers all bits are turned, so that a larger size comes first.
     """
     sign, whole, part, exponent = NUMBER.fullmatch(name).groups()
     digits = (whole + (part or b"")).lstrip(b"0")

@@ -1,7 +1,7 @@
 """SQLite files: one process writes one, under a name of its own; then any number of processes read it.
 
-A writer keeps no journal and does not sync: a list that was not completed is made anew. A reader takes no locks, since
-nobody changes the file any more. So file systems without locks will do.
+A writer keeps no journal and does not sync: a list that was not completed is made anew. Nobody takes a lock: the writer
+is alone, and what is read is not changed any more. So file systems without locks will do.
 """
 
 import errno
@@ -18,9 +18,8 @@ STEPS = 10**6  # of a statement, between two looks at the signals: some 50 ms
 def create(path, memory_bytes):
     """A connection to a new file. Sorting takes about memory_bytes, and puts the rest into the folder of the file."""
     folder = os.path.dirname(os.path.abspath(path))
-    db = _connect(os.fsencode(path), memory_bytes)
-    db.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA locking_mode = EXCLUSIVE; "
-                     "PRAGMA temp_store = FILE")
+    db = _connect(_uri(path, "vfs=unix-none"), memory_bytes)
+    db.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA temp_store = FILE")
     if folder != folder.encode(errors="replace").decode():  # SQL is text, and a path may have bytes that are not
         folder = f"/proc/self/fd/{os.open(folder, os.O_PATH | os.O_DIRECTORY)}"
     db.execute("PRAGMA temp_store_directory = '{}'".format(folder.replace("'", "''")))
@@ -31,18 +30,22 @@ def create(path, memory_bytes):
 
 def attach(db, path, name):
     """Makes another new file that the same connection writes as the schema `name`."""
-    db.execute(f"ATTACH ? AS {name}", [os.fsencode(path)])
+    db.execute(f"ATTACH ? AS {name}", [_uri(path, "vfs=unix-none")])
     db.executescript(f"PRAGMA {name}.journal_mode = OFF; PRAGMA {name}.synchronous = OFF")
 
 
 def open_complete(path, memory_bytes=2**21):
     """A connection to a file that nobody changes any more; FileNotFoundError where there is none."""
     os.stat(path)
-    return _connect(f"file:{quote(os.fsencode(os.path.abspath(path)))}?mode=ro&immutable=1", memory_bytes, uri=True)
+    return _connect(_uri(path, "mode=ro&immutable=1"), memory_bytes)
 
 
-def _connect(path, memory_bytes, **options):
-    db = sqlite3.connect(path, isolation_level=None, cached_statements=256, **options)
+def _uri(path, options):
+    return f"file:{quote(os.fsencode(os.path.abspath(path)))}?{options}"
+
+
+def _connect(uri, memory_bytes):
+    db = sqlite3.connect(uri, uri=True, isolation_level=None)
     db.execute(f"PRAGMA cache_size = -{max(256, memory_bytes // 1024)}")  # in KiB
     return db
 

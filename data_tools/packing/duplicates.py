@@ -23,10 +23,11 @@ TESTS = sum(name in ("test", "val") for name in TEST_FIRST)  # they are the firs
 
 # Every image of every group, in order, with the number of labels of its group.
 GROUPS = f"""
-    SELECT hash, labels, place, one.number, is_first, is_tested AND place = {TEST_FIRST.index("train")}, name, path, root,
-        offset IS NULL
+    SELECT hash, labels, place, one.number, is_first, is_tested AND place = {TEST_FIRST.index("train")}, name, path,
+        root, offset IS NULL
     FROM (
-        SELECT *, sum(is_first) OVER same AS labels, count(*) OVER same AS times, min(place) OVER same < {TESTS} AS is_tested
+        SELECT *, sum(is_first) OVER same AS labels, count(*) OVER same AS times,
+            min(place) OVER same < {TESTS} AS is_tested
         FROM (SELECT *, class IS NOT lag(class) OVER (PARTITION BY hash ORDER BY class, place, number) AS is_first
               FROM contents)
         WINDOW same AS (PARTITION BY hash)) AS one
@@ -65,7 +66,7 @@ class Duplicates:
         self._insert()
 
     def resolve(self, rule, report, shown):
-        """Writes the report to a text file, and into the table what is left out by the rule, one of RULES. Call it once.
+        """Writes the report to a text file, and into the table what the rule, one of RULES, leaves out. Call it once.
 
         shown    shown(path, root, is_file): the path of an image for messages
 
@@ -83,8 +84,8 @@ class Duplicates:
                 dropped.append((number, reason))
                 if len(dropped) == ADDED:
                     self._drop(dropped)
-            report.write(row(image.hex(), labels, TEST_FIRST[place], name.decode(), shown(os.fsdecode(path), root, is_file),
-                             what, "kept" if is_kept else "dropped"))
+            report.write(row(image.hex(), labels, TEST_FIRST[place], name.decode(),
+                             shown(os.fsdecode(path), root, is_file), what, "kept" if is_kept else "dropped"))
         self._drop(dropped)
         self._db.executescript("INSERT INTO left_out SELECT number, reason FROM dropped ORDER BY number; "
                                "DROP TABLE dropped; DROP TABLE contents")

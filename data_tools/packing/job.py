@@ -1,11 +1,10 @@
-"""Makes a pack: lists the images, writes the shards of each part, and merges the parts. --part asks for one of these."""
+"""Makes a pack: lists the images, writes the shards of each part, and merges them. --part asks for one of these."""
 
 import dataclasses
 import os
 import shutil
 import time
 from array import array
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,9 +118,7 @@ def pack(src, out, options):
     given = given_sources(src, how.splits)
     check([path for _, path in given], out, options)
     job = Job(given, out, how, options)
-    with ExitStack() as locks:
-        for name in ("list", 0, "merge") if options.stage == "all" else options.part[:1]:
-            locks.enter_context(owned(job.folder, name, out))
+    with owned(job.folder, job.owner, out):
         with cleaned_up(job.folder, out, options.stage == "all", job.is_listed, job.has_shards), errors():
             facts = job.run()
         if options.stage in ("all", "merge"):
@@ -162,7 +159,7 @@ def describe(given, options):
     return {"SRC": [[split, os.path.abspath(path)] for split, path in given],
             "state of SRC": [fingerprint(path) for _, path in given],
             "--classes": classes and [os.path.abspath(classes), fingerprint(classes)],
-            "--root": root and os.path.abspath(root), "parts": options.parts,
+            "--root": root and os.path.abspath(root), "parts": options.part and options.parts,
             "versions": {"pack": layout.VERSION, "parts": 3, "Pillow": PIL.__version__}, **flags}
 
 
@@ -180,6 +177,7 @@ class Job:
         if (path := options.classes) is not None:
             self.classes = names_in(path) if os.path.isfile(path) else open_splits(path)["train"]
         self.folder = open_folder(out, describe(given, options), options.restart)
+        self.owner = 0 if options.stage == "all" else options.part[0]  # of a lock
         self.listing = os.path.join(self.folder, LISTING)
         self.part_folders = [os.path.join(self.folder, f"part-{i}") for i in range(options.parts)]
 
@@ -236,9 +234,9 @@ class Job:
             raise PackError(f"{self.out} has appeared meanwhile, and is not the pack; take it away")
         journals, parts = [Journal(place) for place in self.part_folders], self.options.parts
         if missing := [number for number, journal in enumerate(journals) if not journal.done]:
-            raise PackError(f"{len(missing)} of {parts} parts are not written yet: {', '.join(map(str, missing[:NAMED]))}"
-                            f"{', …' * (len(missing) > NAMED)}; run them, as --part {missing[0]}/{parts}, then --part "
-                            f"merge/{parts} again")
+            named = ", ".join(map(str, missing[:NAMED])) + ", …" * (len(missing) > NAMED)
+            raise PackError(f"{len(missing)} of {parts} parts are not written yet: {named}; run them, as --part "
+                            f"{missing[0]}/{parts}, then --part merge/{parts} again")
         tally = sum((one.tally for one in journals), catalogue.skipped)
         tally.check(self.options.max_skipped, catalogue.total)
         names = [os.path.basename(os.path.abspath(path)) for path in self.src]

@@ -138,8 +138,9 @@ def _report(choice, wanted, options):
         note("the class names are numbers with gaps: their labels are 0, 1, 2, … without gaps")
     if choice.num_spellings:
         pairs = ", ".join(f"{one!r} and {other!r}" for one, other in choice.spellings)
-        note(f"{choice.num_spellings} pairs of classes have the same name in two spellings of Unicode (NFC, NFD): {pairs}"
-             f"{', …' * (choice.num_spellings > len(choice.spellings))}; rename one of each pair if they are one class")
+        more = ", …" * (choice.num_spellings > len(choice.spellings))
+        note(f"{choice.num_spellings} pairs of classes have the same name in two spellings of Unicode (NFC, NFD): "
+             f"{pairs}{more}; --normalize nfc makes one class of each pair")
     absent = 0 if wanted is None else len(wanted) - len(choice.table) - choice.num_few
     if absent > 0:
         note(f"{absent} classes of {options.classes} have no images and get no label")

@@ -139,8 +139,8 @@ def _write_table(catalogue, folder, num_classes):
     db = catalogue.db
     database.attach(db, os.path.join(folder, TABLE_FILE), "packed")
     db.executescript(PACKED)
-    db.execute("INSERT INTO packed.images (split, key, label, root, weight, path, offset, size) SELECT split, key, label, "
-               f"root, weight, path, offset, size {KEPT} ORDER BY split, key, number")
+    columns = "split, key, label, root, weight, path, offset, size"
+    db.execute(f"INSERT INTO packed.images ({columns}) SELECT {columns} {KEPT} ORDER BY split, key, number")
     counts = {split: zeros_file(os.path.join(folder, f"listed-{split}"), num_classes) for split in catalogue.splits}
     for split, of_split in counts.items():
         labels = db.execute("SELECT label FROM packed.images WHERE split = ?", [SPLITS.index(split)])
@@ -169,7 +169,8 @@ def _spellings(db):
     pairs = "FROM (SELECT min(label) AS one, max(label) AS other FROM composed GROUP BY class HAVING count(*) > 1)"
     named = db.execute(f"SELECT a.name, b.name {pairs} JOIN classes a ON a.label = one JOIN classes b ON b.label = "
                        f"other ORDER BY one LIMIT {NAMED}").fetchall()
-    return [(one.decode(), other.decode()) for one, other in named], db.execute(f"SELECT count(*) {pairs}").fetchone()[0]
+    (count,) = db.execute(f"SELECT count(*) {pairs}").fetchone()
+    return [(one.decode(), other.decode()) for one, other in named], count
 
 
 def names_in(path):

@@ -50,8 +50,8 @@ def check_visible(image):
     if least == most and 0 <= most <= white:
         return  # one colour, as it is
     if least < 0 or most > white or most < DARK * (white + 1) / 256:
-        raise ValueError(f"numbers from {least:g} to {most:g}, of which a reader that takes 0 for black and {white} for "
-                         "white sees nothing; convert it to 8 bits")
+        raise ValueError(f"numbers from {least:g} to {most:g}, of which a reader that takes 0 for black and {white} "
+                         "for white sees nothing; convert it to 8 bits")
 
 
 def _is_plain_png(data, max_pixels):

@@ -11,6 +11,7 @@ import shutil
 import stat
 from contextlib import contextmanager
 
+from data_tools.common.progress import note
 from data_tools.sources.splits import split_of
 from xc.data import pack as layout
 from xc.data.pack import PackError
@@ -130,8 +131,8 @@ def _locked(path, out):
         except BlockingIOError as error:
             file.seek(0)
             raise PackError(f"{file.read().strip()} is packing {out}; wait for its end") from error
-        except OSError:
-            pass  # the file system has no locks
+        except OSError as error:
+            note(f"{path} cannot be locked ({error.strerror}): take care that no other process makes this pack")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()

@@ -45,8 +45,9 @@ NOTHING = "too large; nothing was kept"
 
 
 @pytest.mark.parametrize("main, arguments, limit, said", [
-    (data_tools.pack.main, ["tree", "OUT", "--workers", 0], 5000, "too large; OUT keeps what was done"),
-    (data_tools.pack.main, ["a.tar", "OUT", "--workers", 0, "--memory-mb", 0.005], 900, NOTHING),
+    (data_tools.pack.main, ["tree", "OUT", "--workers", 0], 60_000, "too large; OUT keeps what was done"),
+    (data_tools.pack.main, ["a.tar", "OUT", "--workers", 0, "--memory-mb", 0.005], 900,
+     "the list of images: disk I/O error; nothing was kept"),
     (data_tools.split.main, ["pack", "OUT", "--test", 0.3], 5000, NOTHING),
     (data_tools.export.main, ["pack", "OUT", "--to", "folder"], 1000, NOTHING),
     (data_tools.export.main, ["pack", "OUT", "--to", "webdataset"], 1000, NOTHING),

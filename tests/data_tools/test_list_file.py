@@ -67,6 +67,25 @@ def test_sorting_goes_to_the_folder_of_the_file(tmp_path, name):
     assert code == 0, error
 
 
+def test_no_locks_are_taken(tmp_path):
+    """A file system may have none."""
+    db = database.create(tmp_path / "a.sqlite", 2**20)
+    database.attach(db, tmp_path / "b.sqlite", "packed")
+    db.executescript("BEGIN; CREATE TABLE t (i); CREATE TABLE packed.t (i); INSERT INTO t VALUES (1); "
+                     "INSERT INTO packed.t SELECT * FROM t")
+    inodes = {str((tmp_path / name).stat().st_ino) for name in ("a.sqlite", "b.sqlite")}
+
+    def locked():
+        with open("/proc/locks") as file:
+            return {line.split()[5].rpartition(":")[2] for line in file} & inodes
+
+    assert not locked()
+    db.execute("COMMIT")
+    db.close()
+    reader = database.open_complete(tmp_path / "b.sqlite").execute("SELECT * FROM t")
+    assert reader.fetchone() == (1,) and not locked()
+
+
 def test_a_long_statement_can_be_interrupted(tmp_path):
     db = database.create(os.path.join(tmp_path, "a.sqlite"), 2**20)
 

@@ -43,9 +43,9 @@ def test_a_mistake_of_one_rank_before_mpi_starts_ends_all(tiny_packs, tmp_path):
     ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "the launcher started 2 ranks, but MPI sees 1"),
     ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, "srun started 2 processes, which MPI does not join"),
     ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, ""),  # rank 0 says it
-    ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}, "torchrun started 2 processes"),
+    ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}, "torchrun started 2 processes"),
     ({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}, ""),
-    ({"PMI_RANK": "0", "PMI_SIZE": "4", "MPI_LOCALNRANKS": "4", "MPI_LOCALRANKID": "0"}, "started 4 ranks, but MPI sees"),
+    ({"PMI_RANK": "0", "PMI_SIZE": "4", "MPI_LOCALNRANKS": "4", "MPI_LOCALRANKID": "0"}, "started 4 ranks, but MPI"),
 ])
 def test_a_launcher_of_another_mpi_is_named(environment, text, tiny_packs, tmp_path):
     """Without this every rank would take itself for the only one and train alone, all into one folder."""
@@ -58,8 +58,8 @@ def test_a_launcher_of_another_mpi_is_named(environment, text, tiny_packs, tmp_p
 @pytest.mark.long
 @pytest.mark.parametrize("more", [[], ["--check"], ["--schedule-plot", "plot.png"]])
 def test_torchrun_is_refused(more, tiny_packs, tmp_path):
-    process = run(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "train.py", "--data", tiny_packs,
-                  "--out", tmp_path / "run", *more, expect=1)  # torchrun's own code
+    process = run(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "train.py", "--data",
+                  tiny_packs, "--out", tmp_path / "run", *more, expect=1)  # torchrun's own code
     (line,) = error_lines(process)
     assert "torchrun started 2 processes, which MPI does not join" in line and not (tmp_path / "run").exists()
 

@@ -4,7 +4,9 @@ import fcntl
 import functools
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import time
 from datetime import datetime, timedelta
@@ -311,12 +313,23 @@ def test_a_sweep_of_two(cluster, tmp_path):
         assert f"step-{step:08d}" in log.with_suffix(".log").read_text() and (log / "rank-0.log").exists()
 
 
-def test_an_array_makes_one_pack(cluster, tiny_packs, tmp_path):
-    """Whose tasks Slurm starts in any order, on either node."""
-    command = ["slurm/pack.sbatch", tiny_packs.parent / "tree", tmp_path / "packs", "--shard-mb", 0.002]
-    number = cluster.submit("--array=3-5", *command)
-    assert [job["JobState"] for job in cluster.wait(number)] == ["COMPLETED"] * 3
-    assert os.listdir(tmp_path) == ["packs"]
+def test_several_jobs_make_one_pack(cluster, tiny_packs, tmp_path):
+    """Whose tasks Slurm starts in any order, on either node. What failed goes on when all is submitted again."""
+    flags = ["--shard-mb", 0.002]
+
+    def jobs(tree):
+        said = cluster.run("bash", "slurm/pack.sh", 3, "-c", 1, "--", tree, tmp_path / "packs", *flags)
+        assert "writes 3 parts" in said
+        return [cluster.wait(number) for number in re.findall(r"\d+(?= (?:lists|writes|makes))", said)]
+
+    states = [[job["JobState"] for job in tasks] for tasks in jobs(tmp_path / "nothing")]
+    assert states[0] == ["FAILED"] and {state for tasks in states[1:] for state in tasks} == {"CANCELLED"}
+    tree = tmp_path / "tree"
+    shutil.copytree(tiny_packs.parent / "tree", tree)
+    cluster.wait(cluster.submit("slurm/pack.sbatch", "--part", "list/3", tree, tmp_path / "packs", *flags))
+    cluster.wait(cluster.submit("slurm/pack.sbatch", "--part", "1/3", tree, tmp_path / "packs", *flags))
+    assert [{job["JobState"] for job in tasks} for tasks in jobs(tree)] == [{"COMPLETED"}] * 3
+    assert sorted(os.listdir(tmp_path)) == ["packs", "tree"]
     for split, whole in open_splits(tiny_packs).items():
         pack, every = open_splits(tmp_path / "packs")[split], range(len(whole))
         assert pack.verify() == len(whole) and pack.num_shards > 3

@@ -166,6 +166,31 @@ def test_a_mistake_about_a_template_is_one_line(script, arguments, env, text, si
     assert not site.calls
 
 
+# Stands in for sbatch: writes down what it was given, and names a job.
+SBATCH = 'echo "$@" >>submitted; echo "$((40 + $(wc -l <submitted)));cluster"'
+
+
+def test_several_jobs_wait_for_each_other(site):
+    """The options of sbatch go to all of them; words keep their spaces."""
+    site.command("sbatch", SBATCH)
+    said = site.job("slurm/pack.sh", 16, "-c", 32, "--account=a", "--", "my photos", "packs", "--shard-mb", 5)
+    common, flags = "--parsable --kill-on-invalid-dep=yes -c 32 --account=a", "my photos packs --shard-mb 5"
+    assert (site.checkout / "submitted").read_text().splitlines() == [
+        f"{common} slurm/pack.sbatch --part list/16 {flags}",
+        f"{common} --dependency=afterok:41 --array=0-15 slurm/pack.sbatch {flags}",
+        f"{common} --dependency=afterok:42 slurm/pack.sbatch --part merge/16 {flags}"]
+    assert said == "submitted: 41 lists the images, 42 writes 16 parts, 43 makes the pack\n"
+
+
+@pytest.mark.parametrize("arguments", [
+    [], ["0", "--", "a", "b"], ["x"], ["16", "a", "b"], ["16", "--", "a"], ["99999"]])
+def test_several_jobs_want_a_number_and_two_places(site, arguments):
+    site.command("sbatch", SBATCH)
+    said = site.job("slurm/pack.sh", *arguments, expect=2)
+    assert said.startswith("error: ") and said.count("\n") == 1 and "as bash slurm/pack.sh 16 -c 32 -- " in said
+    assert not (site.checkout / "submitted").exists()
+
+
 SCRIPTS = [path for folder in ("slurm", ".ci") for path in sorted((ROOT / folder).iterdir()) if path.is_file()]
 
 
