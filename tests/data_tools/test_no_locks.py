@@ -1,4 +1,4 @@
-"""File systems without locks, as NFS without its lock service and Cray's DVS: packing, splitting, training, resuming."""
+"""File systems without locks, as NFS without its lock service or DVS: packing, splitting, training, resuming."""
 
 import shutil
 import subprocess
