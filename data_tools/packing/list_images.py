@@ -139,7 +139,7 @@ def _report(choice, wanted, options):
     if choice.num_spellings:
         pairs = ", ".join(f"{one!r} and {other!r}" for one, other in choice.spellings)
         more = ", …" * (choice.num_spellings > len(choice.spellings))
-        note(f"{choice.num_spellings} pairs of classes have the same name in two spellings of Unicode (NFC, NFD): "
+        note(f"{choice.num_spellings} class names come in two spellings of Unicode (NFC, NFD): "
              f"{pairs}{more}; --normalize nfc makes one class of each pair")
     absent = 0 if wanted is None else len(wanted) - len(choice.table) - choice.num_few
     if absent > 0:

@@ -67,7 +67,7 @@ def test_two_spellings_of_a_name_are_told(tmp_path, capsys):
     run_pack(tmp_path / "src", tmp_path / "pack")
     assert Pack(tmp_path / "pack").num_classes == 12
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "5 pairs of classes have the same name in two spellings of Unicode" in error
+    assert error.count("\n") == 1 and "5 class names come in two spellings of Unicode (NFC, NFD): " in error
     assert "'K' and '\u212a'" in error and "'\xf6'" not in error
 
 

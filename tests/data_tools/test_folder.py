@@ -45,7 +45,7 @@ def test_names_of_folders_and_files_come_back(tmp_path, capfd):
     assert contents(Pack(out)) == by_class(files) | {picture(99): "é"}
     assert b"bad\xe9.png\t" in (out / "skipped.tsv").read_bytes()
     said = capfd.readouterr().err
-    assert "skipped 2 images" in said and "\x1b" not in said and said.count("\n") == 2  # and of the two é
+    assert "skipped 2 images" in said and "\x1b" not in said and said.count("\n") == 2  # and two spellings of é
 
 
 def deep(folder, num_bytes):
