@@ -75,22 +75,23 @@ def _take_all(catalogue, folder, sources, splits, options):
         repeated = Duplicates(catalogue.db, pool, 2 * options.workers + 1)
         roots = [os.path.realpath(source.root) for source in sources]
         for source, root in zip(sources, roots, strict=True):
+            name = None
             number = roots.index(root)  # sources with the same root share its number: their files are the same
             for split, path, name, data, *weight in source.records(skipped):
                 progress.add(1)
-                if splits.leaves_out(split):
+                if splits.without and splits.leaves_out(split):
                     left_out.add(shown_path(path, source.root, data, sources), f"its split is {split} (--without)")
                     counts["split"] += 1
                     continue
-                name = spelling.of(name)
+                if not name.isascii():
+                    name = spelling.of(name)
                 entry = catalogue.add(number, split, path, name, data, *weight, may_repeat=source.may_repeat)
                 if entry is None:
                     left_out.add(shown_path(path, source.root, data, sources), "its class is none of --classes")
                     counts["class"] += 1
                 elif find_duplicates:
                     repeated.add(entry, source.root, path, data)
-                numbers.take(source.path, name)
-            numbers.end(source)
+            numbers.take(source, name)
         repeated.end()
     spelling.note()
     return skipped, counts, repeated

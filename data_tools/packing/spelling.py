@@ -21,7 +21,7 @@ class Spelling:
 
     def of(self, name):
         """The name in the form."""
-        if self._form == "none" or name.isascii():
+        if self._form == "none":
             return name
         normal = unicodedata.normalize("NFC", name)
         if normal != name:
@@ -44,20 +44,17 @@ class Numbers:
     """
 
     def __init__(self):
-        self._bare, self._named, self._first = None, None, None
+        self._bare = self._named = None
 
-    def take(self, path, name):
-        """Takes a class name of a source."""
-        if self._first is None and name.isdigit():
-            self._first = path, name
+    def take(self, source, name):
+        """Takes a source that was read, and the last name of a class in it, or None.
 
-    def end(self, source):
-        """Takes the end of a source. PackError where it does not go with those before."""
+        PackError where it does not go with those before.
+        """
         if source.how.named:
             self._named = self._named or min(source.how.named)
-        elif self._first is not None:
-            self._bare = self._bare or self._first
-        self._first = None
+        elif name is not None and name.isdigit():
+            self._bare = self._bare or (source.path, name)
         if self._bare and self._named:
             raise PackError(f"{self._named} names its classes, but {self._bare[0]} has only numbers, as {self._bare[1]}"
                             "; give both names, or pack them apart")

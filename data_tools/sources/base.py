@@ -91,14 +91,46 @@ def stays_below(path):
 
 
 def list_folder(folder):
-    """(folders, files): sorted names in a folder, links to folders among the folders; what is never data is left out.
+    """(folders, files): sorted names in a folder, links to folders among the folders. Folders that never have data are
+    left out; of files, which may be many, who reads them asks only where a name is not that of an image.
     """
-    names = [], []  # names alone: os.DirEntry objects would take twice the memory
+    folders, _, files = _scan(folder)
+    return folders, files
+
+
+def walk(root, skipped):
+    """Yields (folder, names of its folders, names of its files) for every folder of a tree, in a fixed order.
+
+    folder  relative to root, "" at the top
+
+    Links to folders are followed; one that leads back into a folder that it lies in is skipped.
+    """
+    levels = [iter([("", False)])]
+    while levels:
+        folder, is_link = next(levels[-1], (None, False))
+        if folder is None:
+            levels.pop()
+            continue
+        if is_link and _leads_back(root, folder):
+            skipped.add("", folder, "a link to a folder that it lies in")
+            continue
+        inner, links, names = _scan(os.path.join(root, folder))
+        yield folder, inner, names
+        levels.append(iter([(os.path.join(folder, name), name in links) for name in inner]))
+
+
+def _scan(folder):
+    """(sorted names of folders, set of those that are links, sorted names of files) in a folder."""
+    folders, links, files = [], set(), []  # names alone: os.DirEntry objects would take twice the memory
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not is_never_data(entry.name):
-                names[not _is_folder(entry)].append(entry.name)
-    return tuple(map(sorted, names))
+            if not _is_folder(entry):
+                files.append(entry.name)
+            elif not is_never_data(entry.name):
+                folders.append(entry.name)
+                if entry.is_symlink():
+                    links.add(entry.name)
+    return sorted(folders), links, sorted(files)
 
 
 def _is_folder(entry):
@@ -108,37 +140,11 @@ def _is_folder(entry):
         return False
 
 
-def leads_back(root, folder):
-    """Whether a folder below root, "" or a relative path, is a link to one of the folders that it lies in."""
-    if not os.path.islink(os.path.join(root, folder)):
-        return False
+def _leads_back(root, folder):
+    """Whether a link below root leads to one of the folders that it lies in."""
     target, parts = os.stat(os.path.join(root, folder)), folder.split("/")
     above = (os.stat(os.path.join(root, *parts[:depth])) for depth in range(len(parts)))
     return any(os.path.samestat(target, one) for one in above)
-
-
-def walk(root, skipped, top=None):
-    """Yields (folder, names of its folders, names of its files) for every folder of a tree, in a fixed order.
-
-    folder  relative to root, "" at the top
-    top     the folders at the top to walk into; None: all
-
-    Links to folders are followed; one that leads back into a folder that it lies in is skipped.
-    """
-    levels = [iter([""])]
-    while levels:
-        folder = next(levels[-1], None)
-        if folder is None:
-            levels.pop()
-            continue
-        if leads_back(root, folder):
-            skipped.add("", folder, "a link to a folder that it lies in")
-            continue
-        inner, names = list_folder(os.path.join(root, folder))
-        if not folder and top is not None:
-            inner = [name for name in inner if name in top]
-        yield folder, inner, names
-        levels.append(iter([os.path.join(folder, name) for name in inner]))
 
 
 def shards(path, suffix, how, skipped):
@@ -155,6 +161,8 @@ def shards(path, suffix, how, skipped):
         above = {split for part in folder.split("/") if (split := how.splits.of(part))}
         for name in names:
             file = os.path.join(path, folder, name)
+            if is_never_data(name):
+                continue
             if name.lower().endswith(suffix):
                 splits = above | ({split} if (split := how.splits.in_name(name)) else set())
                 if len(splits) > 1:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from data_tools.common.progress import note
 from data_tools.sources import folder, jsonlines, lists, manifest, packs, parquet, recordio, webdataset
 from data_tools.sources.base import Reading, check_file, walk
-from data_tools.sources.names import claims_image
+from data_tools.sources.names import claims_image, is_never_data
 from xc.data.image_types import HEAD_BYTES, image_type
 from xc.data.pack import PackError
 
@@ -151,7 +151,7 @@ def _kind_of_folder(path):
         for name in names:
             kind = next((kind for kind, found in KINDS.items() if found.suffix and name.lower().endswith(found.suffix)),
                         None)
-            if kind or claims_image(name):
+            if not is_never_data(name) and (kind or claims_image(name)):
                 return kind or "folder"
     return "folder"
 

@@ -4,11 +4,11 @@ import os
 
 from data_tools.common.progress import note
 from data_tools.sources.base import Format, list_folder, walk
-from data_tools.sources.names import ARCHIVE_SUFFIXES, COMPANION_SUFFIXES, claims_image, content_is_image
+from data_tools.sources.names import ARCHIVE_SUFFIXES, COMPANION_SUFFIXES, claims_image, content_is_image, is_never_data
 from data_tools.sources.splits import splits_in_class
 from xc.data.pack import PackError
 
-LIST = "list.csv"  # data_tools.export writes it at the top of a tree
+OF_TOOLS = ("list.csv", "classes.tsv")  # data_tools.export and data_tools.glyphs write them at the top of a tree
 
 
 def records(root, how, skipped):
@@ -19,7 +19,7 @@ def records(root, how, skipped):
         first, _, label = folder.partition("/") if split_of else ("", "", folder)
         split = split_of.get(first, "")
         if how.leaves_out(split):
-            yield from ((split, os.path.join(folder, name), "", None) for name in names)
+            yield from ((split, os.path.join(folder, name), "", None) for name in names if not is_never_data(name))
             continue
         if any(part.startswith(".") for part in folder.split("/")):
             for path in _images(root, folder, names, split, skipped):
@@ -42,11 +42,16 @@ def records(root, how, skipped):
 
 def _images(root, folder, names, split, skipped):
     """Yields the paths of the images among the files of a folder; others are reported."""
-    stems = None
+    stems, place = None, os.path.join(folder, "")
     for name in names:
-        path = os.path.join(folder, name)
+        path, is_hidden = place + name, name.startswith(".")
+        if not is_hidden and claims_image(name):  # nearly all
+            yield path
+            continue
+        if is_never_data(name) or path in OF_TOOLS:
+            continue
         if claims_image(name) or content_is_image(os.path.join(root, path)):
-            if name.startswith("."):
+            if is_hidden:
                 skipped.add(split, path, "hidden: its name begins with a dot")
             else:
                 yield path
@@ -60,8 +65,7 @@ def _images(root, folder, names, split, skipped):
                 stems = {os.path.splitext(other)[0] for other in names if claims_image(other)}
             if stem in stems:
                 continue
-        if path != LIST:
-            skipped.add(split, path, "neither its name nor its content is that of an image")
+        skipped.add(split, path, "neither its name nor its content is that of an image")
 
 
 def _splits_at_top(root, splits):
