@@ -80,7 +80,7 @@ class CatalogueWriter:
         self.db.executescript(LISTED)
         self._images = ImageFileWriter(os.path.join(folder, IMAGES_FILE), memory_bytes // 8)
         self._rows, self._names, self._total = [], [], 0
-        self._seen, self._name_bytes = {}, memory_bytes // 8  # {(name, split): its class}; what it may still take
+        self._seen, self._name_bytes = {}, memory_bytes // 4  # {(name, split): its class}; what it may still take
         self._memory_bytes = memory_bytes
         self.are_numbers = True  # all names of classes
         self._taken = Counter()  # {(split, whether they have no weight): images}
@@ -147,7 +147,7 @@ class CatalogueWriter:
             self.are_numbers = self.are_numbers and is_number(encoded)
         self._name_bytes -= len(encoded) + NAME_BYTES
         if self._name_bytes < 0:
-            self._seen, self._name_bytes = {}, self._memory_bytes // 8
+            self._seen, self._name_bytes = {}, self._memory_bytes // 4
         self._seen[name, split] = number - 2**63
         self._names.append((number - 2**63, SPLITS.index(split), encoded))
         return number - 2**63
@@ -173,16 +173,16 @@ class CatalogueWriter:
 
     def check_paths(self):
         """Number of paths that came before. PackError where a path has several labels."""
-        groups = ("FROM (SELECT path, count(*) AS times, count(DISTINCT class) AS labels, min(class) AS one, "
-                  "max(class) AS other FROM listed WHERE may_repeat GROUP BY path, root HAVING times > 1)")
-        repeats, conflicts = self.db.execute(f"SELECT sum(times - 1), sum(labels - 1) {groups}").fetchone()
+        groups = ("FROM (SELECT path, count(*) AS times, min(class) AS one, max(class) AS other FROM listed WHERE "
+                  "may_repeat GROUP BY path, root HAVING times > 1)")
+        repeats, conflicts = self.db.execute(f"SELECT sum(times - 1), sum(one <> other) {groups}").fetchone()
         if conflicts:
             path, *labels = self.db.execute(
                 f"SELECT path, a.name, b.name {groups} JOIN names a ON a.class = one JOIN names b ON b.class = other "
-                "WHERE labels > 1 ORDER BY path LIMIT 1").fetchone()
+                "WHERE one <> other ORDER BY path LIMIT 1").fetchone()
             one, other = sorted(labels)
             raise PackError(f"path {os.fsdecode(path)!r} has the labels {one.decode()!r} and {other.decode()!r} "
-                            f"({conflicts} such cases); give every path one label")
+                            f"({conflicts} such paths); give every path one label")
         return repeats or 0
 
     def left_out(self):

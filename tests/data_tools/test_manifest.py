@@ -53,7 +53,7 @@ def test_a_path_has_one_label(tmp_path, capsys, kind):
     for memory in 1e-3, 1:
         error = pack_fails(capsys, listed((0, "a"), (1, "b"), (2, "a"), (1, "c"), (0, "a")), tmp_path / "pack",
                       "--memory-mb", memory)
-        assert f"path {names[1]!r} has the labels 'b' and 'c' (1 such cases)" in error
+        assert f"path {names[1]!r} has the labels 'b' and 'c' (1 such paths)" in error
     run_pack(listed((0, "a"), (1, "b"), (0, "a"), (2, "c")), tmp_path / "pack")
     assert "1 rows name a path that an earlier row named" in capsys.readouterr().err
     images, _ = Pack(tmp_path / "pack").read(np.arange(4))
