@@ -12,11 +12,9 @@ import struct
 
 import numpy as np
 import simplejpeg
-from PIL import AvifImagePlugin, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from xc.data.image_types import HEAD_BYTES, image_type, why_unread
-
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # else every process that decodes would take all cores
 
 MAX_PIXELS = 200_000_000  # of an image that a reader decodes: 600 MB as RGB
 # Of a JPEG. Progressive files have about 10, and libtiff allows 100 as well. A scan of a few bytes can cost as much as
@@ -37,6 +35,10 @@ def open_header(data, max_pixels=MAX_PIXELS):
     if reason := why_unread(data):
         raise ValueError(reason)
     name = image_type(data[:HEAD_BYTES])
+    if name == "AVIF":
+        from PIL import AvifImagePlugin  # here, because it loads a large library
+
+        AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # else every process that decodes would take all cores
     try:
         image = Image.open(io.BytesIO(data), formats=[name])
     except Exception as error:  # plugins raise all kinds of exceptions for a bad header
