@@ -1,14 +1,14 @@
 """Packs a data set of images into a few large files: python -m data_tools.pack SRC OUT
 
 SRC  a tree of images; the class of an image is the path of its folder below SRC (letters/a/1.png has class letters/a).
-     Or a manifest (CSV, TSV or Parquet with the columns path, label and, if wanted, split and weight), WebDataset tar
-     shards, MXNet RecordIO, or a pack: data_tools/sources. Several become one pack.
+     Or a table (CSV, JSON Lines or Parquet with the columns path, label and, if wanted, split and weight), a list of
+     paths and labels, tar files, MXNet RecordIO, or a pack: data_tools/sources. Several become one pack.
 OUT  the pack, a new folder; xc/data/pack.py documents its layout.
 
-OUT is a folder of packs with one class table, that of train, if the top of the tree has only the folders train, val and
-test (at least train), if there is a column split, or if shards are named after splits. A label is the position of the
-class name in sorted order. If all names are numbers, they are sorted as numbers, so the labels 0 … C − 1 of a CSV keep
-their values.
+OUT is a folder of packs with one class table, that of train, if the source says the splits of its images: by folders
+train, val and test at the top, by a column split, or by names of shards or sources (data_tools/sources/splits.py). A
+label is the position of the class name in sorted order. If all names are numbers, they are sorted as numbers, so the
+labels 0 … C − 1 of a CSV keep their values.
 
 Three flags choose what is packed, in this order. --duplicates compares the bytes of the images as they come
 (data_tools/packing/duplicates.py); images in files of their own are read once more for it. --min-images counts the
@@ -72,8 +72,9 @@ def renamed_split(text):
 
 def encoding_of(text):
     try:
+        "a".encode(text)  # a codec of bytes, as base64, takes no text
         return codecs.lookup(text).name
-    except LookupError as error:
+    except (LookupError, UnicodeError) as error:
         raise argparse.ArgumentTypeError(f"{text} is no encoding of Python, as utf-8, cp1252 or utf-16") from error
 
 

@@ -6,7 +6,7 @@ import re
 
 from data_tools.exports.suffixes import suffix_of
 from data_tools.sources.names import is_never_data
-from data_tools.sources.splits import split_of, splits_in_class
+from data_tools.sources.splits import split_and_rest, split_of
 
 LIST = "list.csv"
 MAX_FOLDER, MAX_NAME = 200, 3000  # bytes of a folder's name, and of a class name; Linux takes 255 and 4,095
@@ -33,7 +33,8 @@ def folder_of(name, label, shunned=()):
 
 def _is_unsafe(part):
     """Whether a reader would not take a folder of this name for a class, or files here have it."""
-    return len(part.encode()) > MAX_FOLDER or not part or RESERVED.fullmatch(part) or is_never_data(part)
+    return (len(part.encode()) > MAX_FOLDER or not part or RESERVED.fullmatch(part)
+            or is_never_data(part, is_folder=True))
 
 
 def taken_for_splits(names):
@@ -47,7 +48,8 @@ def taken_for_splits(names):
         parts = name.split("/")
         if any(map(split_of, parts)):
             named.append(name)
-        for split, rest in splits_in_class(parts[0]):
+        split, rest = split_and_rest(parts[0])
+        if split:
             pairs.setdefault(rest, {}).setdefault(split, []).append(name)
     if len(named) == 1 < total and "/" not in named[0]:
         named = []

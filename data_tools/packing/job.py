@@ -131,6 +131,12 @@ def check(src, out, options):
     if options.stage != "all" and is_pack(out):
         raise PackError(f"{out} is a pack: if these parts made it, all is done; else give another name")
     check_paths(src, out, options.root)
+    renamed = [name.lower() for name, _ in options.rename_split]
+    for name in renamed:
+        if renamed.count(name) > 1:
+            raise PackError(f"--rename-split says twice what {name} is; say it once")
+        if name in map(str.lower, options.without):
+            raise PackError(f"--without {name} leaves out what --rename-split {name}=… takes; leave one out")
     if options.quality is not None and options.format in ("png", "raw"):
         raise PackError(f"--quality is for jpeg and webp, but {options.format} loses nothing; leave it out")
     if options.split_by == "class" and options.split is None:

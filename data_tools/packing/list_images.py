@@ -9,6 +9,7 @@ from data_tools.common.progress import Progress, note
 from data_tools.packing.catalogue import CLASS_SPLITS, CatalogueWriter
 from data_tools.packing.class_table import BLOCK
 from data_tools.packing.duplicates import Duplicates
+from data_tools.packing.path_splits import PathSplits
 from data_tools.packing.select import choose
 from data_tools.packing.skipped import LeftOut, Skipped
 from data_tools.packing.spelling import Numbers, Spelling
@@ -68,7 +69,7 @@ def shown_path(path, root, data, sources):
 def _take_all(catalogue, folder, sources, splits, options):
     """(Skipped, {reason: images} left out, Duplicates) after all records of the sources are in the catalogue."""
     find_duplicates, spelling, numbers = options.duplicates != "keep", Spelling(options.normalize), Numbers()
-    counts = Counter()
+    counts, in_paths = Counter(), PathSplits(splits)
     with (Skipped(os.path.join(folder, "skipped.tsv"), options.max_skipped) as skipped,
           LeftOut(os.path.join(folder, "left-out.tsv")) as left_out,
           worker_pool(options.workers if find_duplicates else 0) as pool, Progress("listing") as progress):
@@ -83,6 +84,8 @@ def _take_all(catalogue, folder, sources, splits, options):
                     left_out.add(shown_path(path, source.root, data, sources), f"its split is {split} (--without)")
                     counts["split"] += 1
                     continue
+                if not split:
+                    in_paths.take(path, data is None)
                 if not name.isascii():
                     name = spelling.of(name)
                 entry = catalogue.add(number, split, path, name, data, *weight, may_repeat=source.may_repeat)
@@ -92,6 +95,7 @@ def _take_all(catalogue, folder, sources, splits, options):
                 elif find_duplicates:
                     repeated.add(entry, source.root, path, data)
             numbers.take(source, name)
+            in_paths.end(source.path)
         repeated.end()
     spelling.note()
     return skipped, counts, repeated

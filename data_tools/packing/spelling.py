@@ -53,7 +53,9 @@ class Numbers:
         """
         if source.how.named:
             self._named = self._named or min(source.how.named)
-        elif name is not None and name.isdigit():
+        if source.how.bare:
+            self._bare = self._bare or (min(source.how.bare), name)
+        elif not source.how.named and name is not None and name.isdigit():
             self._bare = self._bare or (source.path, name)
         if self._bare and self._named:
             raise PackError(f"{self._named} names its classes, but {self._bare[0]} has only numbers, as {self._bare[1]}"

@@ -3,7 +3,7 @@
 A source is a function records(path, how, skipped) that yields (split or "", path, class name, bytes) and, where it has
 weights, the weight after them. For an image in a file of its own, path is relative to the root of the source and bytes
 is None. All other images are read once, in order, and their path is only a name for messages. Images of a split that
---without leaves out are yielded like all others, their class may be "".
+--without leaves out are yielded like all others. Their class may be "".
 
 Every image of a source is either yielded or reported by skipped.add(split, path, reason), with the name of the image
 and the reason. Files that are neither images nor part of the format are reported as well, but for the names that
@@ -17,12 +17,15 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from data_tools.sources.names import ARCHIVE_SUFFIXES, claims_image, content_is_image, is_never_data
+from data_tools.sources.names import (
+    ARCHIVE_SUFFIXES,
+    TABLE_SUFFIXES,
+    claims_image,
+    content_is_image,
+    is_never_data,
+)
 from data_tools.sources.splits import SplitNames
 from xc.data.pack import PackError
-
-# Beside shards: indexes, lists of classes, descriptions. Their content is looked at: an image is none of them.
-_BESIDE_SHARDS = (".idx", ".json", ".jsonl", ".txt", ".md", ".csv", ".tsv", ".lst", ".yaml", ".yml", ".lock")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Reading:
     splits    SplitNames
     noted     texts that were noted once for all sources
     named     files whose labels are numbers of which their schema gives the names
+    bare      files whose labels are numbers without names
     """
 
     columns: dict = field(default_factory=dict)
@@ -69,6 +73,7 @@ class Reading:
     splits: SplitNames = field(default_factory=SplitNames)
     noted: set = field(default_factory=set)
     named: set = field(default_factory=set)
+    bare: set = field(default_factory=set)
 
     def leaves_out(self, split):
         """Whether images of this split are left out."""
@@ -91,8 +96,10 @@ def stays_below(path):
 
 
 def list_folder(folder):
-    """(folders, files): sorted names in a folder, links to folders among the folders. Folders that never have data are
-    left out; of files, which may be many, who reads them asks only where a name is not that of an image.
+    """(folders, files): sorted names in a folder, links to folders among the folders.
+
+    Folders that never hold data are left out. Files are not: there may be many, and a name that ends as that of an
+    image needs no such look.
     """
     folders, _, files = _scan(folder)
     return folders, files
@@ -126,7 +133,7 @@ def _scan(folder):
         for entry in entries:
             if not _is_folder(entry):
                 files.append(entry.name)
-            elif not is_never_data(entry.name):
+            elif not is_never_data(entry.name, is_folder=True):
                 folders.append(entry.name)
                 if entry.is_symlink():
                     links.add(entry.name)
@@ -171,7 +178,7 @@ def shards(path, suffix, how, skipped):
             elif name.lower().endswith(ARCHIVE_SUFFIXES) or claims_image(name):
                 raise PackError(f"{file}: stands among files of {suffix}; move it away, or pack it as a source of its "
                                 "own")
-            elif content_is_image(file) or not name.lower().endswith(_BESIDE_SHARDS):
+            elif content_is_image(file) or not name.lower().endswith(TABLE_SUFFIXES):
                 skipped.add("", file, f"no {suffix} file")
     if len({bool(split) for split, _ in found}) > 1:
         bare = next(file for split, file in found if not split)

@@ -8,6 +8,7 @@ import numpy as np
 
 from data_tools.common.progress import note
 from data_tools.sources.base import stays_below
+from data_tools.sources.splits import SPLIT_OF
 from xc.data.pack import PackError
 
 MAX_PATH_BYTES = 4096  # of a path, which Linux takes to 4,095
@@ -16,9 +17,12 @@ MAX_WEIGHT = float(np.finfo(np.float32).max)
 USUAL = {"path": ("path", "file", "file_name", "filename", "filepath", "file_path", "image_path", "image", "img"),
          "label": ("label", "labels", "class", "category", "class_name", "target", "sku", "product_id"),
          "split": ("split",), "weight": ("weight",)}
-# A column of this name may hold splits in numbers: is_train, test_set.
-_FLAG_OF_SPLIT = re.compile(r"(is|in)_?(train|training|val|valid|validation|test|testing)"
-                            r"(_?(set|split|img|image|data))?|(train|val|valid|validation|test)(_?(set|split|flag))?")
+# A column with one of these words in its name and few values may hold the splits: is_train, partition, fold.
+_SPLIT_WORDS = {*SPLIT_OF, "holdout", "heldout", "eval", "dev", "partition", "fold", "split", "subset", "phase",
+                "usage"}
+_FEW = 16  # most different values of a column that is looked at for splits
+_MISSING = {"nan", "none", "null", "na", "n/a", "-1"}
+_PLACE_ELSEWHERE = re.compile(r"[A-Za-z]:[\\/]|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _FLOAT = re.compile(r"([+-]?\d+)\.0*")
 
 
@@ -48,15 +52,10 @@ class Columns:
                             "--label-column")
         if how.header and any(self._names[index] not in (what, "image") for what, index in self.place.items()):
             note_once(f"columns: {said}", how)
-        others = {index: name for index, name in enumerate(self._names) if name and index not in self.place.values()}
-        if "split" in self.place or "split" in how.columns:
-            others = {}
-        for name in others.values():
-            if _FLAG_OF_SPLIT.fullmatch(name):
-                raise PackError(f"{file}: column {name!r} may hold the splits; if its values are train, val and test, "
-                                f"say so by --split-column {name}; else put them into a column split, or say by "
-                                "--split-column '' that there are none")
-        self._maybe_split = {index: {} for index in others}
+        self._values = {}  # {index of another column: its values, while they are few}
+        if "split" not in self.place and "split" not in how.columns:
+            self._values = {index: set() for index, name in enumerate(self._names)
+                            if name and index not in self.place.values()}
 
     def _all_names(self):
         return f"the columns {', '.join(map(repr, self._names))[:400]}" if any(self._names) else "no columns"
@@ -78,36 +77,36 @@ class Columns:
         return self._names.index(found[0])
 
     def look_for_splits(self, cells):
-        """Remembers which other columns have nothing but names of splits in them; `end` refuses them.
+        """Remembers the values of the other columns while they are few; `end` refuses those that name splits.
 
         cells  the values of a row, by the index of the column
         """
-        for index in self.may_be_splits():
-            self.may_be_split(index, cells[index])
+        for index in self.others():
+            self.look_at(index, cells[index])
 
-    def may_be_splits(self):
-        """Indices of the other columns that have had nothing but names of splits so far."""
-        return list(self._maybe_split)
+    def others(self):
+        """Indices of the other columns that have had few values so far."""
+        return list(self._values)
 
-    def may_be_split(self, index, value):
-        """Whether a value of a column, and all before it, name splits."""
-        split = self._how.splits.of(value.strip()) if isinstance(value, str) else ""
-        if not split:
-            self.is_no_split(index)
-            return False
-        self._maybe_split[index][split] = value.strip()
-        return True
-
-    def is_no_split(self, index):
-        del self._maybe_split[index]
+    def look_at(self, index, value):
+        """Whether a column has had few values so far, with this one."""
+        values = self._values[index]
+        values.add(value.strip() if isinstance(value, str) else str(value))
+        if len(values) <= _FEW:
+            return True
+        del self._values[index]
+        return False
 
     def end(self):
-        """PackError where another column has the splits of all rows."""
-        for index, values in self._maybe_split.items():
-            if len(values) > 1:
-                name = self._names[index]
-                raise PackError(f"{self.file}: column {name!r} has the splits {', '.join(values.values())}; take them "
-                                f"by --split-column {name}, or say by --split-column '' that they are none")
+        """PackError where another column seems to have the splits."""
+        for index, values in self._values.items():
+            named = {split for value in values if (split := self._how.splits.in_name(value))}
+            words = set(re.split(r"[\W_]+", self._names[index]))
+            if len(named) > 1 or "train" in named and 1 < len(values) < 5 or words & _SPLIT_WORDS and len(values) > 1:
+                name, shown = self._names[index], ", ".join(map(repr, sorted(values)[:4])) + ", …" * (len(values) > 4)
+                raise PackError(f"{self.file}: column {name!r} may hold the splits, with {shown}; take them by "
+                                f"--split-column {name}, with --rename-split VALUE=SPLIT for each that is not train, "
+                                "val or test, or say by --split-column '' that there are none")
 
     def record(self, where, row, image=None, split=""):
         """(split, path, class name, bytes) and the weight, if any, of a row.
@@ -121,11 +120,15 @@ class Columns:
         if row.get("split") is not None:
             split = self._how.splits.of(row["split"])
             if not split:
-                raise PackError(f"{where}: split {row['split']!r} is none of train, val, test; rename it by "
-                                f"--rename-split {row['split'] or 'NAME'}=val")
+                hint = (f"--rename-split {row['split']}=val, for one, says what it means" if row["split"] else
+                        "give every row one")
+                raise PackError(f"{where}: split {row['split']!r} is none of train, val, test; {hint}")
         path = where if image is not None else path_below(where, row["path"], self._how.root)
         if not row["label"] and not self._how.leaves_out(split):
-            raise PackError(f"{where}: no label")
+            hint = f"; --without {split} leaves out that split" if split in ("val", "test") else ""
+            raise PackError(f"{where}: no label{hint}")
+        if row["label"].lower() in _MISSING:
+            note_once(f"class {row['label']!r} (first in {where}) may stand for a missing label", self._how)
         return split, path, class_name(row["label"]), image, *weight_of(where, row)
 
 
@@ -139,6 +142,9 @@ def path_below(where, path, root):
     """A path relative to root, normalized; absolute ones must lie below root. PackError otherwise."""
     if (num_bytes := len(os.fsencode(path))) > MAX_PATH_BYTES:
         raise PackError(f"{where}: path of {num_bytes} bytes, more than {MAX_PATH_BYTES}")
+    if _PLACE_ELSEWHERE.match(path) and not os.path.exists(os.path.join(root, path)):
+        raise PackError(f"{where}: path {path!r} is one of Windows or of the network; fetch the images, and give their "
+                        "paths here")
     if path.startswith("/") and "\0" not in path:
         for base in (os.path.abspath(root), os.path.realpath(root)):
             if os.path.commonpath([base, normal := os.path.normpath(path)]) == base and normal != base:

@@ -64,17 +64,22 @@ def given_sources(texts, splits):
         if bare := [path for split, path in given if not split]:
             raise PackError(f"{bare[0]}: no split, but other sources have one; give all one, as train={bare[0]}")
         return given
-    found = [splits.in_name(os.path.basename(os.path.abspath(path))) for _, path in given]
-    if len({split for split in found if split}) < 2:
+    found = [_split_in_path(os.path.abspath(path), splits) for _, path in given]
+    if len(set(found)) == 1:  # of all sources the same, or none
         return given
     if "" in found:
         bare, named = given[found.index("")][1], {split: path for (_, path), split in zip(given, found, strict=True)}
         others = " and ".join(path for split, path in named.items() if split)
-        raise PackError(f"{bare}: its name gives no split, but {others} are named after different splits; say all, as "
-                        "train=FILE test=FILE")
+        raise PackError(f"{bare}: its name gives no split, but that of {others} does; say the split of each, as "
+                        f"train={bare}")
     given = list(zip(found, (path for _, path in given), strict=True))
     note(f"splits: {', '.join(f'{path} = {split}' for split, path in given[:8])}{', …' if given[8:] else ''}")
     return given
+
+
+def _split_in_path(path, splits):
+    """The split in the name of a source, or else in that of its folder; ""."""
+    return splits.in_name(os.path.basename(path)) or splits.of(os.path.basename(os.path.dirname(path)))
 
 
 def open_source(path, kind, how, split=""):
@@ -97,7 +102,7 @@ def open_source(path, kind, how, split=""):
     if how.root is not None and not found.names_files:
         raise PackError(f"--root {how.root} is for the paths in a manifest, but {path} is of kind {kind}; leave it out")
     root = how.root or (path if os.path.isdir(path) else os.path.dirname(path))
-    how = replace(how, root=root, split=split, named=set())
+    how = replace(how, root=root, split=split, named=set(), bare=set())
 
     def records(skipped):
         if not split:
@@ -134,6 +139,8 @@ def kind_of(path):
         head = file.read(max(512, HEAD_BYTES))
     if head[:4] == b"PK\3\4" and (b"xl/" in head or b"[Content_Types].xml" in head) or head[:4] == _OLE:
         raise PackError(f"{path}: a spreadsheet; save it as CSV")
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[") and path.lower().endswith(".json"):
+        raise PackError(f"{path}: a JSON array; write one object on every line (JSON Lines)")
     if head[:4] == b"PK\3\4":
         raise PackError(f"{path}: compressed; unpack it first")
     if what := next((what for magic, what in _UNREAD.items() if head.startswith(magic)), None):

@@ -4,40 +4,47 @@ import os
 
 from data_tools.common.progress import note
 from data_tools.sources.base import Format, list_folder, walk
-from data_tools.sources.names import ARCHIVE_SUFFIXES, COMPANION_SUFFIXES, claims_image, content_is_image, is_never_data
-from data_tools.sources.splits import splits_in_class
+from data_tools.sources.names import (
+    ARCHIVE_SUFFIXES,
+    COMPANION_SUFFIXES,
+    TABLE_SUFFIXES,
+    claims_image,
+    content_is_image,
+    is_never_data,
+)
 from xc.data.pack import PackError
-
-OF_TOOLS = ("list.csv", "classes.tsv")  # data_tools.export and data_tools.glyphs write them at the top of a tree
 
 
 def records(root, how, skipped):
     """Yields the images of a tree, in a fixed order."""
     split_of = _splits_at_top(root, how.splits)
-    numbered = {}  # {split: an image whose file name gives it}
+    doubled = _doubled(root, split_of, how.splits)
+    seen = set()
     for folder, inner, names in walk(root, skipped):
         first, _, label = folder.partition("/") if split_of else ("", "", folder)
         split = split_of.get(first, "")
+        if first in doubled:
+            _, _, label = label.partition("/")
         if how.leaves_out(split):
-            yield from ((split, os.path.join(folder, name), "", None) for name in names if not is_never_data(name))
+            paths = (os.path.join(folder, name) for name in names if not is_never_data(name))
+            yield from ((split, path, "", None) for path in paths
+                        if claims_image(path) or content_is_image(os.path.join(root, path)))
             continue
         if any(part.startswith(".") for part in folder.split("/")):
             for path in _images(root, folder, names, split, skipped):
                 skipped.add(split, path, "its folder is hidden: the name begins with a dot")
             continue
-        if folder:
+        if folder and doubled.get(folder) is None:
             _check_no_splits(root, folder, inner, how.splits)
         for path in _images(root, folder, names, split, skipped):
             if not label:
                 raise PackError(f"{os.path.join(root, path)}: an image without a class; move it into a folder named "
-                                "after its class, or list the images in a manifest")
-            if not split and (named := how.splits.in_numbered(os.path.basename(path))):
-                numbered.setdefault(named, path)
+                                f"after its class, or list the images in a manifest{_without(split)}")
+            seen.add(split)
             yield split, path, label, None
-    if len(numbered) > 1:
-        raise PackError(f"{root}: {' and '.join(sorted(numbered.values())[:2])} are named after different splits; move "
-                        "them into folders train, val and test, list them in a manifest with a column split, or take "
-                        "all for one split, as --rename-split test=train does")
+    for folder, split in split_of.items():
+        if split not in seen and not how.leaves_out(split):
+            note(f"{os.path.join(root, folder)}: no images for split {split}")
 
 
 def _images(root, folder, names, split, skipped):
@@ -48,7 +55,7 @@ def _images(root, folder, names, split, skipped):
         if not is_hidden and claims_image(name):  # nearly all
             yield path
             continue
-        if is_never_data(name) or path in OF_TOOLS:
+        if is_never_data(name):
             continue
         if claims_image(name) or content_is_image(os.path.join(root, path)):
             if is_hidden:
@@ -65,7 +72,11 @@ def _images(root, folder, names, split, skipped):
                 stems = {os.path.splitext(other)[0] for other in names if claims_image(other)}
             if stem in stems:
                 continue
-        skipped.add(split, path, "neither its name nor its content is that of an image")
+        if not folder and name.lower().endswith(TABLE_SUFFIXES):
+            continue
+        is_broken = os.path.islink(os.path.join(root, path)) and not os.path.exists(os.path.join(root, path))
+        skipped.add(split, path, "a link to nothing" if is_broken else "neither its name nor its content is that of an "
+                                                                       "image")
 
 
 def _splits_at_top(root, splits):
@@ -74,7 +85,7 @@ def _splits_at_top(root, splits):
     named = {folder: split for folder in folders if (split := splits.of(folder))}
     others = [folder for folder in folders if folder not in named]
     if not named:
-        _check_pairs(root, folders)
+        _check_pairs(root, folders, splits)
         return {}
     told = any(map(splits.is_told, named))
     if others:
@@ -83,8 +94,8 @@ def _splits_at_top(root, splits):
             if not more and not list_folder(os.path.join(root, folder))[0]:
                 return {}  # a class of this name, as train among bus and car
         raise PackError(f"{root}: {_listed(named)} name splits, but {_listed(others)} {_stand(others)} beside: leave "
-                        f"it out (--without {others[0]}), say its split (--rename-split {others[0]}=train), or move it "
-                        "away; if all are classes, list the images in a manifest")
+                        f"it out (--without {others[0]}), say its split (--rename-split {others[0]}=train, val or "
+                        "test), or move it away; if all are classes, list the images in a manifest")
     for split in sorted(set(named.values())):
         same = [folder for folder, of_folder in named.items() if of_folder == split]
         if len(same) > 1 and not any(map(splits.is_told, same)):
@@ -93,22 +104,38 @@ def _splits_at_top(root, splits):
     kept = {split for split in named.values() if not splits.leaves_out(split)}
     if "train" not in kept:
         raise PackError(f"{root}: {_listed(named)} name splits, but there is no split train, which gives the classes; "
-                        f"name the folder of one split instead, or say which is train (--rename-split "
-                        f"{next(iter(named))}=train)")
+                        f"name the folder of one split instead, or say which folder is train by "
+                        "--rename-split")
     if any(folder != named[folder] for folder in named):
         note(f"{root}: splits {', '.join(f'{folder} = {split}' for folder, split in named.items())}")
     return named
 
 
-def _check_pairs(root, folders):
+def _check_pairs(root, folders, splits):
     """PackError where folders are classes of splits, as train_apple and test_apple."""
-    found = {}  # {the name without the split: (folder, split)}
+    found = {}  # {the other words of the name: (folder, split)}
     for folder in folders:
-        for split, rest in splits_in_class(folder):
+        split, rest = splits.and_rest(folder)
+        if split:
             other, of_other = found.setdefault(rest, (folder, split))
             if split != of_other:
                 raise PackError(f"{root}: {_listed([other, folder])} look like one class in two splits; move them to "
-                                f"{of_other}/{rest} and {split}/{rest}, or list the images in a manifest")
+                                f"folders {of_other} and {split}, list the images in a manifest, or say by "
+                                "--rename-split which folder is which split")
+
+
+def _doubled(root, named, splits):
+    """{folder: the only folder in it}, where that names the same split, as archives unpack to test_set/test_set."""
+    found = {}
+    for folder, split in named.items():
+        inner, files = list_folder(os.path.join(root, folder))
+        if len(inner) == 1 and splits.of(inner[0]) == split and not any(map(claims_image, files)):
+            found[folder] = inner[0]
+    return found
+
+
+def _without(split):
+    return f"; --without {split} leaves out that split" if split in ("val", "test") else ""
 
 
 def _check_no_splits(root, folder, inner, splits):

@@ -18,7 +18,7 @@ def records(path, how, skipped):
     with lines.file:
         for line in lines:
             lines.left = MAX_ROW
-            if text := line.strip("\r\n"):
+            if (text := line.strip("\r\n")) and not text.startswith("#"):
                 where = f"{path}: line {lines.number}"
                 image, label = _lst(where, text) if _is_lst(path) else _spaced(where, text)
                 yield "", path_below(where, image, how.root), class_name(label), None
@@ -32,7 +32,7 @@ def _spaced(where, text):
 
 
 def _lst(where, text):
-    number, *labels, image = text.split("\t")
+    number, *labels, image = text.split("\t") if "\t" in text else (text, "")
     if not (number.strip().isdigit() and labels and all(_NUMBER.fullmatch(label.strip()) for label in labels)):
         raise PackError(f"{where}: not a number, a label in numbers and a path with tabs between them: {text[:80]!r}")
     return image.strip(), labels[0].strip()

@@ -70,7 +70,11 @@ class Lines:
         self.file = open(path, encoding=encoding, errors="surrogateescape", newline="")  # noqa: SIM115
 
     def first(self):
-        line = self.file.readline(MAX_LINE)
+        try:
+            line = self.file.readline(MAX_LINE)
+        except UnicodeError as error:
+            raise PackError(f"{self.path}: not in {self._how.encoding}: {error}; give its encoding by --encoding"
+                            ) from error
         if len(line) == MAX_LINE:
             raise PackError(f"{self.path}: the first line has more than {MAX_LINE} characters; it must name the "
                             "columns")
@@ -87,9 +91,10 @@ class Lines:
     def _checked(self, line):
         self.number += 1
         if not line.isascii() and (bad := _UNDECODED.search(line)):
-            raise PackError(f"{self.path}: line {self.number}, column {bad.start() + 1}: byte "
-                            f"0x{ord(bad[0]) - 0xDC00:02x} is not {self._how.encoding}; give the encoding of the file "
-                            "by --encoding, as cp1252 or latin-1")
+            byte, is_wide = ord(bad[0]) - 0xDC00, self.number == 1 and line[:2] in ("\udcff\udcfe", "\udcfe\udcff")
+            raise PackError(f"{self.path}: line {self.number}, column {bad.start() + 1}: byte 0x{byte:02x} is not "
+                            f"{self._how.encoding}; give the encoding of the file by --encoding, as "
+                            f"{'utf-16' if is_wide else 'cp1252 or latin-1'}")
         if "\0" in line and self.number == 1:
             raise PackError(f"{self.path}: the first line has zero bytes: not a text, or in another encoding, as "
                             "--encoding utf-16-le")
@@ -100,6 +105,8 @@ def _header(path, lines, how):
     """(delimiter, names of the columns); no names, and nothing read, where the table has no header."""
     start = lines.file.tell()
     line = lines.first()
+    if line.strip().lower()[:4] == "sep=":  # Excel's
+        line = lines.first()
     if not line.strip():
         raise PackError(f"{path}: {'empty' if not line else 'its first line is empty'}; the first line must name the "
                         "columns, as path,label")

@@ -10,21 +10,24 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".g
 _IMAGE_ENDINGS = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES)
 ARCHIVE_SUFFIXES = (".tar", ".rec", ".parquet", ".zip", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".h5",
                     ".hdf5", ".arrow", ".tfrecord", ".mdb", ".npz")
+# At the top of a tree, where no class is, and beside shards: lists, indexes, descriptions. An image is none of them.
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".md", ".yaml", ".yml", ".xml", ".mat", ".lst", ".idx",
+                  ".lock", "property")
 # Beside an image of the same name. What it says about the image is not kept.
 COMPANION_SUFFIXES = (".json", ".txt", ".xml", ".cls", ".npy", ".md5", ".sha256")
-# What systems, editors and publishers put beside data; ._ and .nfs begin names of files of macOS and of NFS.
-_NEVER_DATA = frozenset(
-    (".ds_store .appledouble .localized .spotlight-v100 .fseventsd .trashes __macosx thumbs.db ehthumbs.db desktop.ini "
-     "$recycle.bin @eadir lost+found .directory .ipynb_checkpoints __pycache__ .git .gitignore .gitattributes .gitkeep "
-     ".keep .svn .hg .idea .vscode").split()
+# What systems, editors and publishers put beside data. A class may be called license or notice, a folder of it, too.
+_FOLDERS = frozenset(".appledouble .spotlight-v100 .fseventsd .trashes __macosx $recycle.bin @eadir lost+found "
+                     ".ipynb_checkpoints __pycache__ .git .svn .hg .idea .vscode".split())
+_FILES = frozenset(
+    ".ds_store .localized thumbs.db ehthumbs.db desktop.ini .directory .gitignore .gitattributes .gitkeep .keep".split()
     + ["icon\r"] + [word + suffix for suffix in ("", ".txt", ".md", ".rst", ".html", ".pdf", ".cff", ".bib")
                     for word in "readme license licence copying notice citation authors changelog".split()])
 
 
-def is_never_data(name):
-    """Whether a file or folder of this name holds no images, whatever its content."""
+def is_never_data(name, is_folder=False):
+    """Whether a file, or a folder, of this name holds no images, whatever its content."""
     name = name.lower()
-    return name in _NEVER_DATA or name.startswith(("._", ".nfs"))
+    return name in _FOLDERS if is_folder else name in _FILES or name.startswith(("._", ".nfs"))
 
 
 def claims_image(name):

@@ -83,6 +83,7 @@ class _Table:
         self.class_names = None
         if types.is_integer(schema.field(names["label"]).type):
             self.class_names = _class_names(file, schema, names["label"], how)
+            (how.bare if self.class_names is None else how.named).add(file)
         self._refuse_other_splits(file, schema)
 
     @staticmethod
@@ -95,15 +96,14 @@ class _Table:
     def _refuse_other_splits(self, file, schema):
         from pyarrow.parquet import ParquetFile
 
-        for index in self.columns.may_be_splits():
-            if not _is_text(schema.field(index).type):
-                self.columns.is_no_split(index)
+        for index in self.columns.others():
+            if not _may_be_split(schema.field(index).type):
                 continue
             with ParquetFile(file, pre_buffer=False) as parquet:
                 values = (value for batch in parquet.iter_batches(ROWS, columns=[schema.names[index]])
                           for value in batch.column(0).to_pylist())
                 for value in values:
-                    if not self.columns.may_be_split(index, value):
+                    if not self.columns.look_at(index, value):
                         break
         self.columns.end()
 
@@ -164,14 +164,20 @@ def _is_text(kind):
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
+def _may_be_split(kind):
+    from pyarrow import types
+
+    return _is_text(kind) or types.is_boolean(kind) or types.is_integer(kind)
+
+
 def _check_type(file, what, name, kind):
     from pyarrow import types
 
     is_number = types.is_integer(kind) or types.is_floating(kind)
     fits = (_image_type(kind) if what == "image" else is_number if what == "weight" else
-            _is_text(kind) or what == "label" and is_number)
+            _is_text(kind) or what == "label" and is_number or what == "split" and _may_be_split(kind))
     if not fits:
-        raise PackError(f"{file}: column {name} is of type {kind}; path and split must be texts, label a text or a "
+        raise PackError(f"{file}: column {name} is of type {kind}; path must be a text, split and label a text or a "
                         "whole number, weight a number, an image binary or a struct with a binary field bytes")
 
 
@@ -189,7 +195,6 @@ def _class_names(file, schema, label, how):
     twice = {name for name, count in Counter(names).items() if count > 1}
     if twice:
         note_once(f"the schema gives several classes the name {min(twice)!r}; their numbers are added", how)
-    how.named.add(file)
     return {str(number): f"{name} ({number})" if name in twice else name for number, name in enumerate(names)}
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from data_tools.sources.columns import class_name
 
 LABEL_SUFFIXES = ("cls", "json", "txt")
+ALONE = "a label without an image"
 MAX_LABELS = 2  # of one image: .cls and .json
 _TEXT_LABEL = re.compile(r"[^\r\n]{1,256}")
 
@@ -68,7 +69,10 @@ def samples(members, report):
                 several = True
                 yield sample
             elif sample.image is None:
-                if sample.labels and sample.stem == key and of_key is None:
+                if sample.labels and sample.stem == key and several:
+                    for label in sample.labels:
+                        report(label, "a label for several images")
+                elif sample.labels and sample.stem == key and of_key is None:
                     of_key = sample
                 else:
                     _report_labels(sample, report)
@@ -114,7 +118,7 @@ def _by_stem(members, report):
 
 def _report_labels(sample, report):
     for label in sample.labels:
-        report(label, "a label without an image")
+        report(label, ALONE)
 
 
 def label_of(labels):

@@ -12,7 +12,7 @@ _NEUTRAL = {"image", "images", "img", "imgs", "photo", "photos", "picture", "pic
             "split", "sample", "samples", "file", "files"}
 _JOINED = re.compile(rf"({'|'.join(SPLIT_OF)})({'|'.join(_NEUTRAL)})")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_]+")
-_NUMBERED = re.compile(rf"({'|'.join(sorted(SPLIT_OF, key=len, reverse=True))})[-_. ]?\d+(\.|\Z)", re.IGNORECASE)
+_PARTS = ("train", "val", "test", "trn", "tst")  # one of them is in every spelling
 
 
 def _words(name):
@@ -46,21 +46,20 @@ def split_in(name):
     return named.pop() if len(named) == 1 else words[0]
 
 
-def splits_in_class(name):
-    """[(split, the rest of the name)] of a class that has a split in its name, as of train_apple and apple-test."""
-    found = []
-    for mark in "_-":
-        head, _, after = name.partition(mark)
-        before, _, tail = name.rpartition(mark)
-        found += [(split, rest.lower()) for word, rest in ((head, after), (tail, before))
-                  if rest and (split := split_of(word))]
-    return found
+def split_and_rest(name):
+    """(split, the other words) of a name with a split at one of its ends, numbers aside; ("", ()) of all others.
 
-
-def numbered_split(name):
-    """The split of a file named like test_017.jpg; "" of all others."""
-    match = _NUMBERED.match(name)
-    return SPLIT_OF[match[1].lower()] if match else ""
+    Those of train_apple and AppleTest_2 are ("train", ("apple",)) and ("test", ("apple",)).
+    """
+    lower = name.lower()
+    if not any(part in lower for part in _PARTS):  # nearly all
+        return "", ()
+    words = [word for word in _words(name) if not word.isdigit()]
+    for place in (0, -1):
+        if words and (split := SPLIT_OF.get(words[place], "")):
+            del words[place]
+            return split, tuple(words)
+    return "", ()
 
 
 class SplitNames:
@@ -83,9 +82,10 @@ class SplitNames:
         told = {split for word in (os.path.splitext(name)[0], *_words(name)) if (split := self._told(word))}
         return told.pop() if len(told) == 1 else self._renamed(split_in(name))
 
-    def in_numbered(self, name):
-        """The split of a file named like test_017.jpg; "" of all others."""
-        return self._renamed(numbered_split(name))
+    def and_rest(self, name):
+        """(split, the other words) of a name, as split_and_rest finds them."""
+        split, rest = split_and_rest(name)
+        return self._renamed(split), rest
 
     def is_told(self, name):
         """Whether the user said what this name means."""

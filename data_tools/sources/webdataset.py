@@ -6,7 +6,7 @@ import tarfile
 from data_tools.sources.base import Format, shards, stays_below
 from data_tools.sources.columns import note_once
 from data_tools.sources.names import claims_image, is_never_data
-from data_tools.sources.samples import Member, label_of, samples, text_label
+from data_tools.sources.samples import ALONE, Member, label_of, samples, text_label
 from xc.data import pack as layout
 from xc.data.image_types import HEAD_BYTES, image_type
 from xc.data.pack import PackError
@@ -115,7 +115,7 @@ class _Tar:
             self._halves[member.is_image] |= names
 
     def _report(self, member, reason):
-        if member.is_label and member.suffix != "txt":
+        if reason == ALONE and member.suffix != "txt":
             self._check_apart(member)
         self._skipped.add(self._split, f"{self._file}: {member.name}", reason)
 
@@ -130,7 +130,8 @@ def _members(file, split, skipped):
                 if tar.offset > file_bytes:  # where the next header should be; tarfile would look for it without end
                     raise tarfile.ReadError(f"ends inside {member.name}")
                 name = member.name
-                if member.isdir() or any(map(is_never_data, name.split("/"))):
+                *folders, last = name.split("/")
+                if member.isdir() or is_never_data(last) or any(is_never_data(one, is_folder=True) for one in folders):
                     continue
                 where = f"{file}: {name}"
                 if not (member.isreg() and not member.issparse()):

@@ -1,6 +1,10 @@
 """Splits are recognised however they are spelled and whatever carries them, refused where they are not clear, and never
 merged nor taken for classes."""
 
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 import data_tools.pack
@@ -187,7 +191,7 @@ def test_a_column_carries_the_splits(tmp_path, capsys, kind, column, values, fla
         ("train", "val", "test"), 2)
     if column == "subset":  # says itself what it is, so that it cannot be overlooked
         error = pack_fails(capsys, source, tmp_path / "pack")
-        assert "column 'subset' has the splits" in error and "--split-column subset" in error
+        assert "column 'subset' may hold the splits" in error and "--split-column subset" in error
         run_pack(source, tmp_path / "merged", "--split-column", "")
         assert len(Pack(tmp_path / "merged")) == 6
     run_pack(source, tmp_path / "fewer", *flags, "--without", "test")
@@ -196,8 +200,130 @@ def test_a_column_carries_the_splits(tmp_path, capsys, kind, column, values, fla
 
 def test_a_column_of_numbers_may_carry_the_splits(tmp_path, capsys):
     names = list(write_tree(tmp_path, {"k": 2}))
-    for column in "is_train", "is_training_image", "Test":
+    for column in "is_train", "is_training_image", "Test", "fold", "Partition", "train_test":
         source = table(tmp_path / "a.csv", {"path": names, "label": ["k", "k"], column: ["0", "1"]})
         assert f"column {column.lower()!r} may hold the splits" in pack_fails(capsys, source, tmp_path / "pack")
     run_pack(source, tmp_path / "pack", "--split-column", "")
     assert len(Pack(tmp_path / "pack")) == 2
+
+
+def listed(path, paths, kind):
+    """A table of these paths, all of class k, without splits."""
+    if kind == "txt":
+        path.write_text("".join(f"{name} k\n" for name in paths))
+    elif kind == "lst":
+        path.write_text("".join(f"{number}\t1\t{name}\n" for number, name in enumerate(paths)))
+    else:
+        return table(path, {"path": paths, "label": ["k"] * len(paths)})
+    return path
+
+
+PAIRS = {"folders": ("train/a.png", "test/b.png"), "deep": ("a/Train/a.png", "a/validation/b.png"),
+         "names": ("a/train_1.png", "a/test_2.png"), "words": ("img_train_1.png", "img_test_1.png")}
+
+
+@pytest.mark.parametrize("names", PAIRS)
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "txt", "lst", "tar", "tar of labels"])
+def test_splits_in_paths_are_not_merged(tmp_path, capsys, kind, names):
+    paths = PAIRS[names]
+    for number, name in enumerate(paths):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture(number))
+    if kind.startswith("tar"):
+        members = [("k/" * (kind == "tar") + name, picture(number)) for number, name in enumerate(paths)]
+        if kind == "tar of labels":
+            members = [one for member in members for one in (member, (member[0][:-4] + ".cls", b"k"))]
+        source = write_tar(tmp_path / "list.tar", members)
+    else:
+        source = listed(tmp_path / f"list.{kind}", paths, kind)
+    error = pack_fails(capsys, source, tmp_path / "pack")
+    assert "different splits" in error or "names split" in error
+    if names != "deep" and not kind.startswith("tar"):
+        run_pack(source, tmp_path / "pack", "--rename-split", "test=train")
+        assert len(Pack(tmp_path / "pack")) == 2
+
+
+def test_one_name_of_a_split_in_paths_is_no_split(tmp_path):
+    for number, name in enumerate(("train/a.png", "train/test_tube_1.png", "train/bullet_train_1.png", "latest/c.png")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(picture(number))
+    paths = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")]
+    run_pack(listed(tmp_path / "list.csv", paths, "csv"), tmp_path / "pack")
+    assert len(Pack(tmp_path / "pack")) == 4
+
+
+def test_sources_have_the_splits_of_their_folders(tmp_path, capsys):
+    for number, name in enumerate(("train", "Validation")):
+        (tmp_path / name).mkdir()
+        shard(tmp_path / name / "metadata.csv", number)
+    run_pack(tmp_path / "train" / "metadata.csv", tmp_path / "Validation" / "metadata.csv", tmp_path / "packs")
+    assert [*open_splits(tmp_path / "packs")] == ["train", "val"]
+    for one, other in ("photos", "photos_test"), ("list_train", "list_dev"):
+        sources = [shard(tmp_path / f"{name}.csv", number) for number, name in enumerate((one, other))]
+        assert "its name gives no split, but that of" in fails(capsys, *sources, tmp_path / "out")
+
+
+@pytest.mark.parametrize("column, values", [
+    ("usage", ["Training", "PublicTest", "PrivateTest"]), ("set", ["train", "dev", "dev"]),
+    ("subset", ["train", "test", ""]), ("partition", [0, 1, 1]), ("tag", ["train-a", "test-a", "train-a"]),
+    ("is_holdout", ["true", "false", "true"]), ("eval", [0, 1, 0])])
+def test_columns_that_may_hold_the_splits_are_named(tmp_path, capsys, column, values):
+    names = list(write_tree(tmp_path, {"k": 3}))
+    for kind in "csv", "jsonl", "parquet":
+        source = table(tmp_path / f"a.{kind}", {"path": names, "label": ["k"] * 3, column: values})
+        assert f"column {column!r} may hold the splits" in pack_fails(capsys, source, tmp_path / "pack")
+        run_pack(source, tmp_path / f"pack-{kind}", "--split-column", "")
+        assert len(Pack(tmp_path / f"pack-{kind}")) == 3
+
+
+def test_values_of_a_column_of_splits_can_be_renamed(tmp_path):
+    names = list(write_tree(tmp_path, {"k": 3}))
+    for kind, values in ("csv", [0, 1, 0]), ("jsonl", [False, True, False]), ("parquet", [False, True, False]), (
+            "parquet", [0, 1, 0]):
+        source = table(tmp_path / f"a.{kind}", {"path": names, "label": ["k"] * 3, "is_test": values})
+        out = tmp_path / f"{kind}{values[0]}"
+        run_pack(source, out, "--split-column", "is_test", "--rename-split", f"{values[0]}=train", "--rename-split",
+                 f"{values[1]}=test")
+        assert {split: len(pack) for split, pack in open_splits(out).items()} == {"train": 2, "test": 1}
+
+
+def test_fields_that_come_later_are_not_overlooked(tmp_path, capsys):
+    names = list(write_tree(tmp_path, {"k": 2}))
+    for late in "split", "weight", "subset":
+        rows = [{"path": names[0], "label": "k"}, {"path": names[1], "label": "k", late: "test"}]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert f"line 2: field {late!r}, which line 1 lacks" in pack_fails(capsys, tmp_path / "a.jsonl", tmp_path / "p")
+
+
+def test_contradicting_flags_are_one_line(tmp_path, capsys):
+    write_tree(tmp_path / "src", {"a": 1})
+    twice = "--rename-split", "x=train", "--rename-split", "X=test"
+    assert "says twice what x is" in pack_fails(capsys, tmp_path / "src", tmp_path / "pack", *twice)
+    both = "--rename-split", "x=train", "--without", "x"
+    assert "leaves out what --rename-split x=" in pack_fails(capsys, tmp_path / "src", tmp_path / "pack", *both)
+
+
+def test_classes_may_be_called_as_files_that_are_no_data(tmp_path):
+    files = write_tree(tmp_path / "src", {"license": 1, "Authors": 2, "cat": 1, "notice": 1})
+    run_pack(tmp_path / "src", tmp_path / "pack", "--max-skipped", 0)
+    assert contents(Pack(tmp_path / "pack")) == by_class(files)
+    run_pack(write_tar(tmp_path / "a.tar", list(files.items())), tmp_path / "tar", "--max-skipped", 0)
+    assert contents(Pack(tmp_path / "tar")) == by_class(files)
+
+
+def test_folders_of_splits_may_be_doubled(tmp_path):
+    """As archives unpack to training_set/training_set/cat."""
+    files = write_tree(tmp_path / "src", {"training_set/training_set/cat": 2, "test_set/test_set/cat": 1})
+    run_pack(tmp_path / "src", tmp_path / "packs")
+    packs = open_splits(tmp_path / "packs")
+    assert {split: len(pack) for split, pack in packs.items()} == {"train": 2, "test": 1} and len(files) == 3
+    assert packs["train"].class_names(0, 1) == ["cat"]
+
+
+def test_parquet_files_with_names_and_with_bare_numbers_do_not_mix(tmp_path, capsys):
+    (tmp_path / "src").mkdir()
+    info = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    for name, metadata in ("a", {"huggingface": json.dumps(info)}), ("b", {}):
+        data = pa.table({"image": [picture(0), picture(1)], "label": pa.array([0, 1], pa.int64())})
+        pyarrow.parquet.write_table(data.replace_schema_metadata(metadata), tmp_path / "src" / f"{name}.parquet")
+    assert "b.parquet has only numbers" in pack_fails(capsys, tmp_path / "src", tmp_path / "pack")

@@ -34,7 +34,8 @@ def make_manifest(folder):
             folder / "list.lst", "w") as lines:
         for number, row in enumerate(csv.DictReader(file)):
             objects.write(json.dumps(row) + "\n")
-            lines.write(f"{number}\t{number % 3}.0\t{row['path']}\n")
+            if row["split"] == "train":  # a list has no column for it
+                lines.write(f"{number}\t{number % 3}.0\t{row['path']}\n")
 
 
 def change_manifest(random, folder):

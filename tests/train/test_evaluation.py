@@ -51,7 +51,7 @@ def finished(tmp_path_factory):
 def best_at_5(finished, tmp_path):
     """A copy of the run of 15 steps whose best checkpoint is that of step 5, and the last lines of both runs."""
     shutil.copytree(finished[0] / "15", tmp_path / "run")
-    layout.add_top1(tmp_path / "run" / "checkpoints" / "step-00000005", 0.999, "val")
+    layout.add_top1(tmp_path / "run" / "checkpoints" / "step-00000005", 0.999, "val: 101 examples, seed 0")
     return tmp_path / "run", finished[1]
 
 
@@ -71,7 +71,8 @@ def test_what_is_evaluated_is_what_there_is(splits, during, at_end, note, tmp_pa
     assert ("val_top1" in result, "examples" in result) == (has_val, has_test)
     assert result.get("val_examples") == (101 if has_val else None)
     metas = [layout.read_meta(folder) for folder in layout.folders(tmp_path / "run" / "checkpoints")]
-    assert {(meta["evaluated_on"], meta["top1"] is not None) for meta in metas} == {(during, during is not None)}
+    assert {(meta["evaluated_on"] and meta["evaluated_on"].partition(":")[0], meta["top1"] is not None)
+            for meta in metas} == {(during, during is not None)}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -130,7 +131,9 @@ def test_images_are_evaluated_on_val_where_there_is_no_test(tiny_packs, tmp_path
     assert result["top1"] is None and 0 <= result["val_top1"] <= 1 and result["val_examples"] == 30
     assert result["val_examples_by_frequency"] == {"10-99": 30} and evaluations(tmp_path / "run") == [(3, "val")]
     (checkpoint,) = layout.folders(tmp_path / "run" / "checkpoints")
-    assert layout.top1_of(checkpoint, "val") == result["val_top1"] and layout.top1_of(checkpoint, "test") is None
+    found = layout.read_meta(checkpoint)["evaluated_on"]
+    assert found.startswith("val: 30 examples") and layout.top1_of(checkpoint, found) == result["val_top1"]
+    assert layout.top1_of(checkpoint, found.replace("val", "test")) is None
 
 
 def test_classes_without_images_in_train_are_counted_and_named(tiny_packs, tmp_path, monkeypatch, capsys):
@@ -164,3 +167,27 @@ def test_that_command_makes_them(tiny_packs, tmp_path):
     command = how_to_split(str(tmp_path / "packs")).partition("python ")[2].replace("0.01", "0.2").split()
     run("python", *command)
     assert {path.name for path in (tmp_path / "packs-split").iterdir()} == {"train", "val", "test"}
+
+
+def test_scores_on_other_data_say_nothing_about_a_checkpoint(tmp_path, monkeypatch, capsys):
+    """One example of val is easy; a val of 101 that comes later is not compared with it."""
+    flags = ["--feature-dim", 8, "--global-batch", 20, "--warmup", 0, "--out", tmp_path / "run"]
+    data = "synth:classes=20,dim=8,examples=5,test=50"
+    run("python", "train.py", "--data", f"{data},val=1", *flags, "--epochs", 2)
+    again, _, _ = ended(monkeypatch, capsys, 1, "--data", f"{data},val=101", *flags, "--epochs", 3, "--resume", "auto")
+    assert again["scored_step"] in (10, 15) and again["val_examples"] == 101  # 10 was evaluated anew
+    metas = [layout.read_meta(folder) for folder in layout.folders(tmp_path / "run" / "checkpoints")]
+    assert {meta["evaluated_on"] for meta in metas if meta["step"] >= 10} == {"val: 101 examples, seed 0"}
+
+
+def test_a_run_that_goes_back_leaves_its_later_checkpoints(tmp_path, monkeypatch, capsys):
+    """Else the best one, or the newest one of the next launch, would be of the run that was left."""
+    flags = ["--data", "synth:classes=20,dim=8,examples=5,test=50,val=50", "--feature-dim", 8, "--global-batch", 20,
+             "--warmup", 0, "--out", tmp_path / "run", "--keep-checkpoints", 9, "--epochs", 4]
+    run("python", "train.py", *flags)
+    places = tmp_path / "run" / "checkpoints"
+    back, _, error = ended(monkeypatch, capsys, 1, *flags, "--resume", places / "step-00000005", "--lr", 1e-9,
+                           "--save-every", 0)
+    assert {path.name for path in places.iterdir() if path.name.startswith("abandoned")} == {
+        f"abandoned-step-{step:08}" for step in (10, 15, 20)}
+    assert back["scored_step"] in (5, 20) and "abandoned-step-" in error

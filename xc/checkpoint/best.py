@@ -7,22 +7,21 @@ from xc.errors import UserError
 from xc.run import watchdog
 
 
-def best_valid(run, split, most_steps, world):
-    """Folder of the checkpoint with the highest top-1 on a split, of at most so many steps, after a check of its bytes.
+def best_valid(run, evaluated_on, most_steps, world):
+    """Folder of the checkpoint with the highest top-1 on some data, of at most so many steps. Its bytes are checked.
 
-    UserError where none was evaluated on that split, or the best one is damaged. One whose meta.json cannot be read may
-    be the best one. Collective.
+    UserError where none was evaluated on those data, or the best one is damaged. Collective.
     """
     folder = None
     with world.raise_on_all_ranks():
         if world.rank == 0:
-            found = [folder for folder in folders(Path(run) / "checkpoints") if step_of(folder) <= most_steps]
+            found = [one for one in folders(Path(run) / "checkpoints") if step_of(one) <= most_steps]
             for one in found:
-                read_meta(one)
-            folder = best_of(found, split)
+                read_meta(one)  # raises where it cannot be read: it might be the best one
+            folder = best_of(found, evaluated_on)
     folder = world.all_ranks.all_gather_object(folder)[0]  # not all hosts see a new folder at once
     if folder is None:
-        raise UserError(f"no checkpoint of {run} was evaluated on {split}")
+        raise UserError(f"no checkpoint of {run} was evaluated on {evaluated_on}")
     with world.raise_on_all_ranks():
         if step_of(folder) < most_steps:  # otherwise nothing is read
             check(folder, world.rank, world.size, progress=lambda _: watchdog.heartbeat("reading a checkpoint"))

@@ -1,14 +1,15 @@
 """The checkpoints of a run: resume from one, save, go back to one, take the best one at the end."""
 
 import sys
+from pathlib import Path
 
 from xc.checkpoint.best import best_valid
-from xc.checkpoint.layout import step_of, top1_of
+from xc.checkpoint.layout import folders, set_aside, step_of, top1_of
 from xc.checkpoint.newest import to_resume
 from xc.checkpoint.rollback import Divergence, Rollbacks
 from xc.checkpoint.state import fitting, load, load_weights, not_finite
 from xc.checkpoint.writer import CheckpointWriter
-from xc.data.evaluated import split_while_training
+from xc.data.evaluated import data_of
 from xc.errors import UserError
 from xc.optim.schedule import Progress
 from xc.run.loss_meter import LossMeter
@@ -18,20 +19,20 @@ class Checkpoints:
     """Every method is collective.
 
     skipped_steps  numbers of the steps whose batches are left out, since the run went back from them
-    lacks_scores   whether the run resumes, by --resume auto, from a checkpoint that was not evaluated
+    lacks_scores   whether the run resumes from a checkpoint of its own that was not evaluated
     """
 
     def __init__(self, cfg, state, schedule, splits, world):
-        train_split, self._split = splits["train"], split_while_training(splits)
+        train_split, self._evaluated = splits["train"], data_of(splits)
         self._cfg, self._state, self._schedule, self._world = cfg, state, schedule, world
         # What a run must have in common with a checkpoint to resume from it; these names are in meta.json.
         self._identity = {
             "seed": cfg.seed, "sampler": cfg.sampler, "logits": cfg.logits, "num_records": len(train_split),
             "data_seed": train_split.data_seed, "classes_digest": train_split.classes_digest,
             "course": schedule.batch_schedule}
-        self._writer = CheckpointWriter(cfg.out, world, self._identity, cfg.keep_checkpoints, split=self._split)
+        self._writer = CheckpointWriter(cfg.out, world, self._identity, cfg.keep_checkpoints, self._evaluated)
         self._rollbacks = Rollbacks(cfg.max_rollbacks, cfg.out, world)
-        self._resumed, self.lacks_scores = None, False
+        self._resumed, self.lacks_scores, self._later = None, False, []
 
     @property
     def skipped_steps(self):
@@ -43,12 +44,18 @@ class Checkpoints:
         if self._resumed is None:
             return Progress()
         progress = self._load(self._resumed)
-        top1 = self._world.all_ranks.all_gather_object(top1_of(self._resumed, self._split))[0]
-        self.lacks_scores = self._cfg.resume == "auto" and top1 is None
+        is_own = self._resumed.resolve().parent == (Path(self._cfg.out) / "checkpoints").resolve()
+        lacks = is_own and top1_of(self._resumed, self._evaluated) is None
+        self.lacks_scores = self._world.all_ranks.all_gather_object(lacks)[0]
+        self._later = [one for one in folders(self._resumed.parent) if is_own and step_of(one) > progress.step]
         return progress
 
     def save(self, progress, scores):
         """Begin to write the state in a background thread. scores: of the evaluation at this Progress, or None."""
+        with self._world.raise_on_all_ranks():
+            if self._world.rank == 0 and self._later:
+                set_aside(self._later)
+        self._later = []
         self._writer.save(self._state, progress, scores and scores["top1"])
 
     def add_scores(self, scores):
@@ -88,7 +95,7 @@ class Checkpoints:
         Where that is the step of this Progress, or there is no best checkpoint that can be used, the weights stay.
         """
         try:
-            folder = best_valid(self._cfg.out, self._split, progress.step, self._world)
+            folder = best_valid(self._cfg.out, self._evaluated, progress.step, self._world)
             with self._world.raise_on_all_ranks():
                 fitting(folder, self._state, self._identity)  # before a weight is changed
         except UserError as error:

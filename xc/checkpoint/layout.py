@@ -18,7 +18,7 @@ meta.json has the keys
     num_classes, num_rows, rows_are, feature_dim, row_dtype            the class rows
     seed, sampler, logits, num_records, data_seed, classes_digest, course      what a resumed run must have in common
     noise_scale, loss_scale, losses                 small parts of the state
-    top1, evaluated_on                              of the evaluation at this step, and its split; or null
+    top1, evaluated_on                              of the evaluation at this step, and on which data; or null
 
 All files are written into a hidden folder, meta.json last, and then the folder is renamed. So a folder with its final
 name is complete and on the disk. safetensors files hold no code. Any number of ranks can read a checkpoint: a rank
@@ -28,6 +28,8 @@ reads the class ranges that it needs, whoever wrote them.
 import json
 import math
 import re
+import shutil
+import sys
 import zlib
 from pathlib import Path
 
@@ -50,9 +52,9 @@ def write_meta(folder, meta):
     replace_text(Path(folder) / "meta.json", json.dumps(meta | {"crc32": _crc32_of(meta)}, indent=1))
 
 
-def add_top1(folder, top1, split):
-    """Add the top-1 of a later evaluation of that split to a checkpoint."""
-    write_meta(folder, read_meta(folder) | {"top1": top1, "evaluated_on": split})
+def add_top1(folder, top1, evaluated_on):
+    """Add the top-1 of a later evaluation on those data to a checkpoint."""
+    write_meta(folder, read_meta(folder) | {"top1": top1, "evaluated_on": evaluated_on})
     sync(folder)
 
 
@@ -165,27 +167,39 @@ def crc32(path, progress=None):
     return crc
 
 
-def best_of(folders, split=None):
+def set_aside(later):
+    """Rename checkpoints that a run has gone back from, so that nobody takes them for its own: abandoned-step-…"""
+    for folder in later:
+        aside = folder.with_name(f"abandoned-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    print(f"note: the run goes on from before {later[0].name}; {len(later)} later checkpoints are now called "
+          "abandoned-step-…", file=sys.stderr, flush=True)
+
+
+def best_of(folders, evaluated_on=None):
     """The checkpoint with the highest top-1, the first of equal ones; None where none was evaluated.
 
-    split  None: evaluated on any split; else on that one
+    evaluated_on  None: on any data; else on those
     """
-    top1 = {folder: top1_of(folder, split) for folder in folders}
+    top1 = {folder: top1_of(folder, evaluated_on) for folder in folders}
     return max((folder for folder in folders if top1[folder] is not None), key=top1.get, default=None)
 
 
-def top1_of(folder, split=None):
+def top1_of(folder, evaluated_on=None):
     """Top-1 of the evaluation at a checkpoint; None where there was none, or the checkpoint cannot be read.
 
-    split  None: of any split; else of that one
+    evaluated_on  None: on any data; else on those. Code that knew test alone did not write what it was
     """
     try:
         meta = read_meta(folder)
     except ValueError:
         return None
-    top1, evaluated_on = meta.get("top1"), meta.get("evaluated_on", "test")  # without: of code that knew test alone
-    is_number = isinstance(top1, float) and math.isfinite(top1)
-    return top1 if is_number and split in (None, evaluated_on) else None
+    top1 = meta.get("top1")
+    if not (isinstance(top1, float) and math.isfinite(top1)):
+        return None
+    is_old = "evaluated_on" not in meta and str(evaluated_on).startswith("test")
+    return top1 if is_old or evaluated_on in (None, meta.get("evaluated_on")) else None
 
 
 def types_of(values):

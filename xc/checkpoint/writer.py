@@ -36,16 +36,16 @@ class CheckpointWriter:
     `most_failures` failures in a row every rank raises a SaveError.
     """
 
-    def __init__(self, run, world, identity, keep, most_failures=3, split="test"):
+    def __init__(self, run, world, identity, keep, evaluated_on=None, most_failures=3):
         """identity: what a run must have in common with this one to resume from its checkpoints: seed, digest of
         classes, …
 
         keep: so many of the last checkpoints stay, and the one with the highest top-1.
 
-        split: that top-1 is measured on; None where there is none
+        evaluated_on: the data that top-1 is measured on; None where there are none
         """
         self._folder, self._world, self._identity, self._keep = Path(run) / "checkpoints", world, identity, keep
-        self._split = split
+        self._evaluated_on = evaluated_on
         self._most_failures, self._failures, self._thread, self._error = most_failures, 0, None, None
         self._copies = {}  # {file name: {name: tensor}} of the last save
         self._moved = 0, False  # blocks that the thread has done, and whether it waits for other ranks
@@ -57,7 +57,7 @@ class CheckpointWriter:
         self._copies = {name: {key: _copied(tensor, last.get(name, {}).get(key)) for key, tensor in tables.items()}
                         for name, tables in checkpoint.files_of(state, self._world).items()}
         meta = checkpoint.meta_of(state, progress) | self._identity
-        meta |= {"top1": top1, "evaluated_on": None if top1 is None else self._split}
+        meta |= {"top1": top1, "evaluated_on": None if top1 is None else self._evaluated_on}
         self._moved = 0, False
         self._thread = threading.Thread(target=self._write, args=(self._copies, meta), name="checkpoint")
         self._thread.start()
@@ -66,7 +66,7 @@ class CheckpointWriter:
         """Add the top-1 of an evaluation to a checkpoint that was written without."""
         if self._world.rank == 0:
             try:
-                layout.add_top1(folder, top1, self._split)
+                layout.add_top1(folder, top1, self._evaluated_on)
             except OSError as error:
                 print(f"warning: {folder} lacks its top-1, which could not be written ({error})", file=sys.stderr,
                       flush=True)
@@ -142,7 +142,7 @@ class CheckpointWriter:
         them."""
         folders = layout.folders(self._folder)
         earlier = folders[: folders.index(newest) + 1]
-        kept = {*earlier[-self._keep :], layout.best_of(earlier, self._split)}
+        kept = {*earlier[-self._keep :], layout.best_of(earlier, self._evaluated_on)}
         errors = []
         for folder in folders:
             if folder not in kept:

@@ -4,6 +4,7 @@ Only this file and world.py read the launcher's environment variables.
 """
 
 import os
+import subprocess
 import sys
 import time
 import traceback
@@ -13,25 +14,30 @@ from xc.run import signals as stop
 
 # Variables that a launcher sets for its ranks. SLURM_PROCID is not one of them: a batch script has it, too.
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "HOROVOD_RANK")
+_OTHER_LAUNCHERS = ("OMPI_COMM_WORLD_", "PMIX_", "SLURM_STEP_", "MV2_COMM_WORLD_", "HOROVOD_")
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "HOROVOD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def launched_rank():
     """The rank of this process, from its launcher's variables; None without a launcher."""
-    return next((int(os.environ[v]) for v in _RANK_VARIABLES if v in os.environ), None)
+    return next((int(os.environ[v]) for v in _RANK_VARIABLES if os.environ.get(v, "").isdigit()), None)
 
 
 def launched_size():
     """The number of ranks, from the launcher's variables; None if they do not tell."""
-    return next((int(os.environ[v]) for v in _SIZE_VARIABLES if v in os.environ), None)
+    return next((int(os.environ[v]) for v in _SIZE_VARIABLES if os.environ.get(v, "").isdigit()), None)
 
 
 def stray_launch():
-    """(what started this process, number of processes, rank) where a launcher without MPI started several; else None.
+    """(what started this process, number of processes, rank) where its launcher and MPI do not go together; else None.
 
-    Each of them would train alone.
+    Without MPI, each of several processes would train alone. Open MPI does not know the launcher of MPICH and Intel MPI
+    (hydra), and ends with a page of its own when it starts there.
     """
     if launched_rank() is not None:
+        by_hydra = "PMI_RANK" in os.environ and not any(name.startswith(_OTHER_LAUNCHERS) for name in os.environ)
+        if by_hydra and _vendor() == "Open MPI":
+            return "the launcher of MPICH or Intel MPI", launched_size() or 1, launched_rank()
         return None
     for launcher, size, rank in (("torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "a launcher of torch",
                                   "WORLD_SIZE", "RANK"), ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")):
@@ -39,6 +45,12 @@ def stray_launch():
         if size.isdigit() and int(size) > 1 and rank.isdigit():
             return launcher, int(size), int(rank)
     return None
+
+
+def _vendor():
+    """Name of the MPI that mpi4py was built with. In a process of its own: here MPI would start, too."""
+    code = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.get_vendor()[0])"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def launched_by_gloo():
@@ -100,12 +112,12 @@ def run(main):
 
 def _exit_with(error):
     """End all ranks with a UserError that each of them has. Rank 0 prints it."""
-    if not launched_by_gloo() and launched_rank() is not None:
+    stray = stray_launch()
+    if not (launched_by_gloo() or stray) and launched_rank() is not None:
         try:
             raise_start_errors(str(error))
         except UserError as first:
             error = first
-    stray = stray_launch()
     rank = stray[2] if stray else launched_rank()
     if rank in (None, 0):
         print(f"error: {error}", file=sys.stderr, flush=True)

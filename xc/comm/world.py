@@ -221,11 +221,11 @@ def open_world(device="auto", model_parallel_size=0):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no CUDA device here: use --device cpu, or check the driver")
-    if launched_rank() is not None:
-        return MpiWorld(device, model_parallel_size)
     if stray := stray_launch():
         raise UserError(f"{stray[0]} started {stray[1]} processes, which MPI does not join, and each would train "
                         "alone: use mpirun, horovodrun or srun --mpi=pmix")
+    if launched_rank() is not None:
+        return MpiWorld(device, model_parallel_size)
     _grid(1, model_parallel_size)
     return World(device)
 

@@ -15,6 +15,15 @@ def split_while_training(splits):
     return next((name for name in ("val", "test") if name in splits), None)
 
 
+def data_of(splits):
+    """What is evaluated while training, as checkpoints name it: scores on other data say nothing about a checkpoint.
+
+    None where nothing is.
+    """
+    name = split_while_training(splits)
+    return name and f"{name}: {len(splits[name])} examples, seed {splits[name].data_seed}"
+
+
 def tested_at_the_end(splits):
     """Whether test is kept for the end: val is evaluated while training."""
     return split_while_training(splits) == "val" and "test" in splits

@@ -210,7 +210,7 @@ def _from_timm(name, channels, image_size, feature_dim):
     except Exception as e:  # a torchvision that does not fit torch raises RuntimeError, not ImportError
         raise UserError(f"--backbone timm:{name} needs timm, which does not import here ({e}): pip install timm "
                         "beside a torchvision that fits torch, or take --backbone resnet50") from e
-    if name not in timm.list_models():
+    if name.partition(".")[0] not in timm.list_models():  # a tag of weights may follow
         raise UserError(f"--backbone timm:{name} is not a model of timm {timm.__version__}: see timm.list_models()")
     keywords = {"in_chans": channels, "num_classes": feature_dim}
     try:

@@ -78,8 +78,8 @@ class RunLog:
         for split in sorted(scores):
             result |= {name: value for name, value in named(scores[split]).items() if value is not None}
         result |= {"scored_step": scored_step,
-                  "images_per_second": round(self.timer.images_per_second, 1), "peak_rss_mb": round(peak),
-                  "steps": progress.step, "seconds": round(time.perf_counter() - _STARTED, 1), "run": self._cfg.out}
+                   "images_per_second": round(self.timer.images_per_second, 1), "peak_rss_mb": round(peak),
+                   "steps": progress.step, "seconds": round(time.perf_counter() - _STARTED, 1), "run": self._cfg.out}
         print(f"resume with: {resume_command(self._cfg, world.size)}")
         print(json.dumps(result), flush=True)
 
