@@ -22,7 +22,7 @@ from xc.preflight.memory_plan import BackboneSize, MemoryPlan
 from xc.run.loss_meter import LossMeter
 
 C, D, G = 137, 6, 12
-NOTHING = BackboneSize(0, 0, 0, 0, 0)
+NOTHING = BackboneSize(0, 0, 0, 0, 0, 0)
 GRIDS = [(1, 0), (3, 0), (4, 2), (4, 1)]
 
 

@@ -21,6 +21,7 @@ from xc.optim.schedule import Progress
 from xc.run import watchdog
 from xc.run.loss_meter import LossMeter
 
+_UNSAID = {"input_norm": "half"}  # in checkpoints of code that knew nothing else
 _BLOCK = 2**22  # numbers that are looked at at once
 
 
@@ -138,8 +139,8 @@ def fitting(folder, state, identity):
     """(progress, ranges of the files of rows, numbers) of a checkpoint; ValueError where `load` cannot take it."""
     meta = read_meta(folder)
     for name, here in {**_shape(state.head), **identity}.items():
-        if meta.get(name) != here:
-            raise ValueError(f"checkpoint {folder} has {name} {meta.get(name)}, this run {here}: resume with the "
+        if (there := meta.get(name, _UNSAID.get(name))) != here:
+            raise ValueError(f"checkpoint {folder} has {name} {there}, this run {here}: resume with the "
                              "data and settings it was written with")
     ranges = ranges_of(folder, meta)
     unknown = {path.name for path in Path(folder).glob("*.safetensors")} - meta["files"].keys()

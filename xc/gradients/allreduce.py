@@ -149,9 +149,10 @@ class AllReduce:
         """Load this rank's own buffers if as many ranks wrote them. If not, the backbone keeps their mean."""
         paths = sorted(Path(folder).glob("buffers-*.safetensors"))
         self._buffers_differ = len(paths) == self.world.size
-        renamed = getattr(self._backbone, "renamed", dict)
+        renamed, own = getattr(self._backbone, "renamed", dict), self._own_buffers()
         for name, buffer in renamed(load_file(paths[self.world.rank])).items() if self._buffers_differ else ():
-            self._own_buffers()[name].copy_(buffer)
+            if name in own:  # else it was frozen since
+                own[name].copy_(buffer)
 
 
 def frozen_buffers(backbone):

@@ -109,7 +109,8 @@ class ResNet(nn.Module):
             for j, block in enumerate(layer):
                 old, new = f"layers.{place}", f"layer{i}.{j}"
                 for k in range(block._depth):
-                    names |= {f"{old}.body.{2 * k}.0": f"{new}.conv{k + 1}", f"{old}.body.{2 * k}.1": f"{new}.bn{k + 1}"}
+                    names[f"{old}.body.{2 * k}.0"] = f"{new}.conv{k + 1}"
+                    names[f"{old}.body.{2 * k}.1"] = f"{new}.bn{k + 1}"
                 names |= {f"{old}.shortcut.{k}": f"{new}.downsample.{k}" for k in range(2)}
                 place += 1
         return names
