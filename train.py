@@ -44,10 +44,12 @@ def main():
     # --- resume: any number of ranks from the files of any number of ranks ---
     checkpoints = Checkpoints(cfg, state, schedule, splits, world)
     progress = checkpoints.resume()
+    setup.start_weights_of(cfg, state, checkpoints.resumed, world)
     setup.run_folder(cfg, world)
     log = RunLog(cfg, progress, schedule, world)
     stop = StopSignal(world)
     evaluator = Evaluator(cfg, state, splits, stop, world)
+    setup.warn_of_unused(cfg, splits["train"], world)
     setup.say_what_is_evaluated(cfg, splits, world)
     if checkpoints.lacks_scores and Due.after(progress, schedule, cfg, splits).evaluate:
         scores = evaluator.run()  # the launch before ended inside of this evaluation

@@ -40,12 +40,19 @@ class Config:
     image_size: int = _flag("data", 32, "side of the square images that the backbone gets, in pixels", least=8,
                             most=4096)
     channels: int = _flag("data", 1, "1: grey; 3: colour", choices=(1, 3))
+    input_norm: str = _flag("data", "half", "what pixels from 0 to 1 become, (x - MEAN) / STD: half is 0.5/0.5; "
+                            "imagenet is what most published weights need; or numbers, one or one a channel, as "
+                            "0.48,0.46,0.41/0.23,0.22,0.23")
     augment: float = _flag("data", 1.0, "strength of shift, scale, rotation, blur and contrast; 0: none", least=0,
                            most=2)
     loader_threads: int = _flag("data", 1, "threads of each rank that read and decode images", least=1)
 
     backbone: str = _flag("model", "auto", "mlp for vectors; small, resnet18, resnet34, resnet50 for images, or "
                           "timm:NAME where timm is installed; auto: mlp or small")
+    init: str = _flag("model", "", "start the backbone from the weights in this file, of safetensors or of torch; "
+                      "--resume goes before it")
+    freeze: int = _flag("model", 0, "stages of a ResNet that are not trained, from the input on: 1 is the stem, 2 also "
+                        "layer1, … 5 all but the projection to the features", least=0)
     feature_dim: int = _flag("model", 128, "width of the features and of the class rows", least=1, most=65536)
     amp: str = _flag("model", "off", "16-bit arithmetic in the backbone: bf16, or fp16 with loss scaling",
                      choices=("off", "bf16", "fp16"))
@@ -85,11 +92,14 @@ class Config:
     global_batch: int = _flag("optimization", 128, "examples per step over all ranks: the recipe does not depend on "
                               "the number of ranks", least=1)
     optimizer: str = _flag("optimization", "sgd", "of the backbone; lars: each layer's step in proportion to its "
-                           "weights", choices=("sgd", "lars"))
-    lr: float = _flag("optimization", 0.1, "peak learning rate of the backbone", above=0, most=1e30)
-    momentum: float = _flag("optimization", 0.9, "momentum of the backbone", least=0, below=1)
+                           "weights; adamw: for transformers, with a small --lr and --backbone-lr-scale",
+                           choices=("sgd", "lars", "adamw"))
+    lr: float = _flag("optimization", 0.1, "peak learning rate", above=0, most=1e30)
+    momentum: float = _flag("optimization", 0.9, "momentum of the backbone; adamw: its first beta", least=0, below=1)
     weight_decay: float = _flag("optimization", 5e-4, "weight decay of backbone tensors with two or more dimensions",
                                 least=0)
+    backbone_lr_scale: float = _flag("optimization", 1.0, "learning rate of the backbone, as a multiple of --lr; that "
+                                     "of the class rows stays", above=0, most=1e30)
     head_lr_scale: float = _flag("optimization", 40.0, "learning rate of the class rows, as a multiple of --lr",
                                  least=0)
     head_momentum: float = _flag("optimization", 0.0, "momentum of the class rows, for which --head-lr-scale should "
@@ -162,6 +172,9 @@ class Config:
         if not interval(self.graph_every)[0]:
             raise UserError(f"--graph-every {self.graph_every} is not allowed: give a time above 0")
         self._check_schedule()
+        if self.optimizer == "adamw" and "density" in FLAGS_OF_EXCHANGES[self.exchange]:
+            raise UserError(f"--optimizer adamw cannot go with --exchange {self.exchange}, which has a momentum of its "
+                            "own: give --exchange dense, or --optimizer sgd or lars")
         if self.logits == "inner" and self.margin != "none":
             raise UserError(f"--margin {self.margin} needs cosine logits: leave out --logits inner or --margin")
         if self.margin == "none" and self.margin_size:

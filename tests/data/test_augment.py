@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from xc.comm.world import World
 from xc.config import Config
-from xc.data.augment import augment, prepared
+from xc.data.augment import augment, norm_of, prepared
 from xc.data.hashing import uniform
 from xc.data.loader import Loader, open_splits
 
@@ -63,3 +63,34 @@ def test_uniform_numbers():
     assert np.abs(np.corrcoef(u.T) - np.eye(6)).max() < 0.03  # columns
     assert abs(np.corrcoef(u[1:, 0], u[:-1, 0])[0, 1]) < 0.03  # neighbours
     assert abs(np.corrcoef(u[:, 0], uniform(4, 0, 20000, 6)[:, 0])[0, 1]) < 0.03  # seeds
+
+
+@pytest.mark.parametrize("text, channels, mean, deviation", [
+    ("imagenet", 3, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), ("imagenet", 1, [0.449], [0.226]),
+    ("0.1/0.3", 3, [0.1] * 3, [0.3] * 3), ("0.1,0.2,0/1,2,3", 3, [0.1, 0.2, 0], [1, 2, 3])])
+def test_pixels_are_normed_as_said(text, channels, mean, deviation):
+    """With the distortion that they have without it."""
+    pixels = torch.randint(256, (5, channels, 9, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, deviation = (torch.tensor(numbers)[:, None, None] for numbers in (mean, deviation))
+    norm = norm_of(text, channels)
+    torch.testing.assert_close(prepared(pixels.clone(), norm=norm), (pixels / 255 - mean) / deviation)
+    distorted = (prepared(pixels.clone(), 11, 1.0, 3) + 1) / 2
+    torch.testing.assert_close(prepared(pixels.clone(), 11, 1.0, 3, norm), (distorted - mean) / deviation)
+    vectors = torch.randn(4, 6)
+    assert torch.equal(prepared(vectors.clone(), norm=norm), vectors)
+
+
+def test_half_is_what_pixels_have_without_a_norm():
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert norm_of("half", 1) is None
+    assert torch.equal(prepared(pixels.clone()), prepared(pixels.clone(), norm=norm_of("0.5/0.5", 1)))
+    torch.testing.assert_close(prepared(pixels.clone()), (pixels / 255 - 0.5) / 0.5)
+
+
+@pytest.mark.parametrize("text, channels", [
+    ("", 3), ("caffe", 3), ("0.5", 3), ("0.5/0", 3), ("0.5/-1", 1), ("nan/1", 1), ("0.5/inf", 1), ("1,2/1,2", 3),
+    ("1,2,3/1,2,3", 1), ("1/2/3", 3), ("1,/1", 3)])
+def test_another_norm_is_one_line(text, channels):
+    with pytest.raises(ValueError, match="is not allowed: give half, imagenet or MEAN/STD") as error:
+        norm_of(text, channels)
+    assert "\n" not in str(error.value)

@@ -84,3 +84,23 @@ def test_what_is_no_longer_used_is_freed():
     del net
     gc.collect()
     assert [one() for one in seen] == [None, None]
+
+
+def test_what_is_frozen_is_not_exchanged_nor_averaged():
+    """Three equal numbers and a third of their sum can differ by rounding."""
+    def body(world):
+        net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3))
+        net[:2].requires_grad_(False)
+        net[1].running_mean.copy_(torch.tensor([0.1, 0.7, 1e-3]) * (1 + world.rank))
+        net[2].running_mean.fill_(float(world.rank))
+        exchange = AllReduce(net, world)
+        exchange.before_last_backward(None)
+        assert list(exchange.mean_buffers()) == ["2.running_mean", "2.running_var"]
+        assert set(*exchange.files().values()) == {"2.running_mean", "2.running_var"}
+        assert sum(len(bucket.flat) for bucket in exchange._buckets) == 6
+        exchange.average_buffers()
+        assert torch.equal(net[1].running_mean, torch.tensor([0.1, 0.7, 1e-3]) * (1 + world.rank))
+        assert net[2].running_mean.tolist() == [1.0] * 3
+        return True
+
+    assert all(run_ranks(3, body))

@@ -205,3 +205,26 @@ def test_the_optimizer_of_a_config():
     net = nn.Linear(2, 2)
     assert type(backbone_optimizer(net, Config(data="d", out="o"))) is torch.optim.SGD
     assert type(backbone_optimizer(net, Config(data="d", out="o", optimizer="lars"))) is Lars
+    assert type(backbone_optimizer(net, Config(data="d", out="o", optimizer="adamw"))) is torch.optim.AdamW
+
+
+def test_adamw_by_hand():
+    """The first step is the rate in the direction of the sign; matrices also shrink by rate times decay."""
+    net = nn.Linear(3, 2)
+    weight, bias = net.weight.detach().clone(), net.bias.detach().clone()
+    cfg = Config(data="d", out="o", optimizer="adamw", lr=0.01, momentum=0.8, weight_decay=0.5)
+    optimizer = backbone_optimizer(net, cfg)
+    for p in net.parameters():
+        p.grad = torch.full_like(p, -3.0)
+    optimizer.step()
+    torch.testing.assert_close(net.weight.detach(), weight * (1 - 0.01 * 0.5) + 0.01)
+    torch.testing.assert_close(net.bias.detach(), bias + 0.01)
+    torch.testing.assert_close(optimizer.state[net.bias]["exp_avg"], torch.full((2,), -3.0 * (1 - 0.8)))
+
+
+def test_what_is_frozen_is_not_in_the_optimizer():
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    net[0].requires_grad_(False)
+    for name in "sgd", "lars", "adamw":
+        groups = backbone_optimizer(net, Config(data="d", out="o", optimizer=name)).param_groups
+        assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in net[1].parameters()}

@@ -22,7 +22,7 @@ from xc.preflight.memory_plan import BackboneSize, MemoryPlan
 from xc.run.loss_meter import LossMeter
 
 C, D, G = 137, 6, 12
-NOTHING = BackboneSize(0, 0, 0, 0, 0)
+NOTHING = BackboneSize(0, 0, 0, 0, 0, 0)
 GRIDS = [(1, 0), (3, 0), (4, 2), (4, 1)]
 
 
@@ -142,3 +142,15 @@ def test_a_checkpoint_is_as_large_as_planned(ranks, width, settings, tmp_path):
     size = sum(file.stat().st_size for file in folder.iterdir())
     plan = MemoryPlan.of(cfg, 3000, ranks, BackboneSize.of(cfg, (16,)))
     assert 0.99 * plan.on_disk < size < plan.on_disk + 20_000
+
+
+def test_what_is_frozen_has_neither_gradient_nor_moments():
+    """AdamW has two moments of what is trained. Frozen layers also keep nothing for a backward pass."""
+    shape, settings = (3, 16, 16), {"backbone": "resnet18", "optimizer": "adamw"}
+    sizes = {stages: BackboneSize.of(config(freeze=stages, **settings), shape) for stages in (0, 3)}
+    trained = sum(p.nbytes for p in backbones.build("resnet18", shape, D, 0, World(), freeze=3).parameters()
+                  if p.requires_grad)
+    plan = planned(config(freeze=3, **settings), 2, sizes[3])
+    assert plan.parts["backbone gradients"] == trained < plan.parts["backbone"]
+    assert plan.parts["backbone momentum"] == 2 * trained
+    assert sizes[3].activations < sizes[0].activations and sizes[3].parameters == sizes[0].parameters

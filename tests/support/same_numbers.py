@@ -5,7 +5,7 @@
 Each scenario trains a small model with a fixed seed in a checkout of COMMIT and in this one: once without a break, and
 once stopped by SIGUSR1 and resumed. `rollback` goes back from a loss that is not finite. Compared bit for bit: every
 line of metrics.jsonl but for its times, every tensor of the newest checkpoint, and the accuracies of the last line.
-Names that only this checkout writes into a line are no difference.
+Names that only this checkout writes into a line are no difference, nor are the old names of a ResNet's tensors.
 The flags are those of COMMIT, so a flag that was renamed since must still be known by its old name.
 
 --work keeps the results of COMMIT, so that a second comparison runs this checkout alone. Exit code 1 where something
@@ -28,6 +28,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from xc.comm.world import World
+from xc.model import backbone
+
 ROOT = Path(__file__).parent.parent.parent
 TIMES = re.compile(r"images_per_second|\w+_ms|\w*seconds|peak_rss_mb")
 COMMON = ("--data synth:classes=600,dim=16,examples=8,test=400 --feature-dim 16 --global-batch 24 --steps 60 "
@@ -48,6 +51,7 @@ SCENARIOS = {
               "--log-steps 3 --eval-every 10steps --save-every 5steps",
     "rollback": "--weight-decay 1000 --momentum 0 --max-rollbacks 2 --save-every 4steps",  # the weights become infinite
 }
+RESNET = backbone.build("resnet18", (3, 16, 16), 16, 0, World())  # of `images`
 STOP_AFTER = {"images": 6, "fccs-auto": 21}  # step from which on the signal is sent; 20 for the others
 
 
@@ -131,7 +135,7 @@ def numbers_of(root, folder, ranks, flags, stop_after):
     newest = max((folder / "checkpoints").glob("step-*"))
     tensors = {}
     for path in newest.glob("*.safetensors"):
-        tensors |= {f"{path.name}/{name}": tensor for name, tensor in load_file(path).items()}
+        tensors |= {f"{path.name}/{name}": tensor for name, tensor in RESNET.renamed(load_file(path)).items()}
     last = {k: v for k, v in untimed(json.loads((folder / "last.json").read_text())).items() if k != "run"}
     return {"lines": lines, "checkpoint": newest.name, "tensors": tensors, "last": last}
 

@@ -29,10 +29,15 @@ class Checkpoints:
         self._identity = {
             "seed": cfg.seed, "sampler": cfg.sampler, "logits": cfg.logits, "num_records": len(train_split),
             "data_seed": train_split.data_seed, "classes_digest": train_split.classes_digest,
-            "course": schedule.batch_schedule}
+            "course": schedule.batch_schedule, "input_norm": cfg.input_norm}
         self._writer = CheckpointWriter(cfg.out, world, self._identity, cfg.keep_checkpoints, self._evaluated)
         self._rollbacks = Rollbacks(cfg.max_rollbacks, cfg.out, world)
         self._resumed, self.lacks_scores, self._later = None, False, []
+
+    @property
+    def resumed(self):
+        """Whether `resume` loaded a checkpoint."""
+        return self._resumed is not None
 
     @property
     def skipped_steps(self):

@@ -4,7 +4,8 @@
         rows-000000000000-000000001650.safetensors   class rows and their momentum, by class range: one file a shard
         neighbors-….safetensors                      the head's own files: the graph or index of its class selection
         backbone.safetensors                         parameters and buffers
-        optimizer.safetensors                        the backbone's momentum, by parameter name
+        optimizer.safetensors                        the backbone's momentum, by parameter name; with AdamW both
+                                                     moments and the number of steps
         residuals-….safetensors                      the exchange's own files: gradients that a rank has not yet sent
         buffers-….safetensors                        the backbone's buffers of every rank, where they differ
         meta.json                                    format, progress, classes, width, and every file's length and
@@ -16,7 +17,8 @@ meta.json has the keys
     files, rows                                     {file name: {bytes, crc32}}; the names of the files of class rows
     step, examples, last_batch                      the progress of the run
     num_classes, num_rows, rows_are, feature_dim, row_dtype            the class rows
-    seed, sampler, logits, num_records, data_seed, classes_digest, course      what a resumed run must have in common
+    seed, sampler, logits, num_records, data_seed, classes_digest, course,
+    input_norm                                      what a resumed run must have in common
     noise_scale, loss_scale, losses                 small parts of the state
     top1, evaluated_on                              of the evaluation at this step, and on which data; or null
 

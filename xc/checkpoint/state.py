@@ -21,6 +21,7 @@ from xc.optim.schedule import Progress
 from xc.run import watchdog
 from xc.run.loss_meter import LossMeter
 
+_UNSAID = {"input_norm": "half"}  # in checkpoints of code that knew nothing else
 _BLOCK = 2**22  # numbers that are looked at at once
 
 
@@ -44,7 +45,7 @@ def files_of(state, world):
         files |= {rows_name(head.shard.first, head.shard.last): dict(_row_tables(state))} | head.files()
     if world.rank == 0:
         files["backbone.safetensors"] = state.backbone.state_dict() | means
-        files["optimizer.safetensors"] = _momentum_by_name(state)
+        files["optimizer.safetensors"] = _moments_by_name(state)
     return files
 
 
@@ -74,7 +75,7 @@ def load_weights(folder, state, identity):
     folder = Path(folder)
     ranges = fitting(folder, state, identity)[1]
     with _naming(folder / "backbone.safetensors") as reading:
-        state.backbone.load_state_dict(load_file(reading.path))
+        state.backbone.load_state_dict(_renamed(state, load_file(reading.path)))
         _load_rows(folder, state, ranges, {"weight": state.head.weight}, reading)
 
 
@@ -89,11 +90,11 @@ def load(folder, state, identity):
     folder, head = Path(folder), state.head
     progress, ranges, numbers = fitting(folder, state, identity)
     with _naming(folder / "backbone.safetensors") as reading:
-        state.backbone.load_state_dict(load_file(reading.path))
+        state.backbone.load_state_dict(_renamed(state, load_file(reading.path)))
         reading.path = folder
         state.exchange.load(folder)
         reading.path = folder / "optimizer.safetensors"
-        _set_momentum_by_name(state, load_file(reading.path))
+        _set_moments_by_name(state, _renamed(state, load_file(reading.path)))
         _load_rows(folder, state, ranges, dict(_row_tables(state)), reading)
         reading.path = folder
         head.load(folder)  # it checks its own files
@@ -138,8 +139,8 @@ def fitting(folder, state, identity):
     """(progress, ranges of the files of rows, numbers) of a checkpoint; ValueError where `load` cannot take it."""
     meta = read_meta(folder)
     for name, here in {**_shape(state.head), **identity}.items():
-        if meta.get(name) != here:
-            raise ValueError(f"checkpoint {folder} has {name} {meta.get(name)}, this run {here}: resume with the "
+        if (there := meta.get(name, _UNSAID.get(name))) != here:
+            raise ValueError(f"checkpoint {folder} has {name} {there}, this run {here}: resume with the "
                              "data and settings it was written with")
     ranges = ranges_of(folder, meta)
     unknown = {path.name for path in Path(folder).glob("*.safetensors")} - meta["files"].keys()
@@ -177,21 +178,36 @@ def _row_tables(state):
         yield "momentum", state.head_optimizer.momentum_rows
 
 
-def _momentum_by_name(state):
-    momentum = {name: state.backbone_optimizer.state[p].get("momentum_buffer")
-                for name, p in state.backbone.named_parameters()}
-    return {name: buffer for name, buffer in momentum.items() if buffer is not None}
+def _renamed(state, tensors):
+    renamed = getattr(state.backbone, "renamed", None)
+    return renamed(tensors) if renamed else tensors
 
 
-def _set_momentum_by_name(state, momentum):
+# Parts of the optimizer's state of a parameter, and what is added to the parameter's name for them.
+_MOMENTS = {"momentum_buffer": "", "exp_avg": ".exp_avg", "exp_avg_sq": ".exp_avg_sq", "step": ".step"}
+
+
+def _moments_by_name(state):
+    moments = {name: state.backbone_optimizer.state[p] for name, p in state.backbone.named_parameters()
+               if p in state.backbone_optimizer.state}
+    return {name + _MOMENTS[part]: tensor for name, parts in moments.items() for part, tensor in parts.items()
+            if tensor is not None}
+
+
+def _set_moments_by_name(state, moments):
+    """Set the state of the backbone's optimizer. A file of a run without momentum is empty, and changes nothing."""
+    optimizer = state.backbone_optimizer
+    parts = ["exp_avg", "exp_avg_sq", "step"] if isinstance(optimizer, torch.optim.AdamW) else ["momentum_buffer"]
     parameters = {name: p for name, p in state.backbone.named_parameters() if p.requires_grad}
-    kept = {id(p) for group in state.backbone_optimizer.param_groups if group["momentum"] for p in group["params"]}
-    wanted = {name for name, p in parameters.items() if id(p) in kept}
-    if momentum and not wanted <= momentum.keys() <= parameters.keys():
-        raise ValueError(f"it has the momentum of {len(momentum)} tensors, this run needs that of {len(wanted)}")
-    for name, buffer in momentum.items():
-        if buffer.shape != parameters[name].shape:
-            raise ValueError(f"momentum of {name} has shape {tuple(buffer.shape)}")
-        if name not in wanted:
-            continue
-        state.backbone_optimizer.state[parameters[name]]["momentum_buffer"] = buffer.to(parameters[name])
+    kept = {id(p) for group in optimizer.param_groups if group.get("momentum", True) for p in group["params"]}
+    known = {name + _MOMENTS[part]: (p, part) for name, p in parameters.items() for part in parts}
+    wanted = {name for name, (p, _) in known.items() if id(p) in kept}
+    if moments and not wanted <= moments.keys() <= known.keys():
+        raise ValueError(f"it has {len(moments)} tensors of the optimizer, this run needs {len(wanted)}, for its "
+                         "--optimizer, --momentum and --freeze")
+    for name, tensor in moments.items():
+        parameter, part = known[name]
+        if tensor.shape != (() if part == "step" else parameter.shape):
+            raise ValueError(f"momentum of {name} has shape {tuple(tensor.shape)}")
+        if name in wanted:
+            optimizer.state[parameter][part] = tensor.to(parameter)

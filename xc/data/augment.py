@@ -12,11 +12,40 @@ from xc.data.hashing import uniform
 PIECE = {"cpu": 2**20, "cuda": 2**24}
 
 
-def prepared(inputs, first_example=0, strength=0.0, seed=0):
-    """The input of a backbone, float32 (B, *shape), with pixels as numbers in [-1, 1].
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of red, green and blue
+
+
+def norm_of(text, channels):
+    """(means, deviations) of pixels from 0 to 1 in float32 (channels, 1, 1) each, for the flag --input-norm.
+
+    None for `half`, which pixels have without it. ValueError for another text.
+    """
+    if text == "half":
+        return None
+    try:
+        if text == "imagenet":
+            rows = IMAGENET if channels == 3 else [(sum(row) / 3,) for row in IMAGENET]
+        else:
+            rows = [tuple(map(float, part.split(","))) for part in text.split("/")]
+        mean, deviation = (row * channels if len(row) == 1 else row for row in rows)
+        if (len(mean), len(deviation)) != (channels, channels) or min(deviation) <= 0:
+            raise ValueError
+        mean, deviation = torch.tensor([mean, deviation])[..., None, None]
+        if not (mean.isfinite() & deviation.isfinite()).all():
+            raise ValueError
+    except ValueError:
+        numbers = "one number" if channels == 1 else f"one number or {channels} with commas between them"
+        raise ValueError(f"--input-norm {text} is not allowed: give half, imagenet or MEAN/STD, each of them "
+                         f"{numbers}, STD above 0") from None
+    return mean, deviation
+
+
+def prepared(inputs, first_example=0, strength=0.0, seed=0, norm=None):
+    """The input of a backbone, float32 (B, *shape), with pixels as numbers in [-1, 1], or as `norm` says.
 
     inputs                         (B, *shape), from `split.examples`; may be overwritten
     first_example, strength, seed  of `augment`, which distorts images but not vectors
+    norm                           of `norm_of`. Images are distorted before it, so with any norm alike
     """
     outputs, is_pixels = inputs, inputs.dtype == torch.uint8
     if is_pixels and inputs.device.type == "cpu":
@@ -29,6 +58,9 @@ def prepared(inputs, first_example=0, strength=0.0, seed=0):
             output.copy_(given).div_(127.5).sub_(1)
         if strength and output.dim() == 4 and len(output):
             output.copy_(augment(output, first_example, strength, seed))
+        if is_pixels and norm:
+            mean, deviation = (numbers.to(output) for numbers in norm)
+            output.sub_(2 * mean - 1).div_(2 * deviation)
         first_example += len(output)
     return outputs
 

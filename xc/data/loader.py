@@ -32,7 +32,7 @@ import torch
 from xc.comm.shard import Shard
 from xc.data import pack as packs
 from xc.data import synthetic
-from xc.data.augment import prepared
+from xc.data.augment import norm_of, prepared
 from xc.data.pack_split import PackSplit, too_many_bad
 from xc.errors import UserError
 from xc.run import watchdog
@@ -57,6 +57,7 @@ class Loader:
 
     def __init__(self, split, cfg, world):
         self.split, self.cfg, self.world, self.order = split, cfg, world, split.order(cfg.seed)
+        self.norm = norm_of(cfg.input_norm, cfg.channels)
 
     def bad_records(self):
         """Number of records that the ranks have left out so far, None if there are none. Collective.
@@ -86,8 +87,8 @@ class Loader:
         batches = ((first, Shard.of(min(global_batch, num_records - first), self.world.size, self.world.rank))
                    for first in range(0, num_records, global_batch))
         jobs = ((first + np.arange(mine.first, mine.last), False) for first, mine in batches)
-        queue = BatchQueue(jobs, self.split.examples, lambda inputs, *_: prepared(inputs), self.cfg.loader_threads,
-                           self.world.device)
+        queue = BatchQueue(jobs, self.split.examples, lambda inputs, *_: prepared(inputs, norm=self.norm),
+                           self.cfg.loader_threads, self.world.device)
         while batch := queue.take(1):
             yield batch[0]
 
@@ -95,7 +96,7 @@ class Loader:
         return self.split.examples(self.order.records(first, count))
 
     def _prepare(self, inputs, first, count):
-        return prepared(inputs, first, self.cfg.augment, self.cfg.seed)
+        return prepared(inputs, first, self.cfg.augment, self.cfg.seed, self.norm)
 
 
 class BatchQueue:

@@ -40,6 +40,7 @@ class AllReduce:
         self.noise_seed, self._sketches = None, {}
         self._buffers_differ = False  # whether the ranks have different buffers
         self._backbone, self._buckets = backbone, []
+        self._frozen = set(frozen_buffers(backbone))  # a mean over the ranks would round them
         self._make_buckets([p for p in reversed(list(backbone.parameters())) if p.requires_grad], bucket_mb * 2**20)
 
     def _make_buckets(self, parameters, max_bytes):
@@ -121,7 +122,8 @@ class AllReduce:
                 for name, buffer in buffers.items()}
 
     def _own_buffers(self):
-        return {name: buffer for name, buffer in self._backbone.named_buffers() if buffer.is_floating_point()}
+        return {name: buffer for name, buffer in self._backbone.named_buffers()
+                if buffer.is_floating_point() and name not in self._frozen}
 
     def zero_grad(self):
         """Set all gradients to zero, for the next step."""
@@ -147,8 +149,18 @@ class AllReduce:
         """Load this rank's own buffers if as many ranks wrote them. If not, the backbone keeps their mean."""
         paths = sorted(Path(folder).glob("buffers-*.safetensors"))
         self._buffers_differ = len(paths) == self.world.size
-        for name, buffer in load_file(paths[self.world.rank]).items() if self._buffers_differ else ():
-            self._own_buffers()[name].copy_(buffer)
+        renamed, own = getattr(self._backbone, "renamed", dict), self._own_buffers()
+        for name, buffer in renamed(load_file(paths[self.world.rank])).items() if self._buffers_differ else ():
+            if name in own:  # else it was frozen since
+                own[name].copy_(buffer)
+
+
+def frozen_buffers(backbone):
+    """Names of the buffers of modules that have parameters, none of which is trained."""
+    for prefix, module in backbone.named_modules():
+        parameters = list(module.parameters(recurse=False))
+        if parameters and not any(p.requires_grad for p in parameters):
+            yield from (f"{prefix}.{name}" for name, _ in module.named_buffers(recurse=False))
 
 
 def residual_files(folder):

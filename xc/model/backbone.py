@@ -7,6 +7,7 @@ from torch import nn
 
 from xc.comm.autograd import sum_over
 from xc.errors import UserError
+from xc.model.resnet import RESNETS, ResNet
 
 
 class FeatureNorm(nn.Module):
@@ -68,65 +69,6 @@ class SmallConvNet(nn.Module):
         return self.project(self.pool(self.layers(images)).flatten(1))
 
 
-def _conv_norm(inputs, outputs, kernel, stride=1):
-    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs))
-
-
-class _Residual(nn.Module):
-    """A residual block: x -> relu(body(x) + shortcut(x))."""
-
-    def __init__(self, body, inputs, outputs, stride):
-        super().__init__()
-        self.body = body
-        same = stride == 1 and inputs == outputs
-        self.shortcut = nn.Identity() if same else _conv_norm(inputs, outputs, 1, stride)
-        nn.init.zeros_(body[-1][1].weight)  # every block starts as its shortcut (Goyal et al. 2017)
-
-    def forward(self, x):
-        return torch.relu(self.body(x) + self.shortcut(x))
-
-
-def _basic(inputs, width, stride):
-    body = nn.Sequential(_conv_norm(inputs, width, 3, stride), nn.ReLU(inplace=True), _conv_norm(width, width, 3))
-    return _Residual(body, inputs, width, stride), width
-
-
-def _bottleneck(inputs, width, stride):
-    body = nn.Sequential(
-        _conv_norm(inputs, width, 1), nn.ReLU(inplace=True),
-        _conv_norm(width, width, 3, stride), nn.ReLU(inplace=True), _conv_norm(width, 4 * width, 1))
-    return _Residual(body, inputs, 4 * width, stride), 4 * width
-
-
-class ResNet(nn.Module):
-    """ResNet (He et al. 2016): images (B, channels, size, size) -> features (B, D).
-
-    Batch norm uses the statistics of each rank's own examples. For images of up to 64 pixels the stem does not shrink
-    them.
-    """
-
-    def __init__(self, block, depths, channels, image_size, feature_dim):
-        super().__init__()
-        if image_size <= 64:
-            layers = [_conv_norm(channels, 64, 3), nn.ReLU(inplace=True)]
-        else:
-            layers = [_conv_norm(channels, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
-        previous = 64
-        for stage, depth in enumerate(depths):
-            for i in range(depth):
-                layer, previous = block(previous, 64 << stage, 2 if stage and not i else 1)
-                layers.append(layer)
-        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.project = nn.Linear(previous, feature_dim)
-
-    def forward(self, images):
-        return self.project(self.layers(images))
-
-
-_RESNETS = {"resnet18": (_basic, (2, 2, 2, 2)), "resnet34": (_basic, (3, 4, 6, 3)),
-            "resnet50": (_bottleneck, (3, 4, 6, 3))}
-
-
 class Backbone(nn.Sequential):
     """A network, computed in 16 bits where `dtype` is given, followed by the norm of its features."""
 
@@ -142,24 +84,33 @@ class Backbone(nn.Sequential):
             features = net(inputs)
         return norm(features.float())
 
+    def renamed(self, tensors):
+        """{name: tensor} of a checkpoint with the names of now: ResNets had others before the published ones."""
+        if not (isinstance(self[0], ResNet) and any(name.startswith("0.layers.") for name in tensors)):
+            return tensors
+        names = {f"0.{old}": f"0.{new}" for old, new in self[0].old_names().items()}
+        split = {name: name.rsplit(".", 1) for name in tensors}
+        return {f"{names[of]}.{leaf}" if of in names else name: tensors[name] for name, (of, leaf) in split.items()}
+
 
 _DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build(name, input_shape, feature_dim, seed, world, amp="off", examples_of_rank=2):
+def build(name, input_shape, feature_dim, seed, world, amp="off", examples_of_rank=2, freeze=0):
     """The Backbone of that name, with the same weights on every rank for the same seed.
 
     input_shape       (channels, size, size) or (dim,), of one example
     amp               off, bf16 or fp16; parameters stay float32, activations are in 16 bits
     examples_of_rank  fewest examples that a rank has of a micro-batch
+    freeze            stages of a ResNet, from the input on, that are not trained
 
     UserError where the name is not known or the network does not take such examples, or so few of them.
     """
     images = len(input_shape) == 3
     if name == "auto":
         name = "small" if images else "mlp"
-    if name not in ("mlp", "small", *_RESNETS) and not name.startswith("timm:"):
-        raise UserError(f"--backbone {name} is not known: auto, mlp, small, {', '.join(_RESNETS)} or timm:NAME")
+    if name not in ("mlp", "small", *RESNETS) and not name.startswith("timm:"):
+        raise UserError(f"--backbone {name} is not known: auto, mlp, small, {', '.join(RESNETS)} or timm:NAME")
     if images == (name == "mlp"):
         takes, given = ("vectors", "images") if images else ("images", "vectors")
         raise UserError(f"--backbone {name} takes {takes}, but the data are {given}: leave it out, auto finds one")
@@ -169,10 +120,12 @@ def build(name, input_shape, feature_dim, seed, world, amp="off", examples_of_ra
             net = _mlp(*input_shape, feature_dim)
         elif name == "small":
             net = SmallConvNet(input_shape[0], feature_dim)
-        elif name in _RESNETS:
-            net = ResNet(*_RESNETS[name], *input_shape[:2], feature_dim)
+        elif name in RESNETS:
+            net = ResNet(*RESNETS[name], *input_shape[:2], feature_dim)
         else:
             net = _from_timm(name.removeprefix("timm:"), *input_shape[:2], feature_dim)
+    if freeze:
+        _freeze(net, name, freeze)
     try:
         fewest = _fewest_values(net, input_shape)
     except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as e:  # timm's models raise any of them
@@ -184,6 +137,17 @@ def build(name, input_shape, feature_dim, seed, world, amp="off", examples_of_ra
                         f"example on a rank, and at --image-size {input_shape[-1]} one value remains of it. Take a "
                         "larger --global-batch, fewer --micro-batches, larger images or --backbone small")
     return Backbone(net.train(), FeatureNorm(feature_dim, world), _DTYPES[amp]).to(world.device)
+
+
+def _freeze(net, name, num_stages):
+    """Freeze the first stages of a network. UserError where it has no such stages."""
+    if not isinstance(net, ResNet):
+        raise UserError(f"--freeze {num_stages} counts the stages of a ResNet, which --backbone {name} is not: take "
+                        f"one of {', '.join(RESNETS)}, or leave --freeze out")
+    if num_stages > len(net.stages):
+        raise UserError(f"--freeze {num_stages} is more than the {len(net.stages)} stages of --backbone {name}, which "
+                        f"are the stem and layer1 to layer{len(net.stages) - 1}: take at most {len(net.stages)}")
+    net.freeze(num_stages)
 
 
 @torch.no_grad()

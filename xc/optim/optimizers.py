@@ -1,4 +1,4 @@
-"""Optimizers: torch's SGD or LARS for the backbone, RowSGD for the class rows."""
+"""Optimizers: torch's SGD and AdamW, and LARS, for the backbone, RowSGD for the class rows."""
 
 import numpy as np
 import torch
@@ -8,7 +8,8 @@ _LARS_TRUST = 0.001  # length of a layer's step at learning rate 1, as a share o
 
 
 def backbone_optimizer(backbone, cfg, keeps_momentum=False):
-    """SGD or LARS with momentum, for a Config. Biases and norm scales have no weight decay.
+    """SGD or LARS with momentum, or AdamW, for a Config, of the parameters that are trained. Biases and norm scales
+    have no weight decay.
 
     keeps_momentum  the gradient exchange applies the momentum of tensors with two or more dimensions. This optimizer
                     then has none for them, and their weight decay is 1/(1 - momentum) times stronger, since momentum
@@ -20,6 +21,8 @@ def backbone_optimizer(backbone, cfg, keeps_momentum=False):
     if keeps_momentum:
         matrices |= {"momentum": 0.0, "weight_decay": cfg.weight_decay / (1 - cfg.momentum)}
     groups = [g for g in (matrices, others) if g["params"]]
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(groups, cfg.lr, betas=(cfg.momentum, 0.999), fused=True)
     options = {"lr": cfg.lr, "momentum": cfg.momentum, "fused": True}
     if cfg.optimizer == "lars":
         return Lars(groups, cfg.momentum if keeps_momentum else 0.0, **options)

@@ -18,7 +18,7 @@ from xc.preflight.hosts import (
 from xc.preflight.memory import report_memory
 from xc.preflight.network import report_clocks, report_network, report_sums
 from xc.preflight.report import Report
-from xc.preflight.storage import report_data, report_run_folder
+from xc.preflight.storage import report_data, report_run_folder, report_start_weights
 
 
 def check(cfg, world):
@@ -41,6 +41,8 @@ def check(cfg, world):
         report.run("network", report_network, world, facts)
         report.run("clocks", report_clocks, world)
         examples = cfg.data and report.run("data", report_data, cfg, world)
+        if cfg.init and examples:
+            report.run("start weights", report_start_weights, cfg, world, examples)
         plan = examples and report.run("memory", report_memory, cfg, world, facts, examples)
         if cfg.out:
             report.run("run folder", report_run_folder, cfg, world, plan)

@@ -32,11 +32,12 @@ _EDGE_BYTES = 112  # temporaries for each edge of such a block
 class BackboneSize:
     """Bytes of a backbone.
 
-    matrices     parameters with two or more dimensions
+    matrices     parameters with two or more dimensions that are trained
     parameters   all parameters
     buffers      all buffers
     activations  what the forward pass of one example keeps for the backward pass
     example      one example
+    trained      parameters that are trained
     """
 
     matrices: int
@@ -44,11 +45,13 @@ class BackboneSize:
     buffers: int
     activations: int
     example: int
+    trained: int
 
     @classmethod
     def of(cls, cfg, input_shape):
         """Build the backbone and measure it. UserError if its name is unknown or it does not take such examples."""
-        backbone = backbones.build(cfg.backbone, input_shape, cfg.feature_dim, cfg.seed, World(), cfg.amp)
+        backbone = backbones.build(cfg.backbone, input_shape, cfg.feature_dim, cfg.seed, World(), cfg.amp,
+                                   freeze=cfg.freeze)
         own = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
         saved = {}  # {address: bytes}
 
@@ -63,8 +66,9 @@ class BackboneSize:
         activations = sum(saved.values()) // 2
         del features  # only now, since freed memory could be used twice and would be counted once
         parameters = list(backbone.parameters())
-        return cls(_nbytes(p for p in parameters if p.dim() > 1), _nbytes(parameters), _nbytes(backbone.buffers()),
-                   activations, 4 * math.prod(input_shape))
+        trained = [p for p in parameters if p.requires_grad]
+        return cls(_nbytes(p for p in trained if p.dim() > 1), _nbytes(parameters), _nbytes(backbone.buffers()),
+                   activations, 4 * math.prod(input_shape), _nbytes(trained))
 
 
 @dataclass(frozen=True)
@@ -98,10 +102,12 @@ class MemoryPlan:
         group = sum(len(Shard.of(micro_batch, num_ranks, rank)) for rank in range(head.num_shards))
         sparse = backbone.matrices if "density" in FLAGS_OF_EXCHANGES[cfg.exchange] else 0
         weights = backbone.parameters + backbone.buffers
-        momentum = backbone.parameters - sparse if cfg.momentum else 0
+        momentum = backbone.trained - sparse if cfg.momentum else 0
+        if cfg.optimizer == "adamw":
+            momentum = 2 * backbone.trained  # beside a step count, which is 4 bytes for each tensor
         in_flight = min(3, num_parts)  # micro-batches in the forward pass, the softmax and the backward pass
         parts = {
-            "backbone": weights, "backbone gradients": backbone.parameters, "backbone momentum": momentum,
+            "backbone": weights, "backbone gradients": backbone.trained, "backbone momentum": momentum,
             "residuals": 2 * sparse, "activations": (2 * in_flight + 1) * num_examples * backbone.activations // 2,
             "class rows": head.table, "row momentum": head.momentum,
             "row gradients": head.gradients(max_accumulation_steps),

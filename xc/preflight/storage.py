@@ -1,4 +1,4 @@
-"""Preflight: the data set, the run folder, and space for checkpoints."""
+"""Preflight: the data set, the weights of the start, the run folder, and space for checkpoints."""
 
 import os
 import secrets
@@ -8,11 +8,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from xc.comm.world import World
 from xc.data import loader
-from xc.data.augment import prepared
+from xc.data.augment import norm_of, prepared
 from xc.data.evaluated import classes_without_images, how_to_split, split_while_training, tested_at_the_end
 from xc.data.pack_split import PackSplit
 from xc.errors import UserError, one_line
+from xc.model import backbone as backbones
+from xc.model import start_weights
 from xc.optim.schedule import Schedule
 from xc.preflight.report import MIB, listed, on_all_ranks, on_rank_0, size_text
 from xc.run import folder as run_folder
@@ -46,6 +49,7 @@ def report_data(report, cfg, world):
     def opened():
         splits.update(loader.open_splits(cfg))
         train = splits["train"]
+        norm_of(cfg.input_norm, cfg.channels)
         order_bytes = train.order_bytes if isinstance(train, PackSplit) else 0
         accumulation_steps = Schedule.of(cfg, len(train), world.size).max_accumulation_steps
         return Examples(train.num_classes, len(train), train.input_shape, order_bytes, accumulation_steps,
@@ -92,6 +96,15 @@ def _report_evaluation(report, cfg, splits, untrained):
     report.add_checked("evaluation", f"on {split} while training, {len(splits[split]):,} examples; {at_end}{known}",
                        "; ".join(unknown), "add images of them to train, or read top1_by_frequency, which has their "
                        "examples as 0")
+
+
+def report_start_weights(report, cfg, world, examples):
+    """Try the file of --init on rank 0, which alone reads it. Collective."""
+    def tried():
+        net = backbones.build(cfg.backbone, examples.input_shape, cfg.feature_dim, cfg.seed, World(), cfg.amp)
+        return start_weights.load(net, Path(cfg.init))
+
+    report.add("start weights", "; ".join(line.removeprefix("init: ") for line in on_rank_0(world, tried)))
 
 
 def report_run_folder(report, cfg, world, plan):

@@ -1,13 +1,14 @@
 """What a run is made of: data, state, run folder. A mistake found on any rank is raised on all of them."""
 
 import sys
+from pathlib import Path
 
 from xc.checkpoint.state import State
 from xc.data import loader
 from xc.data.evaluated import how_to_split, split_while_training
 from xc.gradients import exchanges
 from xc.model import backbone as backbones
-from xc.model import head_table
+from xc.model import head_table, start_weights
 from xc.optim.noise_scale import NoiseScale
 from xc.optim.optimizers import RowSGD, backbone_optimizer
 from xc.optim.schedule import Schedule
@@ -33,7 +34,7 @@ def state(cfg, train_split, world):
     with world.raise_on_all_ranks():
         examples_of_rank = cfg.global_batch // cfg.micro_batches // world.size
         backbone = backbones.build(cfg.backbone, train_split.input_shape, cfg.feature_dim, cfg.seed, world, cfg.amp,
-                                   examples_of_rank)
+                                   examples_of_rank, cfg.freeze)
         head = head_table.build(cfg, train_split.num_classes, world)
         exchange = exchanges.build(backbone, world, cfg)
     return State(backbone, backbone_optimizer(backbone, cfg, exchange.keeps_momentum), head,
@@ -41,11 +42,37 @@ def state(cfg, train_split, world):
                  LossMeter(world.device))
 
 
+def start_weights_of(cfg, state, resumed, world):
+    """Give the backbone the weights of --init, unless a checkpoint was resumed, and say what matched. Collective."""
+    if not cfg.init:
+        return
+    if resumed:
+        if world.rank == 0:
+            print("note: --init is not read, since the weights are those of the checkpoint", flush=True)
+        return
+    with world.raise_on_all_ranks():
+        lines = start_weights.load(state.backbone, Path(cfg.init)) if world.rank == 0 else []
+    start_weights.share(state.backbone, world)
+    for line in lines:
+        print(line, flush=True)
+
+
 def run_folder(cfg, world):
     """Create the run folder, or lock the one that is resumed. Collective."""
     with world.raise_on_all_ranks():
         if world.rank == 0:
             folder.create(cfg, world.size)
+
+
+def warn_of_unused(cfg, train_split, world):
+    """Warnings of rank 0 about flags that do nothing."""
+    if world.rank != 0:
+        return
+    if cfg.input_norm != "half" and len(train_split.input_shape) != 3:
+        print("warning: --input-norm has no effect on vectors", file=sys.stderr, flush=True)
+    if cfg.freeze and not cfg.init:
+        print(f"warning: --freeze {cfg.freeze} without --init keeps random weights as they are", file=sys.stderr,
+              flush=True)
 
 
 def say_what_is_evaluated(cfg, splits, world):

@@ -14,7 +14,7 @@ def train_step(state, batch, plan, progress, schedule, cfg, timer):
     returns  features (B, D) of the first micro-batch, labels of all of them
     """
     head, exchange = state.head, state.exchange
-    set_lr(state.backbone_optimizer, plan.lr)
+    set_lr(state.backbone_optimizer, plan.lr * cfg.backbone_lr_scale)
     set_lr(state.head_optimizer, plan.lr * cfg.head_lr_scale)
     with timer("select"):
         labels = torch.cat([labels for _, labels in batch])
