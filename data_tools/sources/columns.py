@@ -17,9 +17,10 @@ MAX_WEIGHT = float(np.finfo(np.float32).max)
 USUAL = {"path": ("path", "file", "file_name", "filename", "filepath", "file_path", "image_path", "image", "img"),
          "label": ("label", "labels", "class", "category", "class_name", "target", "sku", "product_id"),
          "split": ("split",), "weight": ("weight",)}
-# A column with one of these words in its name and few values may hold the splits: is_train, partition, fold.
+# A column of flags or small numbers with one of these words in its name may hold the splits: is_train, partition, fold.
 _SPLIT_WORDS = {*SPLIT_OF, "holdout", "heldout", "eval", "dev", "partition", "fold", "split", "subset", "phase",
                 "usage"}
+_FLAG = re.compile(r"\d{1,2}|true|false|yes|no|", re.IGNORECASE)
 _FEW = 16  # most different values of a column that is looked at for splits
 _MISSING = {"nan", "none", "null", "na", "n/a", "-1"}
 _PLACE_ELSEWHERE = re.compile(r"[A-Za-z]:[\\/]|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -102,7 +103,8 @@ class Columns:
         for index, values in self._values.items():
             named = {split for value in values if (split := self._how.splits.in_name(value))}
             words = set(re.split(r"[\W_]+", self._names[index]))
-            if len(named) > 1 or "train" in named and 1 < len(values) < 5 or words & _SPLIT_WORDS and len(values) > 1:
+            is_flag = words & _SPLIT_WORDS and len(values) > 1 and all(map(_FLAG.fullmatch, values))
+            if len(named) > 1 or "train" in named and 1 < len(values) < 5 or is_flag:
                 name, shown = self._names[index], ", ".join(map(repr, sorted(values)[:4])) + ", …" * (len(values) > 4)
                 raise PackError(f"{self.file}: column {name!r} may hold the splits, with {shown}; take them by "
                                 f"--split-column {name}, with --rename-split VALUE=SPLIT for each that is not train, "

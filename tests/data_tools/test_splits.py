@@ -276,6 +276,16 @@ def test_columns_that_may_hold_the_splits_are_named(tmp_path, capsys, column, va
         assert len(Pack(tmp_path / f"pack-{kind}")) == 3
 
 
+@pytest.mark.parametrize("column, values", [
+    ("usage", ["home", "office", "home"]), ("color", ["red", "blue", "red"]), ("test_score", [0.5, 0.25, 1.0]),
+    ("vehicle", ["train", "train", "train"]), ("year", [2017, 2018, 2019]), ("note", ["", "", ""])])
+def test_other_columns_do_not_matter(tmp_path, column, values):
+    names = list(write_tree(tmp_path, {"k": 3}))
+    for kind in "csv", "jsonl", "parquet":
+        run_pack(table(tmp_path / f"a.{kind}", {"path": names, "label": ["k"] * 3, column: values}), tmp_path / kind)
+        assert len(Pack(tmp_path / kind)) == 3
+
+
 def test_values_of_a_column_of_splits_can_be_renamed(tmp_path):
     names = list(write_tree(tmp_path, {"k": 3}))
     for kind, values in ("csv", [0, 1, 0]), ("jsonl", [False, True, False]), ("parquet", [False, True, False]), (
