@@ -22,12 +22,12 @@ def records(root, how, skipped):
             yield from ((split, os.path.join(folder, name), "", None) for name in names if not is_never_data(name))
             continue
         if any(part.startswith(".") for part in folder.split("/")):
-            for path in _images(root, folder, names, split, skipped):
+            for path in images_in(root, folder, names, split, skipped):
                 skipped.add(split, path, "its folder is hidden: the name begins with a dot")
             continue
         if folder:
             _check_no_splits(root, folder, inner, how.splits)
-        for path in _images(root, folder, names, split, skipped):
+        for path in images_in(root, folder, names, split, skipped):
             if not label:
                 raise PackError(f"{os.path.join(root, path)}: an image without a class; move it into a folder named "
                                 "after its class, or list the images in a manifest")
@@ -40,7 +40,7 @@ def records(root, how, skipped):
                         "all for one split, as --rename-split test=train does")
 
 
-def _images(root, folder, names, split, skipped):
+def images_in(root, folder, names, split, skipped):
     """Yields the paths of the images among the files of a folder; others are reported."""
     stems, place = None, os.path.join(folder, "")
     for name in names:
