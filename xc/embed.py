@@ -13,8 +13,11 @@ import numpy as np
 from data_tools.common.command import stop_on_signals
 from xc.comm.launch import run
 from xc.comm.world import open_world
+from xc.use.features import passes
 from xc.use.job import Job, make_parser
 from xc.use.tables import FeatureArray, FeatureParquet, text
+
+_ROW_GROUP = 4096  # images
 
 
 def parser():
@@ -38,7 +41,7 @@ def main(argv=None):
     trained, width = job.trained, job.trained.cfg.feature_dim
     of_suffix = {".parquet": FeatureParquet, ".npy": FeatureArray}[job.suffix]
     with job.writing(lambda *paths: of_suffix(*paths, width)) as write:
-        for images, features in job.batches("embedding"):
+        for images, features in passes(job.batches("embedding"), _ROW_GROUP):
             write(rows, images, trained.directions(features))
     job.report()
 

@@ -52,12 +52,17 @@ def main(argv=None):
     job = Job(args, (".parquet", ".csv", ".jsonl"), world)
     with world.raise_on_all_ranks():
         table = job.trained.class_table(args.classes)
-    k = min(args.top, job.trained.num_classes)
-    with job.writing(lambda path: prediction_table(path, job.suffix)) as write:
+    write(job, table, world)
+    job.report()
+
+
+def write(job, table, world):
+    """Write the rows of all images of a Job; table: Pack with the names of the classes. Collective."""
+    args, k = job.args, min(job.args.top, job.trained.num_classes)
+    with job.writing(lambda path: prediction_table(path, job.suffix)) as write_rows:
         for images, features in passes(job.batches("predicting"), args.images_per_pass):
             best = best_classes(features, job.trained, k, world)
-            write(rows, images, *best, table)
-    job.report()
+            write_rows(rows, images, *best, table)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def prediction_table(path, suffix):
 
 
 class FeatureParquet:
-    """Rows of path, features (a list of D float32, null where there are none), reason."""
+    """Rows of path, features (a list of D float32, all null where there are none), reason."""
 
     def __init__(self, path, width):
         import pyarrow as pa
@@ -83,9 +83,10 @@ class FeatureParquet:
 
     def write(self, names, features, reasons):
         """names, reasons: lists of n; features: (n, D) float32, anything where there is a reason"""
-        missing = np.array([reason is not None for reason in reasons], bool)
-        lists = self._pa.FixedSizeListArray.from_arrays(self._pa.array(features.ravel()), self._width,
-                                                        mask=self._pa.array(missing))
+        # Lists of nulls: pyarrow writes lists that are null themselves, and cannot read them where their size is fixed.
+        missing = np.repeat([reason is not None for reason in reasons], self._width)
+        numbers = self._pa.array(features.ravel(), self._pa.float32(), mask=missing)
+        lists = self._pa.FixedSizeListArray.from_arrays(numbers, self._width)
         self._table.write({"path": names, "features": lists, "reason": reasons})
 
     def close(self):
