@@ -28,7 +28,8 @@ PAGE_SECONDS = 550  # a page takes up to 90 s on two quiet cores
 FOREIGN_FLAGS = set("""
     --account --array --batch --gpus-per-node --mpi --nodes --ntasks --ntasks-per-node --partition --signal
     --oversubscribe --check-build --gloo --no-deps --key --durations --pdb --pid""".split())
-PROGRAM = re.compile(r"train\.py|data_tools\.\w+|tests\.support\.\w+|benchmarks/\w+\.py|slurm/\w+\.sbatch(?: \w+)?")
+PROGRAM = re.compile(r"train\.py|xc\.(?:predict|embed)\b|"
+                     r"data_tools\.\w+|tests\.support\.\w+|benchmarks/\w+\.py|slurm/\w+\.sbatch(?: \w+)?")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 PATH = re.compile(r"(?<![\w/.{-])(?:xc|data_tools|benchmarks|tests|slurm|docs|\.ci)/(?!logs)[\w/.-]*\w/?")
 
@@ -56,6 +57,7 @@ def flags_of(program):
     path = ROOT / (program if program.endswith(".py") else program.replace(".", "/") + ".py")
     assert path.is_file(), f"{program}: there is no such program"
     shared = [ROOT / f"benchmarks/{name}.py" for name in ("hosts", "image_sets", "measure")]
+    shared += [ROOT / "xc/use/job.py"] * program.startswith("xc.")
     of_training = flags_of("train.py") if "config.parse([*" in path.read_text() else set()
     return {"--help"} | of_training | {name for file in [path, *shared] for name in flags_in(file)}
 
@@ -100,7 +102,7 @@ def test_every_command_and_flag_exists(page):
 
 def test_every_flag_that_is_mentioned_exists():
     known = FOREIGN_FLAGS | flags_of("train.py")
-    for folder in "data_tools", "benchmarks", "tests/support":
+    for folder in "data_tools", "benchmarks", "tests/support", "xc", "xc/use":
         known |= {flag for file in (ROOT / folder).glob("*.py") for flag in flags_in(file)}
     for page in PAGES:
         assert set(FLAG.findall(code_of(page))) <= known, page

@@ -35,7 +35,7 @@ def check_images(images, max_pixels, encoding, check):
         warnings.simplefilter("ignore")  # Pillow warns about odd metadata of images that decode
         for path, given in images:
             try:
-                data = _read(path) if given is None else given
+                data = read_file(path) if given is None else given
                 _check_size(len(data))
                 if encoding == KEPT:
                     check_image(data, max_pixels, check)
@@ -61,7 +61,7 @@ def content_hashes(paths):
 
 def _content_hash(path):
     try:
-        return content_hash(_read(path))
+        return content_hash(read_file(path))
     except (OSError, ValueError):
         return None
 
@@ -70,7 +70,8 @@ def content_hash(data):
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def _read(path):
+def read_file(path):
+    """The bytes of a file. OSError; ValueError where it is no file, too large, or changes meanwhile."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else a pipe waits for its writer
     try:
         status = os.fstat(descriptor)

@@ -31,12 +31,12 @@ def records(root, how, skipped):
                         if claims_image(path) or content_is_image(os.path.join(root, path)))
             continue
         if any(part.startswith(".") for part in folder.split("/")):
-            for path in _images(root, folder, names, split, skipped):
+            for path in images_in(root, folder, names, split, skipped):
                 skipped.add(split, path, "its folder is hidden: the name begins with a dot")
             continue
         if folder and doubled.get(folder) is None:
             _check_no_splits(root, folder, inner, how.splits)
-        for path in _images(root, folder, names, split, skipped):
+        for path in images_in(root, folder, names, split, skipped):
             if not label:
                 raise PackError(f"{os.path.join(root, path)}: an image without a class; move it into a folder named "
                                 f"after its class, or list the images in a manifest{_without(split)}")
@@ -47,7 +47,7 @@ def records(root, how, skipped):
             note(f"{os.path.join(root, folder)}: no images for split {split}")
 
 
-def _images(root, folder, names, split, skipped):
+def images_in(root, folder, names, split, skipped):
     """Yields the paths of the images among the files of a folder; others are reported."""
     stems, place = None, os.path.join(folder, "")
     for name in names:

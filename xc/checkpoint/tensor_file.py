@@ -85,6 +85,25 @@ class TensorFile:
         data = np.frombuffer(b"".join(self.rows(name, first, last)), _NUMPY[self.dtype(name)])
         return data.reshape(last - first, *self.shape(name)[1:])
 
+    def mapped(self, name, first, last):
+        """Rows first … last - 1 of a table as a tensor whose memory is the file: only pages that are touched are read.
+
+        A map of all rows would count against the memory that a process may ask for, so callers map blocks.
+        """
+        shape, dtype = self.shape(name), self.dtype(name)
+        if not shape or not 0 <= first <= last <= shape[0]:
+            raise ValueError(f"checkpoint file {self.path} cannot be used: {name} {shape} has no rows {first} to "
+                             f"{last}")
+        row_bytes = _ITEM_BYTES[dtype] * math.prod(shape[1:])
+        begin = self._begin + self._entry(name)["data_offsets"][0] + first * row_bytes
+        try:
+            # Copy on write, since torch takes no memory that cannot be written; nothing is written.
+            data = np.memmap(self.path, np.uint8, "c", begin, (last - first) * row_bytes)
+        except OSError as e:
+            raise ValueError(f"checkpoint file {self.path} cannot be read ({e})") from e
+        kind = next(kind for kind, text in _DTYPES.items() if text == dtype)
+        return torch.from_numpy(data).view(kind).view(last - first, *shape[1:])
+
     def _entry(self, name):
         if name not in self._header:
             raise ValueError(f"checkpoint file {self.path} cannot be used: it holds no {name}")

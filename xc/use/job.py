@@ -1,0 +1,118 @@
+"""What `xc.predict` and `xc.embed` share: flags, checks before anything is read, the file that appears at the end."""
+
+import argparse
+import json
+import os
+import time
+from contextlib import ExitStack, contextmanager
+
+from data_tools.common.atomic import atomic_path
+from data_tools.common.command import between, check_paths
+from data_tools.common.progress import Progress, note
+from xc.errors import UserError
+from xc.use.features import features_of
+from xc.use.source import images_of
+from xc.use.trained import open_run
+
+_NAMED = 3  # images without a result that a note names
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports an error as all errors of a launch: one line of rank 0, and exit code 2 on all ranks."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see python -m {self.prog} --help")
+
+
+def make_parser(name, description):
+    """The flags that both commands have."""
+    parser = Parser(prog=name, description=description, allow_abbrev=False)
+    add = parser.add_argument
+    add("run", metavar="RUN", help="the --out of train.py")
+    add("src", metavar="SRC", help="a folder of images, one image, or anything that data_tools.pack reads")
+    add("--out", required=True, metavar="FILE", help="the file to write; it must not exist")
+    add("--checkpoint", default="", metavar="NAME", help="as step-00000100; without it the one with the highest top-1, "
+        "else the newest")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda where there is one")
+    add("--batch-size", type=between(1, 2**16), default=64, help="images that a rank computes at once (%(default)s)")
+    add("--loader-threads", type=between(1, 1024), default=1, help="threads of each rank that read and decode "
+        "(%(default)s)")
+    return parser
+
+
+class Job:
+    """One launch of a command; a mistake of the user is found in the constructor, before anything is written.
+
+    args     the flags
+    trained  Trained of the run
+    """
+
+    def __init__(self, args, suffixes, world, beside=None):
+        """suffixes: that the file may have; beside: suffix of a second file, by that of the first. Collective."""
+        self.args, self._world, self._started = args, world, time.monotonic()
+        self.out = os.path.abspath(args.out)
+        self.suffix = os.path.splitext(self.out)[1].lower()
+        with world.raise_on_all_ranks():
+            if self.suffix not in suffixes:
+                raise UserError(f"--out {args.out}: name a file that ends in {' or '.join(suffixes)}")
+            second = (beside or {}).get(self.suffix)
+            self.outs = [self.out] + ([os.path.splitext(self.out)[0] + second] if second else [])
+            if world.rank == 0:
+                for out in self.outs:
+                    check_paths([args.src], out, None)
+            self.trained = open_run(args.run, args.checkpoint, world)
+        self._images = self._total = None
+
+    @contextmanager
+    def writing(self, open_table):
+        """Yields write(rows, *arguments), which writes rows(*arguments) into the table that open_table(*hidden paths)
+        gives; rank 0 alone has one. The files get their names at the end. Collective, as is every write."""
+        world = self._world
+        with ExitStack() as stack:
+            table = None
+            with world.raise_on_all_ranks():
+                if world.rank == 0:
+                    table = open_table(*[stack.enter_context(atomic_path(out)) for out in self.outs])
+
+            def write(rows, *arguments):
+                with world.raise_on_all_ranks():
+                    if table:
+                        table.write(*rows(*arguments))
+
+            yield write
+            with world.raise_on_all_ranks():
+                if table:
+                    table.close()
+                stack.close()
+
+    def batches(self, what):
+        """What `features_of` yields, with a bar or lines of progress. Collective."""
+        args, world = self.args, self._world
+        with world.raise_on_all_ranks():
+            images, total = images_of(args.src)
+        self._bad, self._first_bad, self._count = 0, [], 0
+        with ExitStack() as stack:
+            progress = stack.enter_context(Progress(what, total)) if world.rank == 0 else None
+            for chunk, features in features_of(images(), self.trained, world, batch=args.batch_size,
+                                               threads=args.loader_threads,
+                                               progress=progress.add if progress else lambda count: None):
+                bad = [image for image in chunk if image.reason is not None]
+                self._first_bad += bad[: _NAMED - len(self._first_bad)]
+                self._bad += len(bad)
+                self._count += len(chunk)
+                yield chunk, features
+        if not self._count:
+            raise UserError(f"{args.src} holds no images: name a folder of images, or what data_tools.pack reads")
+
+    def report(self):
+        """Prints what was done: a note on what has no result, and a JSON object."""
+        if self._world.rank:
+            return
+        if self._bad:
+            first = ", ".join(f"{image.name} ({image.reason})" for image in self._first_bad)
+            note(f"{self._bad} of {self._count} images have a reason instead of a result: {first}"
+                 + ", …" * (self._bad > len(self._first_bad)))
+        seconds = time.monotonic() - self._started
+        print(json.dumps({"out": self.args.out, "images": self._count, "without_result": self._bad,
+                          "checkpoint": self.trained.folder.name, "seconds": round(seconds, 3),
+                          "images_per_second": round(self._count / seconds, 1)}), flush=True)

@@ -1,0 +1,105 @@
+"""The images of a source, without their classes: anything that packing reads, a folder of images, or one image."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from data_tools.packing.workers import read_file
+from data_tools.sources.base import Reading, walk
+from data_tools.sources.detect import kind_of, open_source
+from data_tools.sources.folder import images_in
+from data_tools.sources.names import content_is_image
+from data_tools.sources.packs import is_pack
+from data_tools.sources.splits import SplitNames
+from xc.data.pack import open_splits
+
+
+@dataclass
+class Image:
+    """An image of a source, or what the source names and cannot give.
+
+    name    path of the file, or file and place in it
+    load    returns its bytes; OSError or ValueError where there are none. None: there is nothing to load
+    reason  why it has no result; None: it has one
+    """
+
+    name: str
+    load: Callable | None = None
+    reason: str | None = None
+
+
+class _NoClass(SplitNames):
+    """Takes every split for one that is left out: sources give the images of such splits without asking for a class."""
+
+    def leaves_out(self, split):
+        return True
+
+
+def images_of(path):
+    """(function that yields the Images in a fixed order, their number or None where only reading all would tell).
+
+    PackError where it is no source.
+    """
+    if os.path.isfile(path) and content_is_image(path):
+        return lambda: iter([_of_file(path)]), 1
+    if os.path.isdir(path) and is_pack(path):
+        packs = list(open_splits(path).values())
+        return lambda: _of_packs(packs), sum(map(len, packs))
+    kind = kind_of(path)
+    if kind == "folder":
+        return lambda: _below(path), sum(1 for _ in _below(path))
+    # Reading a table twice takes little beside its images; a tar file or a .rec would be read whole.
+    source = open_source(path, kind, Reading(splits=_NoClass()))
+    images = partial(_of_source, source)
+    return images, sum(1 for _ in images()) if kind in ("manifest", "jsonlines", "list") else None
+
+
+def _of_file(path):
+    return Image(path, partial(read_file, path))
+
+
+def _of_packs(packs):
+    for pack in packs:
+        for number in range(len(pack)):
+            yield Image(f"{pack.path}: record {number}", partial(_record, pack, number))
+
+
+def _record(pack, number):
+    return pack.read([number])[0][0]
+
+
+class _Reports(list):
+    """Images that a source reports: they wait here until the next one that it yields."""
+
+    def __init__(self, root):
+        self._root = root
+
+    def add(self, split, path, reason):
+        self.append(Image(os.path.join(self._root, path), reason=reason))
+
+    def taken(self):
+        while self:
+            yield self.pop(0)
+
+
+def _below(root):
+    """The images of a tree. The names of its folders mean nothing, so they may lie at its top."""
+    reports = _Reports(root)
+    for folder, _, names in walk(root, reports):
+        hidden = any(part.startswith(".") for part in folder.split("/"))
+        for path in images_in(root, folder, names, "", reports):
+            yield from reports.taken()
+            if hidden:
+                yield Image(os.path.join(root, path), reason="its folder is hidden: the name begins with a dot")
+            else:
+                yield _of_file(os.path.join(root, path))
+    yield from reports.taken()
+
+
+def _of_source(source):
+    reports = _Reports("")
+    for _, name, _, data, *_ in source.records(reports):
+        yield from reports.taken()
+        yield _of_file(os.path.join(source.root, name)) if data is None else Image(name, partial(bytes, data))
+    yield from reports.taken()
