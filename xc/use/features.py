@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from xc.comm.shard import Shard
-from xc.data.augment import prepared
+from xc.data.augment import norm_of, prepared
 from xc.data.images import decode
 from xc.data.loader import BatchQueue
 from xc.errors import UserError, one_line
@@ -25,8 +25,9 @@ def features_of(images, trained, world, *, batch, threads, progress):
     UserError where the source cannot be read on, or ranks see different images in it.
     """
     chunks, group = deque(), world.all_ranks
-    queue = BatchQueue(_parts(images, batch, world, chunks), _Decoder(trained.cfg), lambda inputs, *_: prepared(inputs),
-                       threads, world.device)
+    norm = norm_of(trained.cfg.input_norm, trained.cfg.channels)
+    queue = BatchQueue(_parts(images, batch, world, chunks), _Decoder(trained.cfg),
+                       lambda inputs, *_: prepared(inputs, norm=norm), threads, world.device)
     while True:
         with world.raise_on_all_ranks():
             taken = queue.take(1)
