@@ -1,7 +1,7 @@
 """Images per second of xc.predict, beside its loader and backbone alone: python benchmarks/predict.py SCRATCH
 
-A run of --classes classes that trained for one step, on patterns of 32 × 32 pixels in one pack of --images records, and
-the backbone that --backbone names (small). Both arms take the same pack in one process with one loader thread; they take turns.
+A run of --classes classes with --backbone trains for one step on patterns of 32 × 32 pixels, in one pack of --images
+records. Both arms take that pack in one process with one loader thread; they take turns.
 
 bare     the Loader's test batches of 64 images through the backbone, and nothing else
 predict  all that xc.predict does after its start, from the first image to the renamed Parquet file: the same images,
@@ -90,7 +90,8 @@ def main():
         pack, run, runs = args.scratch / "pack", args.scratch / "run", {"bare": [], "predict": []}
         write_pack(pack, args.classes, args.images)
         subprocess.run([sys.executable, "train.py", "--data", pack.absolute(), "--out", run.absolute(), "--steps", "1",
-                        "--global-batch", "8", "--backbone", args.backbone, "--device", "cpu"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                        "--global-batch", "8", "--backbone", args.backbone, "--device", "cpu"],
+                       cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for _ in tqdm(range(args.repeats), "rounds", disable=not sys.stderr.isatty()):
             runs["bare"].append(bare(run))
             runs["predict"].append(predicted(run, pack, args.scratch / "out.parquet"))
