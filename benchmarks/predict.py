@@ -1,7 +1,7 @@
 """Images per second of xc.predict, beside its loader and backbone alone: python benchmarks/predict.py SCRATCH
 
-A run of --classes classes that trained for one step, on patterns of 32 × 32 pixels in one pack of --images records, and
-the backbone `small`. Both arms take the same pack in one process with one loader thread; they take turns.
+A run of --classes classes with --backbone trains for one step on patterns of 32 × 32 pixels, in one pack of --images
+records. Both arms take that pack in one process with one loader thread; they take turns.
 
 bare     the Loader's test batches of 64 images through the backbone, and nothing else
 predict  all that xc.predict does after its start, from the first image to the renamed Parquet file: the same images,
@@ -81,6 +81,7 @@ def main():
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--classes", type=int, default=10000)
     parser.add_argument("--images", type=int, default=20000)
+    parser.add_argument("--backbone", default="small")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -89,13 +90,14 @@ def main():
         pack, run, runs = args.scratch / "pack", args.scratch / "run", {"bare": [], "predict": []}
         write_pack(pack, args.classes, args.images)
         subprocess.run([sys.executable, "train.py", "--data", pack.absolute(), "--out", run.absolute(), "--steps", "1",
-                        "--device", "cpu"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                        "--global-batch", "8", "--backbone", args.backbone, "--device", "cpu"],
+                       cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for _ in tqdm(range(args.repeats), "rounds", disable=not sys.stderr.isatty()):
             runs["bare"].append(bare(run))
             runs["predict"].append(predicted(run, pack, args.scratch / "out.parquet"))
     finally:
         shutil.rmtree(args.scratch)
-    values = {"classes": args.classes, "images": args.images, "repeats": args.repeats}
+    values = {"backbone": args.backbone, "classes": args.classes, "images": args.images, "repeats": args.repeats}
     for arm, found in runs.items():
         values[f"{arm}_per_second"] = args.images / statistics.median(wall for wall, _ in found)
         values[f"{arm}_cpu_seconds"] = 1e3 * statistics.median(cpu for _, cpu in found) / args.images
