@@ -40,6 +40,40 @@ def test_how_main_ends_is_how_the_process_ends(end, code, out, error, signals, c
     assert said.err == error if error is not None else said.err.startswith("rank 0 failed:\nTraceback")
 
 
+@pytest.mark.parametrize("size, waits", [(1, True), (2, False)])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_rank_0_speaks_though_mpi_does_not_join_the_ranks(size, waits, rank, monkeypatch, capsys):
+    """An MPI that did not start them has no barrier for them; the launcher ends all when the first one exits."""
+    ranks, slept = SimpleNamespace(size=size, allgather=lambda error: [error], Barrier=lambda: None), []
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=ranks)))
+    monkeypatch.setattr(launch, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(launch, "_compared", False)
+    for name in launch._RANK_VARIABLES + launch._SIZE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PMIX_RANK", str(rank))  # as under srun with an MPI that has no PMIx
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(SystemExit):
+        launch._exit_with(UserError("a mistake"))
+    assert capsys.readouterr().err == ("error: a mistake\n" if rank == 0 else "")
+    assert bool(slept) == (waits and rank == 1)
+
+
+@pytest.mark.parametrize("environment, found", [
+    ({"WORLD_SIZE": "1", "RANK": "0"}, None), ({"WORLD_SIZE": "2"}, None),
+    ({"WORLD_SIZE": "2", "RANK": "1"}, ("a launcher of torch", 2, 1)),
+    ({"WORLD_SIZE": "2", "RANK": "1", "PMIX_RANK": "1"}, None),
+    ({"WORLD_SIZE": "2", "RANK": "1", "PMIX_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}, ("torchrun", 2, 1)),
+    ({"WORLD_SIZE": "1", "RANK": "0", "TORCHELASTIC_RUN_ID": "none"}, None),
+    ({"SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "2"}, ("srun", 3, 2)),
+    ({"SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "2", "PMIX_RANK": "2"}, None)])
+def test_processes_that_would_train_alone_are_known(environment, found, monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS", *launch._RANK_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launch.stray_launch() == found
+
+
 def test_the_grid_must_divide_the_ranks():
     with pytest.raises(UserError, match="--model-parallel-size 3 does not divide the 4 ranks"):
         worlds._grid(4, 3)

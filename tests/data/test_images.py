@@ -12,7 +12,7 @@ from PIL import Image
 import xc.data.images
 from tests.support.images import BAD_IMAGES, IMAGE_KINDS, picture, png, smooth
 from xc.data import images as pack
-from xc.data.images import decode, open_image
+from xc.data.images import decode, open_header, open_image
 
 
 def test_decode_shapes_and_values():
@@ -148,7 +148,7 @@ def test_what_is_read_is_recognised(kind, mode):
                                                ("DDS", "RGBA", "DDS, which is not read"),
                                                ("TGA", "RGB", "not an image of a known format"),
                                                ("PDF", "RGB", "not an image, but a PDF"),
-                                               ("EPS", "RGB", "not an image, but a text")])
+                                               ("EPS", "RGB", "not an image, but PostScript")])
 def test_what_is_not_read_is_named(kind, mode, words):
     with pytest.raises(ValueError, match=words):
         open_image(smooth(kind, mode=mode))
@@ -160,7 +160,10 @@ def test_what_is_not_read_is_named(kind, mode, words):
     (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC, which is not"),
     (b"\xff\x0a\x12\x13", "JPEG XL"), (b"version https://git-lfs.github.com/spec/v1\noid", "git-lfs"),
     (b"<svg xmlns='http://www.w3.org/2000/svg'>", "SVG, which is not read"), (b"BM is how this begins" * 9, "a text"),
-    (b"P5 is how this begins" * 9, "a text"), (b"\x89PNG\r\n\x1a\n" + bytes(30), "a PNG whose header is damaged"),
+    (b"P5 is how this begins" * 9, "a text"), (b"P5 4 apples and 7 pears", "a text"),
+    (b"\0" * 99 + b"\1", "known format"),
+    (b"\0\x05\x16\x07\0\2\0\0Mac OS X", "macOS"), (b"\0\0\0\x18ftypcrx \0\0\0\1", "CR3, which is not"),
+    (b"\x89PNG\r\n\x1a\n" + bytes(30), "a PNG that Pillow does not read: "),
     (b"\x07\x01" * 40, "not an image of a known format")])
 def test_why_a_file_is_not_read(data, words):
     with pytest.raises(ValueError, match=words):
@@ -181,3 +184,65 @@ def test_metadata_of_a_png_may_be_large(kind, num_chunks):
         assert np.array_equal(decode(data, 4, 1), decode(bare, 4, 1))
         with pytest.raises(ValueError, match="PNG|decode"):
             open_image(data[:40])
+
+
+def entry(tag, value):
+    """The bytes of a tag of a TIFF: one number of 16 bits."""
+    return struct.pack("<HHIHH", tag, 3, 1, value, 0)
+
+
+COLOURS, COMPRESSION, FORMAT, BITS = 262, 259, 339, 258
+
+
+@pytest.mark.parametrize("mode, old, new, words", [
+    ("I;16", entry(COLOURS, 1), entry(COLOURS, 0), "mode I;16 mean darkness"),
+    ("F", entry(COLOURS, 1), entry(COLOURS, 0), "mode F mean darkness"),
+    ("L", entry(COMPRESSION, 1), entry(FORMAT, 2), "signed numbers of 8 bits"),  # uncompressed is the default
+    ("L", entry(BITS, 8), entry(BITS, 7), "a TIFF that Pillow does not read: unknown pixel mode")])
+def test_numbers_that_pillow_takes_for_others_are_refused(mode, old, new, words):
+    data = smooth("TIFF", mode=mode)
+    assert data.count(old) == 1 and open_image(data).mode == mode
+    with pytest.raises(ValueError, match=words):
+        open_image(data.replace(old, new))
+
+
+def test_what_is_inverted_in_a_tiff_of_8_bits_is_turned_back():
+    data = smooth("TIFF", mode="L")
+    assert np.array_equal(decode(data.replace(entry(COLOURS, 1), entry(COLOURS, 0)), 40, 1), 255 - decode(data, 40, 1))
+
+
+@pytest.mark.parametrize("transform", ["CMYK", "YCCK"])
+def test_adobes_jpegs_of_four_colours_are_recognised(transform):
+    """They are stored inverted, and as YCCK by Photoshop."""
+    wanted = np.asarray(Image.open(io.BytesIO(smooth("PNG"))).convert("CMYK"))
+    stored = wanted
+    if transform == "YCCK":  # libjpeg makes 255 - RGB of YCC; Pillow stores 255 - what it is given
+        colours = np.asarray(Image.fromarray(wanted[..., :3]).convert("YCbCr"))
+        stored = np.concatenate([255 - colours, wanted[..., 3:]], 2)
+    file = io.BytesIO()
+    Image.fromarray(stored, "CMYK").save(file, "JPEG", quality=95)
+    data = bytearray(file.getvalue())
+    data[data.index(b"Adobe") + 11] = {"CMYK": 0, "YCCK": 2}[transform]
+    assert abs(decode(bytes(data), 40, 3).astype(int) - decode(smooth("PNG"), 40, 3)).mean() < 3
+
+
+@pytest.mark.parametrize("no_jp2", [False, True])
+@pytest.mark.parametrize("sides, fits", [((64, 64), True), ((65, 64), False)])
+def test_a_jpeg_2000_has_a_bounded_number_of_tiles(no_jp2, sides, fits):
+    """Each takes memory: 65,025 tiles of one pixel in 162 bytes would take 0.75 GB."""
+    file = io.BytesIO()
+    Image.new("RGB", sides).save(file, "JPEG2000", no_jp2=no_jp2)
+    data = bytearray(file.getvalue())
+    place = data.index(b"\xff\x4f\xff\x51") + 4 + 20
+    data[place : place + 8] = struct.pack(">II", 1, 1)
+    if fits:
+        open_header(bytes(data))
+    else:
+        with pytest.raises(ValueError, match="a JPEG 2000 of more than 4096 tiles"):
+            open_header(bytes(data))
+
+
+def test_an_avif_in_the_brand_of_its_container_is_read():
+    data = smooth("AVIF")
+    other = data.replace(b"ftypavif", b"ftypmif1")
+    assert data != other and np.array_equal(decode(other, 40, 3), decode(data, 40, 3))

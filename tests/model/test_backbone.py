@@ -90,6 +90,15 @@ class AnySize(torch.nn.Module):
         return self.layer(images.mean((2, 3)))
 
 
+class Late(AnySize):
+    """It draws weights before it finds that it knows no img_size."""
+
+    def __init__(self, img_size=None, **keywords):
+        super().__init__(**keywords)
+        if img_size is not None:
+            raise TypeError("unexpected keyword argument 'img_size'")
+
+
 class Stubborn(AnySize):
     def forward(self, images):
         raise AssertionError(f"Input height ({images.shape[-1]}) doesn't match model (224)")
@@ -98,7 +107,7 @@ class Stubborn(AnySize):
 @pytest.fixture
 def timm(monkeypatch):
     """A package with timm's functions and networks that behave as timm's do."""
-    models = {"vit": FixedSize, "resnet": AnySize, "stubborn": Stubborn}
+    models = {"vit": FixedSize, "resnet": AnySize, "stubborn": Stubborn, "late": Late}
     package = SimpleNamespace(__version__="0", list_models=lambda: list(models),
                               create_model=lambda name, **keywords: models[name](**keywords))
     monkeypatch.setitem(sys.modules, "timm", package)
@@ -109,6 +118,11 @@ def timm(monkeypatch):
 def test_networks_of_timm_take_the_size_of_the_images(timm, name, channels, size):
     net = backbones.build(f"timm:{name}", (channels, size, size), 8, 0, World()).eval()
     assert net(torch.zeros(2, channels, size, size)).shape == (2, 8)
+
+
+def test_a_network_of_timm_has_the_weights_of_the_seed_whatever_was_tried_before(timm):
+    late, resnet = (backbones.build(f"timm:{name}", (3, 24, 24), 8, 0, World()) for name in ("late", "resnet"))
+    assert torch.equal(late[0].layer.weight, resnet[0].layer.weight)
 
 
 @pytest.mark.parametrize("name, size, reason", [("vit", 100, "must be divisible by 8"),
@@ -128,6 +142,11 @@ def test_batch_norm_needs_two_values(size, examples, fits):
     else:
         with pytest.raises(UserError, match="--backbone resnet18 has batch norm, which needs two values"):
             backbones.build("resnet18", (3, size, size), 8, 0, World(), examples_of_rank=examples)
+
+
+def test_a_frozen_batch_norm_needs_no_values():
+    net = backbones.build("resnet18", (3, 8, 8), 8, 0, World(), examples_of_rank=1, freeze=5)
+    net[0].train()(torch.zeros(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

@@ -46,6 +46,8 @@ def test_a_mistake_of_one_rank_before_mpi_starts_ends_all(tiny_packs, tmp_path):
     ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}, "torchrun started 2 processes"),
     ({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}, ""),
     ({"PMI_RANK": "0", "PMI_SIZE": "4", "MPI_LOCALNRANKS": "4"}, "Intel MPI started 4 processes"),
+    ({"WORLD_SIZE": "2", "RANK": "0", "TORCHELASTIC_RUN_ID": "x", "PMIX_RANK": "0"}, "torchrun started 2 processes"),
+    ({"PMI_RANK": "1", "PMI_SIZE": "2"}, ""),
 ])
 def test_a_launcher_of_another_mpi_is_named(environment, text, tiny_packs, tmp_path):
     """Without this every rank would take itself for the only one and train alone, all into one folder."""

@@ -54,6 +54,9 @@ def found_wrong(capsys):
     (["--out", "/proc/run"], "run folder", "cannot be written to"),
     (["--global-batch", 2], "data", "--global-batch 2 is less than the 3 ranks"),
     (["--backbone", "small"], "memory", "--backbone small takes images"),
+    (["--micro-batches", 10, "--data", "synth:classes=300,dim=16,test=50,images=1", "--image-size", 8, "--channels", 1,
+      "--backbone", "resnet18"], "memory", "--backbone resnet18 has batch norm, which needs two values"),
+    (["--global-batch", 3, "--micro-batches", 3], "data", "is more than the 1 examples of a rank"),
 ])
 def test_a_mistake_is_a_line_among_the_others(arguments, name, text, tmp_path, capsys):
     code, last = checked(3, *DATA, "--out", tmp_path / "run", *arguments)

@@ -32,15 +32,17 @@ def stray_launch():
     """(what started this process, number of processes, rank) where its launcher and MPI do not go together; else None.
 
     Without MPI, each of several processes would train alone. Open MPI does not know the launcher of MPICH and Intel MPI
-    (hydra), and ends with a page of its own when it starts there.
+    (hydra), and ends with a page of its own when it starts there. What torchrun starts inherits the variables of an MPI
+    launcher around it.
     """
-    if launched_rank() is not None:
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE") != "1"
+    if launched_rank() is not None and not by_torchrun:
         by_hydra = "PMI_RANK" in os.environ and not any(name.startswith(_OTHER_LAUNCHERS) for name in os.environ)
         if by_hydra and _vendor() == "Open MPI":
             return "the launcher of MPICH or Intel MPI", launched_size() or 1, launched_rank()
         return None
-    for launcher, size, rank in (("torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "a launcher of torch",
-                                  "WORLD_SIZE", "RANK"), ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")):
+    for launcher, size, rank in (("torchrun" if by_torchrun else "a launcher of torch", "WORLD_SIZE", "RANK"),
+                                 ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")):
         size, rank = os.environ.get(size, ""), os.environ.get(rank, "")
         if size.isdigit() and int(size) > 1 and rank.isdigit():
             return launcher, int(size), int(rank)
@@ -124,9 +126,16 @@ def _exit_with(error):
     # The launcher ends all ranks when the first one exits, so the others wait until rank 0 has printed.
     if not (launched_by_gloo() or stray):
         _barrier()
-    elif rank:
+    if rank and (launched_by_gloo() or stray or not _joined_by_mpi()):
         time.sleep(3)
     sys.exit(error.code)
+
+
+def _joined_by_mpi():
+    """Whether MPI joins the ranks that the launcher started; an MPI that did not start them sees this one alone."""
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD.size == (launched_size() or MPI.COMM_WORLD.size)
 
 
 def _barrier():

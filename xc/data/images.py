@@ -26,7 +26,11 @@ SCAN = re.compile(rb"\xff\xda\0[\x08\x0a\x0c\x0e][\1-\4]")
 MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "F", "I", "I;16", "I;16B", "I;16L", "I;16N"}
 PNG_CHUNK = struct.Struct(">I4s")  # length and kind
 PNG_METADATA = {b"iCCP", b"tEXt", b"zTXt", b"iTXt", b"eXIf"}
-TILE_WIDTH, TILE_HEIGHT = 322, 323  # tags of a TIFF
+COLOURS, TILE_WIDTH, TILE_HEIGHT, SAMPLE_FORMAT = 262, 322, 323, 339  # tags of a TIFF
+WHITE_IS_ZERO, SIGNED = 0, 2  # values of COLOURS and SAMPLE_FORMAT
+# Of a JPEG 2000. Each takes 12 kB, however few its pixels. The pattern is the start of its codestream.
+MAX_TILES = 2**12
+CODESTREAM = re.compile(rb"\xff\x4f\xff\x51(.{4})(.{32})(..)", re.DOTALL)
 INTEGERS = {1: 1, 3: 2, 4: 4}  # bytes of the types of its numbers
 
 
@@ -44,8 +48,7 @@ def open_header(data, max_pixels=MAX_PIXELS):
     except Exception as error:  # plugins raise all kinds of exceptions for a bad header
         if name == "PNG" and (bare := _without_metadata(data)) is not None:
             return open_header(bare, max_pixels)
-        reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
-        raise ValueError(f"a {name} whose header is damaged{reason}") from error
+        raise ValueError(f"a {name} that Pillow does not read{_reason(error, data, name)}") from error
     if image.format == "PPM" and (data[:2] not in (b"P5", b"P6") or image.tile[0][0] != "raw"):
         # Pillow reads the other kinds in Python, number by number: a hostile one takes minutes.
         raise ValueError("a PPM that is not one of bytes with the maximum 255, or of 16 bits")
@@ -55,7 +58,43 @@ def open_header(data, max_pixels=MAX_PIXELS):
         raise ValueError(f"a JPEG of more than {MAX_SCANS} scans, each of which may cost as much as the whole image")
     if image.format == "TIFF" and (pixels := _tiled_pixels(data, image)) > max_pixels:
         raise ValueError(f"{image.width}×{image.height} pixels in tiles of {pixels}, more than {max_pixels}")
+    if image.format == "TIFF":
+        _check_numbers(image)
+    if image.format == "JPEG2000" and _most_tiles(data) > MAX_TILES:
+        raise ValueError(f"a JPEG 2000 of more than {MAX_TILES} tiles, each of which takes memory")
     return image
+
+
+def _reason(error, data, name):
+    """": " and why Pillow does not open these bytes. It keeps the reason of a plugin to itself."""
+    if isinstance(error, UnidentifiedImageError):
+        try:
+            Image.OPEN[name][0](io.BytesIO(data), "")
+        except Exception as own:
+            error = own
+    return "" if isinstance(error, UnidentifiedImageError) or not str(error) else f": {error}"
+
+
+def _check_numbers(tiff):
+    """ValueError where Pillow takes the numbers of a TIFF for others than they are."""
+    if tiff.mode.startswith(("I", "F")) and tiff.tag_v2.get(COLOURS) == WHITE_IS_ZERO:
+        raise ValueError(f"a TIFF whose numbers of mode {tiff.mode} mean darkness (WhiteIsZero), which Pillow would "
+                         "read as light; convert it to 8 bits")
+    if tiff.mode in ("L", "LA", "RGB") and SIGNED in tiff.tag_v2.get(SAMPLE_FORMAT, ()):
+        raise ValueError("a TIFF of signed numbers of 8 bits, which Pillow would read as unsigned; convert it")
+
+
+def _most_tiles(jpeg2000):
+    """The largest number of tiles that a codestream in these bytes announces."""
+    most = 0
+    for head, sides, num_components in CODESTREAM.findall(jpeg2000):
+        length, [components] = int.from_bytes(head[:2], "big"), struct.unpack(">H", num_components)
+        if length != 38 + 3 * components:
+            continue  # bytes of something else
+        right, bottom, _, _, width, height, left, top = struct.unpack(">8I", sides)
+        if width and height:
+            most = max(most, -(-(right - left) // width) * -(-(bottom - top) // height))
+    return most
 
 
 def _without_metadata(png):

@@ -152,14 +152,14 @@ def _freeze(net, name, num_stages):
 
 @torch.no_grad()
 def _fewest_values(net, input_shape):
-    """Fewest values of a channel of one example that a batch norm of a network has statistics of; inf without one."""
+    """Fewest values of a channel of one example that a trained batch norm has statistics of; inf without one."""
     fewest, hooks = [math.inf], []
 
     def look(module, inputs):
         fewest.append(inputs[0].numel() // inputs[0].shape[1])
 
-    for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    for module in net.train().modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:  # frozen ones keep their statistics
             hooks.append(module.register_forward_pre_hook(look))
     net.eval()(torch.zeros(1, *input_shape))
     for hook in hooks:
@@ -176,10 +176,11 @@ def _from_timm(name, channels, image_size, feature_dim):
                         "beside a torchvision that fits torch, or take --backbone resnet50") from e
     if name.partition(".")[0] not in timm.list_models():  # a tag of weights may follow
         raise UserError(f"--backbone timm:{name} is not a model of timm {timm.__version__}: see timm.list_models()")
-    keywords = {"in_chans": channels, "num_classes": feature_dim}
+    keywords, random = {"in_chans": channels, "num_classes": feature_dim}, torch.random.get_rng_state()
     try:
         return timm.create_model(name, img_size=image_size, **keywords)
     except TypeError:  # most networks take images of any size, and no img_size
+        torch.random.set_rng_state(random)
         return timm.create_model(name, **keywords)
     except (RuntimeError, AssertionError, ValueError) as e:
         reason = (str(e) or type(e).__name__).splitlines()[0]

@@ -13,7 +13,7 @@ _MAX_LOAD = 0.9  # share of the free memory; above it, fragments and other proce
 def report_memory(report, cfg, world, facts, examples):
     """Compare the plan with the memory of the rank that has least free. Returns the MemoryPlan. Collective."""
     on_cpu = world.device.type == "cpu"
-    backbone = on_rank_0(world, lambda: BackboneSize.of(cfg, examples.input_shape))
+    backbone = on_rank_0(world, lambda: BackboneSize.of(cfg, examples.input_shape, world.size))
     host_free = min(one["memory"] / len(on_host) for on_host in by_host(facts).values() for one in on_host)
     gpu_free = 0 if on_cpu else min(one["gpu"]["free"] / _num_sharing_gpu(one, facts) for one in facts)
 

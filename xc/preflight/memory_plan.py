@@ -48,10 +48,11 @@ class BackboneSize:
     trained: int
 
     @classmethod
-    def of(cls, cfg, input_shape):
+    def of(cls, cfg, input_shape, num_ranks=1):
         """Build the backbone and measure it. UserError if its name is unknown or it does not take such examples."""
+        examples_of_rank = cfg.global_batch // cfg.micro_batches // num_ranks
         backbone = backbones.build(cfg.backbone, input_shape, cfg.feature_dim, cfg.seed, World(), cfg.amp,
-                                   freeze=cfg.freeze)
+                                   examples_of_rank, cfg.freeze)
         own = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
         saved = {}  # {address: bytes}
 
