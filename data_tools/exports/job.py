@@ -1,6 +1,7 @@
 """Exports a pack: reads its records and gives them to the writer of a format."""
 
 import contextlib
+import itertools
 import os
 import time
 
@@ -12,6 +13,7 @@ from data_tools.common.command import check_paths
 from data_tools.common.progress import Progress
 from data_tools.exports.folder import Folders, taken_for_splits
 from data_tools.exports.webdataset import TarShards
+from data_tools.packing.class_table import names_of
 from xc.data.pack import INDEX_FILE, PackError, open_splits
 
 
@@ -51,7 +53,8 @@ def export(src, out, *, to, split, classes, shard_mb):
     num_bytes = 0
     with atomic_folder(out) as partial:
         if to == "folder":
-            shunned = taken_for_splits(map(first.class_name, labels))
+            names = itertools.compress(names_of(first), sum(counts.values()) > 0)
+            shunned = taken_for_splits(name.decode() for name in names)
             writer = Folders(partial, is_split, shunned, first.has_weights)
         else:
             writer = TarShards(partial, is_split, first, shard_mb * 1e6)

@@ -107,7 +107,7 @@ def _check_splits_of(catalogue, sources, skipped, left_out, options):
     if not CLASS_SPLITS & set(splits):
         raise PackError(f"{src}: no images{' of split train, which gives the classes' if splits else ''}"
                         f"{_reasons(skipped, left_out)}"
-                        f"{f'; --rename-split {splits[0]}=train takes {splits[0]} for it' if splits else ''}")
+                        f"{'; --rename-split says which split is train' if splits else ''}")
     if "" in splits and len(splits) > 1:
         raise PackError(f"{src}: some images have a split and others none; give all one, or none")
     if options.split is not None and options.split[0] not in splits:

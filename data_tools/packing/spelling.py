@@ -1,7 +1,6 @@
 """The spelling of class names: what is made alike, and what must not be taken for the same."""
 
 import unicodedata
-from collections import Counter
 
 from data_tools.common.progress import note
 from xc.data.pack import PackError
@@ -16,8 +15,7 @@ class Spelling:
     """
 
     def __init__(self, form):
-        self._form, self._changed = form, Counter()
-        self._num_images = 0
+        self._form, self._num_images, self._examples = form, 0, {}
 
     def of(self, name):
         """The name in the form."""
@@ -26,15 +24,15 @@ class Spelling:
         normal = unicodedata.normalize("NFC", name)
         if normal != name:
             self._num_images += 1
-            if len(self._changed) < MOST_EXAMPLES:
-                self._changed[normal] += 1
+            if len(self._examples) < MOST_EXAMPLES:
+                self._examples[normal] = None
         return normal
 
     def note(self):
         """Notes how many names were changed."""
         if self._num_images:
             note(f"{self._num_images} images had class names in another form of Unicode than NFC, as "
-                 f"{', '.join(map(repr, self._changed))}; they were changed")
+                 f"{', '.join(map(repr, self._examples))}; they were changed")
 
 
 class Numbers:
@@ -54,9 +52,9 @@ class Numbers:
         if source.how.named:
             self._named = self._named or min(source.how.named)
         if source.how.bare:
-            self._bare = self._bare or (min(source.how.bare), name)
+            self._bare = self._bare or min(source.how.bare)
         elif not source.how.named and name is not None and name.isdigit():
-            self._bare = self._bare or (source.path, name)
+            self._bare = self._bare or source.path
         if self._bare and self._named:
-            raise PackError(f"{self._named} names its classes, but {self._bare[0]} has only numbers, as {self._bare[1]}"
-                            "; give both names, or pack them apart")
+            raise PackError(f"{self._named} names its classes, but {self._bare} has only numbers; give both names, or "
+                            "pack them apart")

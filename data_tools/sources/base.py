@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from data_tools.common.progress import note
 from data_tools.sources.names import (
     ARCHIVE_SUFFIXES,
     TABLE_SUFFIXES,
@@ -60,7 +61,7 @@ class Reading:
     root      folder in which the paths of a table start; None: that of the table
     split     that is given to all images; "": the source says it
     splits    SplitNames
-    noted     texts that were noted once for all sources
+    noted     texts that note_once has noted, for all sources
     named     files whose labels are numbers of which their schema gives the names
     bare      files whose labels are numbers without names
     """
@@ -78,6 +79,12 @@ class Reading:
     def leaves_out(self, split):
         """Whether images of this split are left out."""
         return self.splits.leaves_out(split or self.split)
+
+    def note_once(self, text):
+        """Notes a text, unless it was noted before."""
+        if text not in self.noted:
+            self.noted.add(text)
+            note(text)
 
     def with_columns(self, columns):
         return dataclasses.replace(self, columns=columns)

@@ -6,7 +6,6 @@ import re
 
 import numpy as np
 
-from data_tools.common.progress import note
 from data_tools.sources.base import stays_below
 from data_tools.sources.splits import SPLIT_OF
 from xc.data.pack import PackError
@@ -52,7 +51,7 @@ class Columns:
             raise PackError(f"{file}: one column is taken for two things ({said}); name others by --path-column and "
                             "--label-column")
         if how.header and any(self._names[index] not in (what, "image") for what, index in self.place.items()):
-            note_once(f"columns: {said}", how)
+            how.note_once(f"columns: {said}")
         self._values = {}  # {index of another column: its values, while they are few}
         if "split" not in self.place and "split" not in how.columns:
             self._values = {index: set() for index, name in enumerate(self._names)
@@ -73,8 +72,8 @@ class Columns:
         if (count := self._names.count(found[0])) > 1:
             raise PackError(f"{self.file}: column {found[0]!r} is there {count} times; rename all but one")
         if what == "label" and found[1:]:
-            note_once(f"column {found[0]} gives the class, not {' or '.join(found[1:])}; --label-column names another",
-                      self._how)
+            others = " or ".join(found[1:])
+            self._how.note_once(f"column {found[0]} gives the class, not {others}; --label-column names another")
         return self._names.index(found[0])
 
     def look_for_splits(self, cells):
@@ -130,7 +129,7 @@ class Columns:
             hint = f"; --without {split} leaves out that split" if split in ("val", "test") else ""
             raise PackError(f"{where}: no label{hint}")
         if row["label"].lower() in _MISSING:
-            note_once(f"class {row['label']!r} (first in {where}) may stand for a missing label", self._how)
+            self._how.note_once(f"class {row['label']!r} may stand for a missing label")
         return split, path, class_name(row["label"]), image, *weight_of(where, row)
 
 
@@ -169,10 +168,3 @@ def weight_of(where, row):
         raise PackError(f"{where}: weight {text!r} is not a number from 0 to {MAX_WEIGHT:.4g}; give every row one, or "
                         "leave the column out")
     return (number,)
-
-
-def note_once(text, how):
-    """Notes a text, unless it was noted before."""
-    if text not in how.noted:
-        how.noted.add(text)
-        note(text)

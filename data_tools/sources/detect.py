@@ -62,7 +62,7 @@ def given_sources(texts, splits):
         given.append((split, named[2] if named else text))
     if any(split for split, _ in given):
         if bare := [path for split, path in given if not split]:
-            raise PackError(f"{bare[0]}: no split, but other sources have one; give all one, as train={bare[0]}")
+            raise PackError(f"{bare[0]}: no split, but other sources have one; give all one, as train=FILE val=FILE")
         return given
     found = [_split_in_path(os.path.abspath(path), splits) for _, path in given]
     if len(set(found)) == 1:  # of all sources the same, or none
@@ -71,7 +71,7 @@ def given_sources(texts, splits):
         bare, named = given[found.index("")][1], {split: path for (_, path), split in zip(given, found, strict=True)}
         others = " and ".join(path for split, path in named.items() if split)
         raise PackError(f"{bare}: its name gives no split, but that of {others} does; say the split of each, as "
-                        f"train={bare}")
+                        "train=FILE val=FILE")
     given = list(zip(found, (path for _, path in given), strict=True))
     note(f"splits: {', '.join(f'{path} = {split}' for split, path in given[:8])}{', …' if given[8:] else ''}")
     return given

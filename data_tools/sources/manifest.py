@@ -20,7 +20,7 @@ def records(path, how, skipped):
     with lines.file:
         delimiter, names = _header(path, lines, how)
         rows = csv.reader(lines, delimiter=delimiter, strict=True)
-        columns, row = None, None
+        columns = None
         try:
             for cells in rows:
                 lines.left = MAX_ROW
@@ -30,12 +30,11 @@ def records(path, how, skipped):
                 if columns is None:
                     names = names or [str(number) for number in range(1, len(cells) + 1)]
                     columns = Columns(path, names, how if how.header else _by_number(how, len(cells)))
-                    row = _Row(columns.place)
                 if len(cells) != len(names) and any(cells[len(names):]) or len(cells) < len(names):
                     raise PackError(f"{where}: {len(cells)} cells, but {'the header' if how.header else 'the first'} "
                                     f"has {len(names)}; put a cell with {delimiter!r} in it into quotes")
                 columns.look_for_splits(cells)
-                yield columns.record(where, row.of(cells))
+                yield columns.record(where, {what: cells[index].strip() for what, index in columns.place.items()})
         except csv.Error as error:
             raise PackError(f"{path}: line {lines.number}: not in the format CSV: {error}") from error
         except UnicodeError as error:
@@ -44,16 +43,6 @@ def records(path, how, skipped):
         if columns is None:
             columns = Columns(path, names or ["path", "label"], how)
         columns.end()
-
-
-class _Row:
-    """Picks the cells of the columns that are used."""
-
-    def __init__(self, place):
-        self._place = tuple(place.items())
-
-    def of(self, cells):
-        return {what: cells[index].strip() for what, index in self._place}
 
 
 class Lines:
@@ -66,7 +55,7 @@ class Lines:
 
     def __init__(self, path, how):
         self.path, self.number, self.left, self._how = path, 0, MAX_ROW, how
-        encoding = "utf-8-sig" if how.encoding.lower().replace("_", "-") in ("utf-8", "utf8") else how.encoding
+        encoding = "utf-8-sig" if how.encoding == "utf-8" else how.encoding
         self.file = open(path, encoding=encoding, errors="surrogateescape", newline="")  # noqa: SIM115
 
     def first(self):

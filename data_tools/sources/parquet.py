@@ -4,10 +4,11 @@ import json
 from collections import Counter
 
 from data_tools.sources.base import Format, shards
-from data_tools.sources.columns import MAX_PATH_BYTES, USUAL, Columns, note_once
+from data_tools.sources.columns import MAX_PATH_BYTES, USUAL, Columns
 from xc.data import pack as layout
 from xc.data.pack import PackError
 
+MOST_SPLIT_BYTES = 256  # of a row of a column that may hold the splits, on average
 ROWS = 1024  # read at once, of columns that keep each value once (dictionaries)
 HUGGINGFACE = b"huggingface"  # key of the description that the package datasets writes into the schema
 
@@ -97,11 +98,16 @@ class _Table:
         from pyarrow.parquet import ParquetFile
 
         for index in self.columns.others():
-            if not _may_be_split(schema.field(index).type):
+            field = schema.field(index)
+            if not _may_be_split(field.type):
                 continue
-            with ParquetFile(file, pre_buffer=False) as parquet:
-                values = (value for batch in parquet.iter_batches(ROWS, columns=[schema.names[index]])
-                          for value in batch.column(0).to_pylist())
+            # A dictionary is not spread over the rows: some kilobytes may hold a large value thousands of times.
+            kept = [field.name] if _is_text(field.type) else None
+            with ParquetFile(file, pre_buffer=False, read_dictionary=kept) as parquet:
+                if _bytes_of(parquet, field.name) > MOST_SPLIT_BYTES * max(1, parquet.metadata.num_rows):
+                    continue
+                values = (value for batch in parquet.iter_batches(ROWS, columns=[field.name])
+                          for value in batch.column(0).unique().to_pylist())
                 for value in values:
                     if not self.columns.look_at(index, value):
                         break
@@ -164,6 +170,13 @@ def _is_text(kind):
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
+def _bytes_of(parquet, name):
+    """Bytes of a column in a Parquet file, before they are compressed."""
+    groups = (parquet.metadata.row_group(number) for number in range(parquet.metadata.num_row_groups))
+    return sum(group.column(place).total_uncompressed_size for group in groups for place in range(group.num_columns)
+               if group.column(place).path_in_schema == name)
+
+
 def _may_be_split(kind):
     from pyarrow import types
 
@@ -194,7 +207,7 @@ def _class_names(file, schema, label, how):
         return None
     twice = {name for name, count in Counter(names).items() if count > 1}
     if twice:
-        note_once(f"the schema gives several classes the name {min(twice)!r}; their numbers are added", how)
+        how.note_once(f"the schema gives several classes the name {min(twice)!r}; their numbers are added")
     return {str(number): f"{name} ({number})" if name in twice else name for number, name in enumerate(names)}
 
 

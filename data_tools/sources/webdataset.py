@@ -4,7 +4,6 @@ import os
 import tarfile
 
 from data_tools.sources.base import Format, shards, stays_below
-from data_tools.sources.columns import note_once
 from data_tools.sources.names import claims_image, is_never_data
 from data_tools.sources.samples import ALONE, Member, label_of, samples, text_label
 from xc.data import pack as layout
@@ -16,6 +15,7 @@ HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, 
            tarfile.SOLARIS_XHDTYPE)
 MAX_GLOBAL_KEYS = 256  # of the headers that are for all members that follow
 MAX_LABEL_BYTES = 2**16  # of a file .cls, .json or .txt
+# In a tar that is all they can be; features in .npz, .gz or .h5 may stand beside an image.
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip", ".7z", ".rar")
 MOST_HALVES = 2**16  # names that are remembered, about 5 MB
 
@@ -74,8 +74,8 @@ class _Tar:
             if folder is None:
                 has = "its .json has no field label" if labels else "no label (.cls or .json) beside it"
                 raise ValueError(f"{has}, and it is in no folder of a class")
-            note_once("the text in .txt gives the class, since there is no .cls, no label in a .json and no folder",
-                      self._how)
+            self._how.note_once("the text in .txt gives the class, since there is no .cls, no label in a .json and no "
+                                "folder")
             self._check_same("text", image)
         return split, folder
 

@@ -180,7 +180,7 @@ def test_names_in_the_schema_are_the_names_of_the_classes(tmp_path, capsys):
     assert Pack(tmp_path / "pack").class_names(0, 3) == ["cat", "cow", "dog"]
     bare = named_parquet(tmp_path / "c.parquet", None, [5], [1])
     error = refused(capsys, data_tools.pack.main, one, bare, tmp_path / "new", "--workers", 0)
-    assert "a.parquet names its classes, but" in error and "c.parquet has only numbers, as 1" in error
+    assert "a.parquet names its classes, but" in error and "c.parquet has only numbers" in error
 
 
 def test_a_number_without_a_name_is_skipped_and_equal_names_stay_apart(tmp_path, capsys):

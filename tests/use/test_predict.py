@@ -86,6 +86,16 @@ def test_predictions_are_those_of_evaluation(ranks, trained, tiny_packs, tmp_pat
             assert float(one["probability"]) == pytest.approx(float(other["probability"]), rel=1e-4)
 
 
+def test_columns_that_may_hold_splits_do_not_matter(trained, tiny_packs, tmp_path, monkeypatch):
+    """Packing must know the splits; here all images are taken."""
+    images = sorted((tiny_packs.parent / "tree" / "test").glob("*/*.png"))[:4]
+    for image, place in zip(images, (tmp_path / f"{i}.png" for i in range(4)), strict=True):
+        shutil.copy(image, place)
+    (tmp_path / "list.csv").write_text("path,label,is_train\n" + "".join(f"{i}.png,k,{i % 2}\n" for i in range(4)))
+    done(monkeypatch, predict, 1, trained[0], tmp_path / "list.csv", "--out", tmp_path / "out.csv", "--top", 1)
+    assert len(csv_rows(tmp_path / "out.csv")) == 4
+
+
 def test_a_flat_folder_with_bad_images_loses_nothing(trained, tiny_packs, tmp_path, monkeypatch):
     flat = tmp_path / "flat"
     flat.mkdir()

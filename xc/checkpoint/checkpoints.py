@@ -57,9 +57,8 @@ class Checkpoints:
 
     def save(self, progress, scores):
         """Begin to write the state in a background thread. scores: of the evaluation at this Progress, or None."""
-        with self._world.raise_on_all_ranks():
-            if self._world.rank == 0 and self._later:
-                set_aside(self._later)
+        if self._world.rank == 0 and self._later:
+            set_aside(self._later)
         self._later = []
         self._writer.save(self._state, progress, scores and scores["top1"])
 

@@ -171,12 +171,16 @@ def crc32(path, progress=None):
 
 def set_aside(later):
     """Rename checkpoints that a run has gone back from, so that nobody takes them for its own: abandoned-step-…"""
-    for folder in later:
-        aside = folder.with_name(f"abandoned-{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-    print(f"note: the run goes on from before {later[0].name}; {len(later)} later checkpoints are now called "
-          "abandoned-step-…", file=sys.stderr, flush=True)
+    try:
+        for folder in later:
+            aside = folder.with_name(f"abandoned-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        print(f"note: the run goes on from before {later[0].name}; {len(later)} later checkpoints are now called "
+              "abandoned-step-…", file=sys.stderr, flush=True)
+    except OSError as error:  # training goes on, as where an old one cannot be deleted
+        print(f"warning: {folder} is of the run that was left, and cannot be renamed ({error}); remove it",
+              file=sys.stderr, flush=True)
 
 
 def best_of(folders, evaluated_on=None):

@@ -37,10 +37,10 @@ def image_type(head):
 
 
 def why_unread(data):
-    """Why these bytes are not read as an image, for a message; "" where their format is one of READ."""
+    """Why these bytes, whose format is none of READ, are not read as an image, for a message."""
     head = data[:HEAD_BYTES]
     if (name := image_type(head)) is not None:
-        return "" if name in READ else f"{name}, which is not read; convert it to PNG or JPEG"
+        return f"{name}, which is not read; convert it to PNG or JPEG"
     for pattern, what in _OTHERS:
         if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
             return f"not an image, but {what}"

@@ -14,7 +14,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from xc.data.image_types import HEAD_BYTES, image_type, why_unread
+from xc.data.image_types import HEAD_BYTES, READ, image_type, why_unread
 
 MAX_PIXELS = 200_000_000  # of an image that a reader decodes: 600 MB as RGB
 # Of a JPEG. Progressive files have about 10, and libtiff allows 100 as well. A scan of a few bytes can cost as much as
@@ -36,9 +36,9 @@ INTEGERS = {1: 1, 3: 2, 4: 4}  # bytes of the types of its numbers
 
 def open_header(data, max_pixels=MAX_PIXELS):
     """The Pillow image in data (bytes), not decoded yet; ValueError as for open_image."""
-    if reason := why_unread(data):
-        raise ValueError(reason)
     name = image_type(data[:HEAD_BYTES])
+    if name not in READ:
+        raise ValueError(why_unread(data))
     if name == "AVIF":
         from PIL import AvifImagePlugin  # here, because it loads a large library
 

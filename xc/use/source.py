@@ -55,7 +55,7 @@ def images_of(path):
     if kind == "folder":
         return lambda: _below(path), sum(1 for _ in _below(path))
     # Reading a table twice takes little beside its images; a tar file or a .rec would be read whole.
-    source = open_source(path, kind, Reading(splits=_NoClass()))
+    source = open_source(path, kind, Reading(columns={"split": "", "weight": ""}, splits=_NoClass()))
     images = partial(_of_source, source)
     return images, sum(1 for _ in images()) if kind in ("manifest", "jsonlines", "list") else None
 
