@@ -26,6 +26,7 @@ from xc.run.watchdog import Watchdog
 from xc.train import setup
 from xc.train.due import Due
 from xc.train.evaluate import Evaluator
+from xc.train.start import Start
 from xc.train.step import train_step
 
 
@@ -41,16 +42,20 @@ def main():
         return schedule_plot.draw(schedule, cfg.schedule_plot, world)
     state = setup.state(cfg, splits["train"], world)
 
-    # --- resume: any number of ranks from the files of any number of ranks ---
+    # --- start: from a checkpoint of any number of ranks, from the weights of --init, or from random ones ---
     checkpoints = Checkpoints(cfg, state, schedule, splits, world)
     progress = checkpoints.resume()
-    setup.start_weights_of(cfg, state, checkpoints.resumed, world)
-    setup.run_folder(cfg, world)
+    start = Start(cfg, state, splits["train"], checkpoints.resumed, world)
+    setup.run_folder(cfg, splits["train"], world)
     log = RunLog(cfg, progress, schedule, world)
     stop = StopSignal(world)
     evaluator = Evaluator(cfg, state, splits, stop, world)
     setup.warn_of_unused(cfg, splits["train"], world)
     setup.say_what_is_evaluated(cfg, splits, world)
+    start.record()
+    with world.traffic.uncounted():
+        if not start.fill_rows(loader, stop.requested):
+            raise stop.exit(progress, cfg)
     if checkpoints.lacks_scores and Due.after(progress, schedule, cfg, splits).evaluate:
         scores = evaluator.run()  # the launch before ended inside of this evaluation
         if scores is None:
@@ -64,7 +69,8 @@ def main():
         log.step_begins(progress)
         plan = schedule.plan(progress, state.noise.grown)
         with log.timer("refresh"), world.traffic.uncounted():
-            refreshed = state.head.refresh(plan.first_accumulation_step, schedule.due(progress, cfg.graph_every))
+            stale = schedule.due(progress, cfg.graph_every) or (start.rows_tell and not progress.step)
+            refreshed = state.head.refresh(plan.first_accumulation_step, due=stale)
         log.values(progress, refreshed)
         with log.timer("data"):
             batch = batches.take(plan.micro_batches)

@@ -49,8 +49,10 @@ class Config:
 
     backbone: str = _flag("model", "auto", "mlp for vectors; small, resnet18, resnet34, resnet50 for images, or "
                           "timm:NAME where timm is installed; auto: mlp or small")
-    init: str = _flag("model", "", "start the backbone from the weights in this file, of safetensors or of torch; "
-                      "--resume goes before it")
+    init: str = _flag("model", "", "start the backbone from the weights in this file, of safetensors or of torch; or "
+                      "start from a trained run: class rows are kept by class name. --resume goes before it")
+    init_rows: str = _flag("model", "features", "--init: class rows that are not kept: from the features of their "
+                           "images, in one pass over these; or random", choices=("features", "random"))
     freeze: int = _flag("model", 0, "stages of a ResNet that are not trained, from the input on: 1 is the stem, 2 also "
                         "layer1, … 5 all but the projection to the features", least=0)
     feature_dim: int = _flag("model", 128, "width of the features and of the class rows", least=1, most=65536)

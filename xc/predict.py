@@ -10,9 +10,10 @@ its reason and nothing else.
 from data_tools.common.command import between, stop_on_signals
 from xc.comm.launch import run
 from xc.comm.world import open_world
+from xc.data.class_names import names_of
 from xc.use.features import passes
 from xc.use.job import Job, make_parser
-from xc.use.scores import best_classes, names_of
+from xc.use.scores import best_classes
 from xc.use.tables import prediction_table, text
 
 
@@ -32,7 +33,7 @@ def rows(images, classes, probabilities, table):
 
     images                  list of n Images
     classes, probabilities  (good, k)  of the Images without a reason
-    table                   Pack with the names of the classes
+    table                   ClassNames
     """
     columns = {name: [] for name in ("path", "rank", "class", "probability", "reason")}
     names, found = names_of(classes, table), iter(zip(classes.tolist(), probabilities.tolist(), strict=True))
@@ -57,7 +58,7 @@ def main(argv=None):
 
 
 def write(job, table, world):
-    """Write the rows of all images of a Job; table: Pack with the names of the classes. Collective."""
+    """Write the rows of all images of a Job; table: ClassNames. Collective."""
     args, k = job.args, min(job.args.top, job.trained.num_classes)
     with job.writing(lambda path: prediction_table(path, job.suffix)) as write_rows:
         for images, features in passes(job.batches("predicting"), args.images_per_pass):

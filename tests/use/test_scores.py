@@ -8,11 +8,11 @@ import torch.nn.functional as F
 
 from tests.support.packs import write_pack
 from tests.support.worlds import run_ranks
-from xc.checkpoint import tensor_file
+from xc.checkpoint import saved_run, tensor_file
 from xc.checkpoint.layout import rows_name
-from xc.data.pack import NAMES, Pack
-from xc.use import trained
-from xc.use.scores import best_classes, names_of
+from xc.data.class_names import NAMES, names_of
+from xc.data.pack import Pack
+from xc.use.scores import best_classes
 
 
 def opened(folder, rows, cuts, cosine=True, scale=20.0):
@@ -24,7 +24,7 @@ def opened(folder, rows, cuts, cosine=True, scale=20.0):
     meta = {"num_classes": len(rows), "num_rows": len(rows), "feature_dim": rows.shape[1], "files": files,
             "rows": list(files), "row_dtype": str(rows.dtype).removeprefix("torch.")}
     cfg = SimpleNamespace(logits="cosine" if cosine else "inner", scale=scale)
-    return trained.Trained(cfg, folder, meta, None)
+    return saved_run.SavedRun(cfg, folder, meta)
 
 
 def dense(features, rows, k, cosine, scale=20.0):
@@ -40,7 +40,7 @@ def dense(features, rows, k, cosine, scale=20.0):
     (1, [], 1, True, torch.float32), (3, [1, 2], 3, True, torch.float32), (97, [40], 5, False, torch.float32),
     (1000, [31, 32, 700], 7, True, torch.float32), (331, [], 40, True, torch.bfloat16)])
 def test_equal_to_the_dense_softmax(ranks, num_classes, cuts, k, cosine, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(trained, "_BLOCK_ROWS", 61)
+    monkeypatch.setattr(saved_run, "_BLOCK_ROWS", 61)
     random = torch.Generator().manual_seed(num_classes)
     rows = torch.randn(num_classes, 9, generator=random).to(dtype)
     features = torch.randn(133, 9, generator=random)
@@ -53,7 +53,7 @@ def test_equal_to_the_dense_softmax(ranks, num_classes, cuts, k, cosine, dtype, 
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_of_equal_scores_the_lower_class_comes_first(ranks, tmp_path, monkeypatch):
-    monkeypatch.setattr(trained, "_BLOCK_ROWS", 50)
+    monkeypatch.setattr(saved_run, "_BLOCK_ROWS", 50)
     model = opened(tmp_path, torch.ones(200, 4), [90])
     for classes, probabilities in run_ranks(ranks, lambda world: best_classes(torch.ones(2, 4), model, 35, world)):
         assert classes.tolist() == [list(range(35))] * 2

@@ -6,7 +6,8 @@ A split is what the Loader takes examples from, a `PackSplit` or a `SyntheticSpl
     num_classes, classes_digest, input_shape   (channels, size, size) or (dim,): one example as the backbone sees it
     len(split)                                 examples of an epoch
     split.class_counts(first, last)            (last - first,) int64: examples of an epoch, of these classes
-    split.class_names(ids)                     list of str
+    split.names                                ClassNames, or what stands for them
+    split.labels(records)                      (n,) int64: class ids of a range of records
     split.order(seed).records(first, count)    record numbers of examples of the endless training sequence (sampler.py)
     split.examples(records, replace=True)      tensors: inputs (n, *input_shape), pixels as uint8, else float32, and
                                                labels (n,); others replace records that cannot be used, or
@@ -79,14 +80,18 @@ class Loader:
         return BatchQueue(jobs, self._load, self._prepare, self.cfg.loader_threads, self.world.device)
 
     def test(self, global_batch):
-        """Yields (inputs, labels), every record once over all ranks, without augmentation.
+        """`in_order` of all records, each once over all ranks."""
+        num_records = len(self.split)
+        return self.in_order(np.arange(first, min(first + global_batch, num_records))
+                             for first in range(0, num_records, global_batch))
+
+    def in_order(self, batches):
+        """Yields (inputs, labels) of this rank's part of each batch of record numbers (n,), without augmentation.
 
         All ranks get the same number of batches; some may be empty.
         """
-        num_records = len(self.split)
-        batches = ((first, Shard.of(min(global_batch, num_records - first), self.world.size, self.world.rank))
-                   for first in range(0, num_records, global_batch))
-        jobs = ((first + np.arange(mine.first, mine.last), False) for first, mine in batches)
+        mine = ((records, Shard.of(len(records), self.world.size, self.world.rank)) for records in batches)
+        jobs = ((records[own.first : own.last], False) for records, own in mine)
         queue = BatchQueue(jobs, self.split.examples, lambda inputs, *_: prepared(inputs, norm=self.norm),
                            self.cfg.loader_threads, self.world.device)
         while batch := queue.take(1):

@@ -44,22 +44,17 @@ import zlib
 import numpy as np
 from PIL import Image
 
+from xc.data.class_names import ATTRIBUTES, FORMAT, INDEX_TABLES, NAMES, VERSION, ClassNames
 from xc.data.hdf5_tables import PackError, TableFile
 
-FORMAT, VERSION = "xc-pack", 2
 INDEX_FILE, SHARD_FILE = "index.h5", "shard-{:05d}.h5"
 PARTIAL = ".partial-"  # in the name of a folder that is still being written
 SPLITS = ("train", "val", "test")
 SHARD_TABLES = {"bytes": "|u1", "offsets": "<i8", "labels": "<i8", "crc32": "<u4"}
 WEIGHT_TABLES = {"weights": "<f4"}  # also of the shards of a pack with weights
-INDEX_TABLES = {"shard_records": "<i8", "shard_file_bytes": "<i8", "class_names": "|u1",
-                "class_name_offsets": "<i8", "class_counts": "<i8"}
 RECORD_TABLE_BYTES = 8 + 8 + 4  # that a record takes in a shard beside its image
-ATTRIBUTES = ("format", "version", "num_records", "shard", "num_classes", "num_bytes", "source", "seed", "skipped",
-              "classes_digest", "has_weights")
 MAX_RECORD_BYTES = 2**28
 MAX_OPEN_SHARDS = 256  # per Pack; the usual limit of a process is 1024 files
-NAMES = 2**12  # class names that are read at once: a name can have some kilobytes
 RUN_RECORDS = 256  # most neighbours in one read
 RANGE_BYTES = 2**23  # most bytes of images in one of `ranges`, unless a single image is larger
 MAX_KEPT_RUNS = 768  # runs of RUN_RECORDS neighbours whose tables a Pack keeps: 4 MB
@@ -71,7 +66,8 @@ Image.MAX_IMAGE_PIXELS = None
 class Pack:
     """One pack, open for reading; threads may share it. The constructor reads only the index. PackError.
 
-    num_records, num_classes, num_bytes, num_shards, seed, skipped: int; source, classes_digest: str; has_weights: bool
+    num_records, num_classes, num_bytes, num_shards, seed, skipped: int; source, classes_digest: str; has_weights: bool;
+    names: ClassNames
     """
 
     def __init__(self, path):
@@ -80,15 +76,17 @@ class Pack:
             raise PackError(f"{self.path}: no such folder; a pack is a folder written by data_tools.pack")
         if any(part.startswith(".") and PARTIAL in part for part in os.path.abspath(self.path).split(os.sep)[-3:]):
             raise PackError(f"{self.path}: left by a packing that did not end; give its command again, or delete it")
-        self._index = index = _open(os.path.join(self.path, INDEX_FILE), INDEX_TABLES)
-        self.num_records, self.num_classes = index.integer("num_records"), index.integer("num_classes")
+        self.index_path = os.path.join(self.path, INDEX_FILE)
+        self._index = index = _open(self.index_path, INDEX_TABLES)
+        self.names = ClassNames(index)
+        self.num_records, self.num_classes = index.integer("num_records"), self.names.num_classes
         self.num_bytes, self.skipped = index.integer("num_bytes"), index.integer("skipped")
         self.seed, self.source = index.integer("seed"), index.text("source")
-        self.classes_digest = index.text("classes_digest")
+        self.classes_digest = self.names.classes_digest
         self.has_weights = index.has("has_weights") and index.integer("has_weights") > 0
         self.num_shards = len(index["shard_records"])
-        lengths = {name: len(index[name]) for name in ("shard_file_bytes", "class_name_offsets", "class_counts")}
-        if list(lengths.values()) != [self.num_shards, self.num_classes + 1, self.num_classes]:
+        lengths = {name: len(index[name]) for name in ("shard_file_bytes", "class_counts")}
+        if list(lengths.values()) != [self.num_shards, self.num_classes]:
             raise index.error(f"{lengths} do not fit {self.num_shards} shards and {self.num_classes} classes")
         if not (self.num_records and self.num_classes):
             raise index.error("holds no records")
@@ -106,18 +104,11 @@ class Pack:
 
     def class_name(self, label):
         """Name of a label, as str."""
-        return self.class_names(label, label + 1)[0]
+        return self.names.class_name(label)
 
     def class_names(self, start, stop):
         """Names of the labels start … stop − 1, as a list of str."""
-        if not 0 <= start <= stop <= self.num_classes:
-            raise IndexError(f"labels {start}:{stop} are outside 0:{self.num_classes}")
-        offsets = self._index.offsets("class_name_offsets", "class_names", start, stop)
-        names, ends = self._index.read_bytes("class_names", offsets[0], offsets[-1]), (offsets - offsets[0]).tolist()
-        try:
-            return [names[a:b].decode() for a, b in itertools.pairwise(ends)]
-        except UnicodeDecodeError as error:
-            raise self._index.error(f"a name of classes {start}:{stop} is not UTF-8") from error
+        return self.names.class_names(start, stop)
 
     @functools.cached_property
     def class_counts(self):

@@ -20,7 +20,8 @@ class PackSplit:
 
     def __init__(self, pack, channels, image_size, max_bad_records=0, sampler="natural"):
         """UserError where sampler is weighted and the pack has no weights."""
-        self.pack, self.num_classes, self.classes_digest = pack, pack.num_classes, pack.classes_digest
+        self.pack, self.names = pack, pack.names
+        self.num_classes, self.classes_digest = pack.num_classes, pack.classes_digest
         self.data_seed, self.input_shape = pack.seed, (channels, image_size, image_size)
         self.max_bad_records, self.bad_records, self._lock = max_bad_records, set(), threading.Lock()
         self.sampler = sampler
@@ -40,9 +41,9 @@ class PackSplit:
         """(last − first,) int64: records of the classes first … last − 1. PackError where they are damaged."""
         return self.pack.counts(first, last)
 
-    def class_names(self, ids):
-        """Names of the classes of these ids."""
-        return [self.pack.class_name(label) for label in ids]
+    def labels(self, records):
+        """(n,) int64 class ids of neighbouring records, a range. PackError where they are damaged."""
+        return self.pack.labels(records.start, records.stop)
 
     def order(self, seed):
         """The order of the examples by the sampler. PackError or ValueError where labels or weights are damaged."""

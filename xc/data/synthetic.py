@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from xc.data.class_names import Numbers
 from xc.data.hashing import GOLDEN, keys_of, mix, shuffled
 from xc.errors import UserError
 
@@ -114,6 +115,7 @@ class SyntheticSplit:
         classes = {k: v for k, v in dataclasses.asdict(spec).items() if k not in ("examples", "test", "val")}
         self.data_seed = spec.seed
         self.classes_digest = hashlib.sha256(repr(classes).encode()).hexdigest()
+        self.names = Numbers(spec.classes, self.classes_digest)
 
     def __len__(self):
         return self._num_records
@@ -125,10 +127,6 @@ class SyntheticSplit:
         labels = self.labels(passes * self.num_classes + np.arange(rest))  # each class once at most
         counts[labels[(first <= labels) & (labels < last)] - first] += 1
         return counts
-
-    def class_names(self, ids):
-        """Names of the classes of these ids."""
-        return [str(label) for label in ids]
 
     def order(self, seed):
         """The order of the examples for the Loader: the seed chooses the place to start."""

@@ -96,6 +96,11 @@ class Backbone(nn.Sequential):
 _DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def resolved(name, images):
+    """The name of the network that auto stands for, with images or with vectors; another name stays."""
+    return ("small" if images else "mlp") if name == "auto" else name
+
+
 def build(name, input_shape, feature_dim, seed, world, amp="off", examples_of_rank=2, freeze=0):
     """The Backbone of that name, with the same weights on every rank for the same seed.
 
@@ -107,8 +112,7 @@ def build(name, input_shape, feature_dim, seed, world, amp="off", examples_of_ra
     UserError where the name is not known or the network does not take such examples, or so few of them.
     """
     images = len(input_shape) == 3
-    if name == "auto":
-        name = "small" if images else "mlp"
+    name = resolved(name, images)
     if name not in ("mlp", "small", *RESNETS) and not name.startswith("timm:"):
         raise UserError(f"--backbone {name} is not known: auto, mlp, small, {', '.join(RESNETS)} or timm:NAME")
     if images == (name == "mlp"):

@@ -16,6 +16,7 @@ from xc.model.margin import MARGINS
 from xc.model.softmax import ShardedSoftmax
 from xc.run import watchdog
 
+RANDOM_LENGTH = 3**-0.5  # of random class rows, about
 _INIT_BLOCK = 4096  # class rows per random generator; a rank draws only the blocks that it owns
 _CACHE_BYTES = 2**20  # logits that a CPU works on at a time: it reads them several times, so they should stay in cache
 _TOP = 100  # highest logits of an example that `selection_quality` looks for among the active classes
@@ -278,7 +279,7 @@ class Head:
 def initial_rows(shard, feature_dim, seed, dtype=torch.float32):
     """Random class rows (S, D); a class gets the same row in any shard of any world.
 
-    Their length is about 1/sqrt(3), as in torch's nn.Linear: a step turns a longer row less.
+    Their length is about RANDOM_LENGTH, as in torch's nn.Linear: a step turns a longer row less.
     """
     rows = torch.empty(len(shard), feature_dim, dtype=dtype)
     for block in range(shard.first // _INIT_BLOCK, -(-shard.last // _INIT_BLOCK)):

@@ -79,7 +79,11 @@ def report_data(report, cfg, world):
 def _untrained(splits):
     """{split: (number of its classes without an image in train, names of the first ones)} of val and test."""
     found = {name: classes_without_images(splits["train"], split) for name, split in splits.items() if name != "train"}
-    return {name: (len(ids), splits["train"].class_names(ids[:_NAMED].tolist())) for name, ids in found.items()}
+    return {name: (len(ids), _names(splits["train"], ids[:_NAMED].tolist())) for name, ids in found.items()}
+
+
+def _names(split, labels):
+    return [split.names.class_names(label, label + 1)[0] for label in labels]
 
 
 def _report_evaluation(report, cfg, splits, untrained):

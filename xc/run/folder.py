@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +15,9 @@ from pathlib import Path
 
 from xc.config import as_arguments
 from xc.errors import UserError
-from xc.files import replace_text
+from xc.files import replace_text, sync
+
+CLASSES_FILE = "classes.h5"  # the names of the classes, as the index of the pack has them
 
 _locks = []  # open files: closing one would release its lock
 _PACKAGES = ("torch", "horovod", "mpi4py", "h5py", "numpy", "safetensors")
@@ -53,6 +56,19 @@ def create(cfg, world_size):
     replace_text(out / "run.args", as_arguments(dataclasses.replace(cfg, resume="")))
     with open(out / "launches.jsonl", "a") as lines:
         lines.write(json.dumps(launch) + "\n")
+
+
+def keep_classes(out, index):
+    """Copy the index of the training pack, which has the names of the classes: the pack may change or go.
+
+    out    of the run
+    index  path of the file
+    """
+    kept, partial = Path(out) / CLASSES_FILE, Path(out) / f".{CLASSES_FILE}.partial"
+    if not kept.exists():  # a run resumes only with the same classes
+        shutil.copyfile(index, partial)
+        sync(partial)
+        partial.replace(kept)
 
 
 def _lock(out):

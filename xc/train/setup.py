@@ -1,14 +1,14 @@
 """What a run is made of: data, state, run folder. A mistake found on any rank is raised on all of them."""
 
 import sys
-from pathlib import Path
 
 from xc.checkpoint.state import State
 from xc.data import loader
 from xc.data.evaluated import how_to_split, split_while_training
+from xc.data.pack_split import PackSplit
 from xc.gradients import exchanges
 from xc.model import backbone as backbones
-from xc.model import head_table, start_weights
+from xc.model import head_table
 from xc.optim.noise_scale import NoiseScale
 from xc.optim.optimizers import RowSGD, backbone_optimizer
 from xc.optim.schedule import Schedule
@@ -42,26 +42,13 @@ def state(cfg, train_split, world):
                  LossMeter(world.device))
 
 
-def start_weights_of(cfg, state, resumed, world):
-    """Give the backbone the weights of --init, unless a checkpoint was resumed, and say what matched. Collective."""
-    if not cfg.init:
-        return
-    if resumed:
-        if world.rank == 0:
-            print("note: --init is not read, since the weights are those of the checkpoint", flush=True)
-        return
-    with world.raise_on_all_ranks():
-        lines = start_weights.load(state.backbone, Path(cfg.init)) if world.rank == 0 else []
-    start_weights.share(state.backbone, world)
-    for line in lines:
-        print(line, flush=True)
-
-
-def run_folder(cfg, world):
+def run_folder(cfg, train_split, world):
     """Create the run folder, or lock the one that is resumed. Collective."""
     with world.raise_on_all_ranks():
         if world.rank == 0:
             folder.create(cfg, world.size)
+            if isinstance(train_split, PackSplit):
+                folder.keep_classes(cfg.out, train_split.pack.index_path)
 
 
 def warn_of_unused(cfg, train_split, world):
@@ -70,6 +57,8 @@ def warn_of_unused(cfg, train_split, world):
         return
     if cfg.input_norm != "half" and len(train_split.input_shape) != 3:
         print("warning: --input-norm has no effect on vectors", file=sys.stderr, flush=True)
+    if cfg.init_rows != "features" and not cfg.init:
+        print(f"warning: --init-rows {cfg.init_rows} has no effect without --init", file=sys.stderr, flush=True)
     if cfg.freeze and not cfg.init:
         print(f"warning: --freeze {cfg.freeze} without --init keeps random weights as they are", file=sys.stderr,
               flush=True)

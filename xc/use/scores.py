@@ -8,11 +8,9 @@ images alone, every rank would read all rows: of 100 million classes with 128 nu
 import torch
 
 from xc.comm.shard import Shard
-from xc.data.pack import NAMES
 
 _EXAMPLES = 128  # scored at once: their logits against a block of rows take 2 MB
 _CHUNK = 32  # classes whose highest logit is found first; only chunks that may hold a best class are sorted
-_FEW = 64  # names of a block that are read one by one
 
 
 @torch.no_grad()
@@ -104,18 +102,3 @@ def _highest(values, k):
             return found[:, :k], indices[:, :k]
     found, indices = values.sort(dim=1, descending=True, stable=True)  # four times the time, but it keeps the order
     return found[:, :k], indices[:, :k]
-
-
-def names_of(classes, pack):
-    """{class: name} of the classes (any shape); reads the names of these alone, or of blocks where many are near."""
-    found = {}
-    wanted = classes.unique().cpu()
-    for block in (wanted // NAMES).unique().tolist():
-        start = block * NAMES
-        some = wanted[(wanted >= start) & (wanted < start + NAMES)].tolist()
-        if len(some) < _FEW:
-            found |= {one: pack.class_name(one) for one in some}
-        else:
-            names = pack.class_names(some[0], some[-1] + 1)
-            found |= {one: names[one - some[0]] for one in some}
-    return found
