@@ -53,14 +53,16 @@ def main():
     setup.warn_of_unused(cfg, splits["train"], world)
     setup.say_what_is_evaluated(cfg, splits, world)
     start.record()
-    with world.traffic.uncounted():
-        if not start.fill_rows(loader, stop.requested):
-            raise stop.exit(progress, cfg)
-    if checkpoints.lacks_scores and Due.after(progress, schedule, cfg, splits).evaluate:
-        scores = evaluator.run()  # the launch before ended inside of this evaluation
+    if not start.fill_rows(loader, stop.requested):
+        raise stop.exit(progress, cfg)
+    # The launch before may have ended inside of this evaluation.
+    unscored = checkpoints.lacks_scores and Due.after(progress, schedule, cfg, splits).evaluate
+    if unscored or start.rows_known and evaluator.split:
+        scores = evaluator.run()
         if scores is None:
             raise stop.exit(progress, cfg)
-        checkpoints.add_scores(scores)
+        if unscored:
+            checkpoints.add_scores(scores)
         log.evaluation(progress, scores, evaluator.details())
 
     # --- the loop over steps ---
@@ -69,7 +71,7 @@ def main():
         log.step_begins(progress)
         plan = schedule.plan(progress, state.noise.grown)
         with log.timer("refresh"), world.traffic.uncounted():
-            stale = schedule.due(progress, cfg.graph_every) or (start.rows_tell and not progress.step)
+            stale = schedule.due(progress, cfg.graph_every) or (start.rows_known and not progress.step)
             refreshed = state.head.refresh(plan.first_accumulation_step, due=stale)
         log.values(progress, refreshed)
         with log.timer("data"):

@@ -28,8 +28,8 @@ def test_a_run_from_weights_is_resumed_bit_for_bit(tmp_path):
     tuned = [*TUNED, "--init", tmp_path / "w.pth"]
     whole = mpirun(2, "train.py", *tuned, "--out", tmp_path / "whole")
     lines = [line for line in whole.stdout.splitlines() if line.startswith("init: ")]
-    assert len(lines) == 3 and "matched 120 tensors" in lines[0] and "fc.weight (8, 512)" in lines[1]
-    assert "fc.weight (12, 512)" in lines[2]
+    assert len(lines) == 4 and "matched 120 tensors" in lines[0] and "fc.weight (8, 512)" in lines[1]
+    assert "fc.weight (12, 512)" in lines[2] and "rows of 40 classes from the features of 400 images" in lines[3]
     found = backbone_of(tmp_path / "whole")
     same = {name for name, tensor in trained.items() if torch.equal(found[f"0.{name}"], tensor)}
     frozen = {name for name in trained if name.startswith(("conv1.", "bn1.", "layer1.", "layer2."))}

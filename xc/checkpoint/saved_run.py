@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 
 from xc.checkpoint.layout import best_of, fault_of, folders, ranges_of, read_meta, rows_name
 from xc.checkpoint.tensor_file import TensorFile
-from xc.config import Config
+from xc.config import Config, option
 from xc.data import synthetic
 from xc.data.class_names import ClassNames
 from xc.data.pack import open_splits
 from xc.errors import UserError
+from xc.model.backbone import resolved
 from xc.run.folder import CLASSES_FILE
 
 _BLOCK_ROWS = 4096  # class rows that are mapped at once
@@ -75,6 +76,19 @@ class SavedRun:
             start, stop = torch.searchsorted(classes, torch.tensor([begin, begin + len(rows)])).tolist()
             if start < stop:  # else no byte of the block is read
                 table[places[start:stop]] = rows[classes[start:stop] - begin].to(table.device, table.dtype)
+
+    def check_start_of(self, cfg, images):
+        """UserError where pixels, features or class rows mean something else in a run with this Config.
+
+        images  whether its examples are images
+        """
+        pairs = {name: (getattr(cfg, name), getattr(self.cfg, name))
+                 for name in ("feature_dim", "channels", "logits", "input_norm")}
+        pairs["backbone"] = tuple(resolved(one.backbone, images) for one in (cfg, self.cfg))
+        for name, (here, there) in pairs.items():
+            if here != there:
+                raise UserError(f"{option(name)} {here} does not fit --init {self.run}, which has {there}: give "
+                                f"{option(name)} {there}")
 
     def load_backbone(self, backbone):
         """Give a Backbone the weights of the checkpoint. UserError where they are of another network."""

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from xc.checkpoint.saved_run import is_run, open_saved
 from xc.comm.world import World
 from xc.data import loader
 from xc.data.augment import norm_of, prepared
@@ -103,10 +104,16 @@ def _report_evaluation(report, cfg, splits, untrained):
 
 
 def report_start_weights(report, cfg, world, examples):
-    """Try the file of --init on rank 0, which alone reads it. Collective."""
+    """Try the file or the run of --init on rank 0. Collective."""
     def tried():
         net = backbones.build(cfg.backbone, examples.input_shape, cfg.feature_dim, cfg.seed, World(), cfg.amp)
-        return start_weights.load(net, Path(cfg.init))
+        if not is_run(cfg.init):
+            return start_weights.load(net, Path(cfg.init))
+        saved = open_saved(cfg.init, "", World())
+        saved.check_start_of(cfg, images=len(examples.input_shape) == 3)
+        saved.load_backbone(net)
+        num_old = saved.class_table().num_classes
+        return [f"backbone and class rows of {saved.run}, {saved.folder.name}, of {num_old:,} classes"]
 
     report.add("start weights", "; ".join(line.removeprefix("init: ") for line in on_rank_0(world, tried)))
 

@@ -6,12 +6,10 @@ from pathlib import Path
 import torch
 
 from xc.checkpoint.saved_run import is_run, open_saved
-from xc.config import option
 from xc.data.class_names import NAMES, labels_in, names_of
 from xc.errors import UserError, one_line
 from xc.files import replace_text
 from xc.model import start_weights
-from xc.model.backbone import resolved
 from xc.model.head import RANDOM_LENGTH
 from xc.train.feature_rows import fill_rows
 
@@ -22,7 +20,8 @@ class Start:
     """Gives a new run its weights, in the order of the methods; nothing where a checkpoint is resumed. All methods are
     collective.
 
-    rows_tell  whether the class rows say which classes are near each other: they are no random numbers
+    rows_known  whether the class rows are more than random numbers: they classify already, and tell which classes are
+                near each other
     """
 
     def __init__(self, cfg, state, train_split, resumed, world):
@@ -33,7 +32,8 @@ class Start:
         UserError where the file or the run cannot be used.
         """
         self._cfg, self._state, self._split, self._world = cfg, state, train_split, world
-        self._saved, self._old, self._new, self.rows_tell = None, None, None, False
+        self._saved, self._old, self._new, self.rows_known = None, None, None, False
+        self._length = RANDOM_LENGTH
         self._begins = bool(cfg.init) and not resumed
         if cfg.init and resumed:
             self._say("note: --init is not read, since the weights are those of the checkpoint")
@@ -68,16 +68,17 @@ class Start:
         """
         if not self._begins:
             return True
-        if self._cfg.init_rows == "features" and (self._new is None or len(self._new)):
-            found = fill_rows(self._state, loader, self._new, self._row_length(), stopped, self._world)
+        num_classes = self._split.names.num_classes if self._new is None else len(self._new)
+        if self._cfg.init_rows == "features" and num_classes:
+            with self._world.traffic.uncounted():
+                found = fill_rows(self._state, loader, self._new, self._length, stopped, self._world)
             if found is None:
                 return False
             num_images, num_random = found
-            num_filled = (self._split.names.num_classes if self._new is None else len(self._new)) - num_random
             random = f"; {num_random:,} have no image, their rows are random" if num_random else ""
-            self._say(f"init: rows of {num_filled:,} classes from the features of {num_images:,} images{random}")
-            self.rows_tell = True
-        self.rows_tell = self.rows_tell or bool(self._saved)
+            self._say(f"init: rows of {num_classes - num_random:,} classes from the features of {num_images:,} "
+                      f"images{random}")
+        self.rows_known = self._saved is not None or self._cfg.init_rows == "features"
         return True
 
     def _take_file(self):
@@ -91,7 +92,7 @@ class Start:
         cfg, head, shards = self._cfg, self._state.head, self._world.shards
         with self._world.raise_on_all_ranks():
             self._saved = saved = open_saved(cfg.init, "", self._world)
-            check_fit(cfg, saved, images=len(self._split.input_shape) == 3)
+            saved.check_start_of(cfg, images=len(self._split.input_shape) == 3)
             saved.load_backbone(self._state.backbone)
             self._old_names = saved.class_table()
             old = torch.from_numpy(labels_in(self._old_names, self._split.names, head.shard))  # (S,), -1: none
@@ -99,6 +100,7 @@ class Start:
             self._old, order = old[kept].sort()
             self._kept = kept[order]
             saved.copy_rows(self._old, head.weight, self._kept)
+        self._length = self._set_length()
         new = head.shard.first + (old < 0).nonzero()[:, 0]
         counts = shards.all_gather(torch.tensor([len(new)])).tolist()
         self._new = shards.all_gather(new, counts)  # of all ranks, ascending
@@ -127,33 +129,26 @@ class Start:
             file.close()
         return num_gone
 
-    def _row_length(self):
-        """Length of the rows of new classes: the mean of those that are kept, or that of random ones."""
-        weight, total = self._state.head.weight, torch.zeros(2, dtype=torch.float64)
-        if not self._saved:
-            return RANDOM_LENGTH
-        for first in range(0, len(self._kept), _BLOCK):
-            lengths = weight[self._kept[first : first + _BLOCK]].float().norm(dim=1)
+    def _set_length(self):
+        """Give the rows that are kept the length of new ones; returns that length.
+
+        Cosine logits do not depend on it, but a step turns a longer row less, and rows grow while they are trained. So
+        all rows get the length that the rates of a new run are for. Rows of --logits inner keep their length, and new
+        ones get the mean of them.
+        """
+        head, total = self._state.head, torch.zeros(2, dtype=torch.float64)
+        for places in self._kept.split(_BLOCK):
+            rows = head.weight[places].float()
+            lengths = rows.norm(dim=1, keepdim=True)
             total += torch.tensor([lengths.sum(dtype=torch.float64), len(lengths)])
+            if head.cosine:
+                head.weight[places] = (rows * (RANDOM_LENGTH / lengths)).to(head.weight.dtype)
         length, count = self._world.shards.all_reduce(total).tolist()
-        return length / count
+        return RANDOM_LENGTH if head.cosine else length / count
 
     def _say(self, line):
         if self._world.rank == 0:
             print(line, flush=True)
-
-
-def check_fit(cfg, saved, images):
-    """UserError where pixels, features or class rows of a saved run mean something else in a run with this Config."""
-    for name in "feature_dim", "channels", "logits", "input_norm":
-        here, there = getattr(cfg, name), getattr(saved.cfg, name)
-        if here != there:
-            raise UserError(f"{option(name)} {here} does not fit --init {cfg.init}, which has {there}: give "
-                            f"{option(name)} {there}")
-    here, there = (resolved(one.backbone, images) for one in (cfg, saved.cfg))
-    if here != there:
-        raise UserError(f"--backbone {cfg.backbone} does not fit --init {cfg.init}, which has {there}: give --backbone "
-                        f"{there}")
 
 
 def _write_names(file, names, labels):
