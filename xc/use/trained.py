@@ -105,7 +105,7 @@ def open_run(run, checkpoint, world):
     backbone = backbones.build(cfg.backbone, (cfg.channels, cfg.image_size, cfg.image_size), cfg.feature_dim, cfg.seed,
                                world, cfg.amp)
     try:
-        backbone.load_state_dict(load_file(folder / "backbone.safetensors"))
+        backbone.load_state_dict(backbone.renamed(load_file(folder / "backbone.safetensors")))
     except (OSError, RuntimeError, SafetensorError) as e:
         raise UserError(f"{folder / 'backbone.safetensors'} does not fit {run / 'config.json'} ({e}): take another "
                         "checkpoint") from e
