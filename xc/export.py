@@ -48,8 +48,8 @@ def parser():
         "some of its images are compared, too")
     add("--checkpoint", default="", metavar="NAME", help="as step-00000100; without it the one with the highest top-1, "
         "else the newest")
-    add("--tolerance", type=between(0, 1, float), default=1e-4, help="largest difference of a graph from PyTorch that "
-        "is allowed; where an output is above 1, times the largest (%(default)s)")
+    add("--tolerance", type=between(0, 1, float), default=1e-3, help="largest difference of a graph from PyTorch that "
+        "is allowed, as a share of the largest value (%(default)s)")
     return parser
 
 
@@ -99,16 +99,21 @@ def write(folder, trained, pack, graphs, args):
     classes = ({"names": CLASS_NAMES} if pack else {}) | ({"rows": ROWS} if with_rows else {})
     about, verified = description(trained, outputs, classes), {}
     if graphs:
+        if trained.cfg.amp != "off":
+            note(f"note: the run computed its backbone in {trained.cfg.amp}, the graphs compute it in float32")
+        note("capturing the graph")
         graph = Graph(trained, None if args.features_only else rows_of(trained))
         program, samples = captured(graph, trained.cfg), samples_of(graph, trained, pack)
         verified = {"tolerance": args.tolerance, "images": {one.what: len(one.pixels) for one in samples}}
     for kind in graphs.values():
+        note(f"writing {kind.name} and comparing it with PyTorch")
         path = os.path.join(folder, kind.name)
         kind.write(program, outputs, json.dumps(about), path)
         found = largest_differences(kind.name, kind.open(path), samples, args.tolerance)
         verified[kind.name] = found
-        differences = " and ".join(f"{output} by {value:.1e}" for output, value in found.items())
-        print(f"{kind.name}: differs from PyTorch at most in {differences}", flush=True)
+        differences = ", ".join(f"{output} by at most {values['difference']:.1e} of {values['of']:.2g}"
+                                for output, values in found.items())
+        print(f"{kind.name} differs from PyTorch in {differences}", flush=True)
     if with_rows:
         write_weights(os.path.join(folder, WEIGHTS), trained.backbone)
         write_rows(os.path.join(folder, ROWS), trained)

@@ -53,7 +53,7 @@ def write_run(out, packs, ranks=1, **settings):
 
 @torch.no_grad()
 def random_weights(net):
-    """Gives biases, norms and statistics random numbers too, variances above zero, so that none of them hides a fault."""
+    """Gives biases, norms and statistics random numbers too (variances above zero), so that none hides a fault."""
     random = torch.Generator().manual_seed(1)
     for name, tensor in net.state_dict().items():
         if tensor.is_floating_point() and tensor.dim() < 2:

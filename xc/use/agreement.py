@@ -60,26 +60,29 @@ def _images_of(pack, cfg):
 
 
 def largest_differences(name, run, samples, tolerance):
-    """{output: largest absolute difference} of a file from PyTorch, on all samples in batches of 1, 2 and 7 images.
+    """{output: {difference, of}}: how far a file is from PyTorch on all samples, in batches of 1, 2 and 7 images.
 
-    name       of the file
-    run        pixels -> [output], as `GraphFile.open` gives
-    tolerance  that is allowed; where an output is above 1, times the largest
+    name        of the file
+    run         pixels -> [output], as `GraphFile.open` gives
+    tolerance   that is allowed in a batch, as a share of its largest value
+    difference  the largest absolute one
+    of          the largest absolute value of that output
 
     UserError where a difference is larger.
     """
-    largest = {}
+    largest = {output: {"difference": 0.0, "of": 0.0} for output in samples[0].outputs}
     for sample in samples:
         for batch in _BATCHES:
             if not len(sample.pixels[batch]):  # of a small pack
                 continue
             found = run(sample.pixels[batch])
             for (output, expected), values in zip(sample.outputs.items(), found, strict=True):
-                difference = (values - expected[batch]).abs().max().item()
-                allowed = tolerance * max(1.0, expected[batch].abs().max().item())
-                if not difference <= allowed:  # of numbers that are not finite, too
-                    raise UserError(f"{name}: its {output} differ from PyTorch's by {difference:.1e}, where "
-                                    f"{allowed:.1e} is allowed, on images that are {sample.what}: leave its format out "
-                                    "of --formats, or raise --tolerance")
-                largest[output] = max(largest.get(output, 0.0), difference)
+                expected = expected[batch]
+                difference, of = (numbers.abs().max().item() for numbers in (values - expected, expected))
+                if not difference <= tolerance * of:  # of numbers that are not finite, too
+                    raise UserError(f"{name}: its {output} differ from PyTorch's by {difference:.1e} of {of:.2g} on "
+                                    f"images that are {sample.what}, and {tolerance:g} of it is allowed: leave its "
+                                    "format out of --formats, or raise --tolerance")
+                seen = largest[output]
+                seen["difference"], seen["of"] = max(seen["difference"], difference), max(seen["of"], of)
     return largest

@@ -31,7 +31,7 @@ class Graph(nn.Module):
         for name, numbers in zip(("mean", "std"), pixel_norm(trained.cfg), strict=True):
             self.register_buffer(name, numbers[:, None, None])
         self.register_buffer("rows", rows)
-        self.eval()
+        self.eval().requires_grad_(False)
 
     def forward(self, pixels):
         inputs = (pixels.float() / 127.5 - 1 - (2 * self.mean - 1)) / (2 * self.std)  # the order of `prepared`
@@ -68,14 +68,17 @@ def rows_of(trained):
 
 
 def captured(graph, cfg):
-    """The torch.export.ExportedProgram of a Graph, for any number of images; UserError where it cannot be captured."""
+    """The torch.export.ExportedProgram of a Graph, for any number of images.
+
+    UserError where it cannot be captured, as where a branch depends on numbers.
+    """
     pixels = torch.zeros(2, cfg.channels, cfg.image_size, cfg.image_size, dtype=torch.uint8)
     try:
         with quiet(), torch.no_grad():
             return torch.export.export(graph, (pixels,), dynamic_shapes={"pixels": {0: torch.export.Dim("N")}})
     except Exception as e:  # of many kinds, with pages of text
-        raise UserError(f"torch.export cannot capture --backbone {cfg.backbone} ({first_line(e)}): take --formats "
-                        "safetensors") from e
+        raise UserError(f"torch.export cannot capture the backbone ({first_line(e)}): take --formats safetensors"
+                        ) from e
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def _write_pt2(program, outputs, description, path):
 def _open_pt2(path):
     with quiet():
         graph = torch.export.load(path).module()
-    return torch.no_grad()(lambda pixels: list(graph(pixels).values()))
+    return lambda pixels: list(graph(pixels).values())
 
 
 GRAPH_FILES = {"onnx": GraphFile("model.onnx", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _open_onnx),
