@@ -71,9 +71,12 @@ def main(argv=None):
         if graphs:
             check_size(trained, not args.features_only)
         pack = class_table(trained, args)
-        with atomic_folder(out) as folder:
-            written = write(folder, trained, pack, graphs, args)
-            sync_tree(folder)
+        try:
+            with atomic_folder(out) as folder:
+                written = write(folder, trained, pack, graphs, args)
+                sync_tree(folder)
+        except OSError as e:
+            raise UserError(f"--out {args.out} cannot be written ({e}): make room there, or name another folder") from e
     print(json.dumps({"out": args.out, **written, "seconds": round(time.monotonic() - started, 3)}), flush=True)
 
 

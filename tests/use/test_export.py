@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, safe_open
 
+from tests.support.disks import small_disk
 from tests.support.docs import blocks
 from tests.support.launch import ROOT, error_lines, mpirun
 from tests.support.packs import write_pack
@@ -355,6 +356,15 @@ def test_a_backbone_that_no_graph_holds_is_one_line(part, line, small, tmp_path,
     monkeypatch.setattr(trained_module.backbones, "build", spoiled)
     text = refused(tmp_path, small, "--out", tmp_path / "out", "--formats", "safetensors", "onnx")
     assert text.startswith(line) and (text == line or text.endswith("): take --formats safetensors"))
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2", "safetensors"])
+def test_a_full_disk_is_one_line(format, small, tmp_path):
+    with small_disk(tmp_path / "disk", 400) as disk:
+        out = disk / "out"
+        assert refused(disk, small, "--out", out, "--formats", format) == (
+            f"--out {out} cannot be written ([Errno 28] No space left on device): make room there, or name another "
+            "folder")
 
 
 @pytest.mark.parametrize("spoil", [lambda output: output * 1.01, lambda output: output * torch.nan])

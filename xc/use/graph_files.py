@@ -3,6 +3,7 @@
 Each has the text of `description` inside: the metadata of an ONNX file and the extra files of a .pt2 hold model.json.
 """
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,8 +63,11 @@ def _open_onnx(path):
 
 
 def _write_pt2(program, outputs, description, path):
+    buffer = io.BytesIO()  # on a full disk torch's own writer ends the process
     with quiet():
-        torch.export.save(program, path, extra_files={_DESCRIPTION: description})
+        torch.export.save(program, buffer, extra_files={_DESCRIPTION: description})
+    with open(path, "wb") as file:
+        file.write(buffer.getbuffer())
 
 
 def _open_pt2(path):
