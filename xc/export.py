@@ -63,11 +63,11 @@ def main(argv=None):
         out = os.path.abspath(args.out)
         check_paths([], out, None)
         graphs = {name: GRAPH_FILES[name] for name in dict.fromkeys(args.formats) if name in GRAPH_FILES}
-        for graph_file in graphs.values():
-            graph_file.require_packages()
-        trained = open_run(args.run, args.checkpoint, world)
         if args.features_only and not graphs:
             raise UserError("--features-only is about graphs, of which --formats safetensors has none: leave it out")
+        for kind in graphs.values():
+            kind.require_packages()
+        trained = open_run(args.run, args.checkpoint, world)
         if graphs:
             check_size(trained, not args.features_only)
         pack = class_table(trained, args)
@@ -100,23 +100,8 @@ def write(folder, trained, pack, graphs, args):
     with_rows = "safetensors" in args.formats
     outputs = (["features"] if args.features_only else ["features", "probabilities"]) if graphs else []
     classes = ({"names": CLASS_NAMES} if pack else {}) | ({"rows": ROWS} if with_rows else {})
-    about, verified = description(trained, outputs, classes), {}
-    if graphs:
-        if trained.cfg.amp != "off":
-            note(f"note: the run computed its backbone in {trained.cfg.amp}, the graphs compute it in float32")
-        note("capturing the graph")
-        graph = Graph(trained, None if args.features_only else rows_of(trained))
-        program, samples = captured(graph, trained.cfg), samples_of(graph, trained, pack)
-        verified = {"tolerance": args.tolerance, "images": {one.what: len(one.pixels) for one in samples}}
-    for kind in graphs.values():
-        note(f"writing {kind.name} and comparing it with PyTorch")
-        path = os.path.join(folder, kind.name)
-        kind.write(program, outputs, json.dumps(about), path)
-        found = largest_differences(kind.name, kind.open(path), samples, args.tolerance)
-        verified[kind.name] = found
-        differences = ", ".join(f"{output} by at most {values['difference']:.1e} of {values['of']:.2g}"
-                                for output, values in found.items())
-        print(f"{kind.name} differs from PyTorch in {differences}", flush=True)
+    about = description(trained, outputs, classes)
+    verified = write_graphs(folder, trained, pack, graphs.values(), about, args.tolerance) if graphs else {}
     if with_rows:
         write_weights(os.path.join(folder, WEIGHTS), trained.backbone)
         write_rows(os.path.join(folder, ROWS), trained)
@@ -126,6 +111,27 @@ def write(folder, trained, pack, graphs, args):
     write_model(folder, about, verified, packages)
     return {"checkpoint": trained.folder.name, "classes": trained.num_classes,
             "bytes": sum(os.path.getsize(entry) for entry in os.scandir(folder))}
+
+
+def write_graphs(folder, trained, pack, kinds, about, tolerance):
+    """Write the graph as each of these GraphFiles and compare them with PyTorch; returns `verified` of model.json."""
+    if trained.cfg.amp != "off":
+        note(f"note: the run computed its backbone in {trained.cfg.amp}, the graphs compute it in float32")
+    note("capturing the graph")
+    outputs = list(about["outputs"])
+    graph = Graph(trained, rows_of(trained) if "probabilities" in outputs else None)
+    program, samples = captured(graph, trained.cfg), samples_of(graph, trained, pack)
+    verified = {"tolerance": tolerance, "images": {one.what: len(one.pixels) for one in samples}}
+    for kind in kinds:
+        note(f"writing {kind.name} and comparing it with PyTorch")
+        path = os.path.join(folder, kind.name)
+        kind.write(program, outputs, json.dumps(about), path)
+        found = largest_differences(kind.name, kind.open(path), samples, tolerance)
+        differences = ", ".join(f"{output} by at most {values['difference']:.1e} of {values['of']:.2g}"
+                                for output, values in found.items())
+        print(f"{kind.name} differs from PyTorch in {differences}", flush=True)
+        verified[kind.name] = found
+    return verified
 
 
 if __name__ == "__main__":

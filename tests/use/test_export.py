@@ -27,6 +27,7 @@ from tests.support.worlds import run_ranks
 from xc import embed, export, predict
 from xc.checkpoint import layout, tensor_file
 from xc.comm.world import World
+from xc.data.augment import norm_of, prepared
 from xc.data.images import decode
 from xc.data.pack import Pack
 from xc.errors import UserError
@@ -142,6 +143,10 @@ def test_model_json_describes_the_files(exported):
     assert model["metrics"] == [{"step": STEP, "split": "test", "top1": 0.25}]
     assert model["classes"]["digest"] == Pack(exported.packs / "train").classes_digest
     assert model["input"]["shape"] == ["N", cfg.channels, cfg.image_size, cfg.image_size]
+    pixels = torch.arange(256, dtype=torch.uint8)[None, None].repeat(1, cfg.channels, 1)[..., None]
+    mean, std = (torch.tensor(model["input"][name])[:, None, None] for name in ("mean", "std"))
+    inputs = prepared(pixels.clone(), norm=norm_of(cfg.input_norm, cfg.channels))
+    torch.testing.assert_close((pixels / 255 - mean) / std, inputs, rtol=1e-5, atol=1e-5)
     assert model["outputs"].keys() == {"features", "probabilities"}
     verified = model["verified"]
     assert verified["images"] == {"random": 10, "from the pack": 10}
