@@ -94,7 +94,7 @@ class SavedRun:
         """Give a Backbone the weights of the checkpoint. UserError where they are of another network."""
         path = self.folder / "backbone.safetensors"
         try:
-            backbone.load_state_dict(load_file(path))
+            backbone.load_state_dict(backbone.renamed(load_file(path)))
         except (OSError, RuntimeError, SafetensorError) as e:
             raise UserError(f"{path} does not fit {self.run / 'config.json'} ({e}): take another checkpoint") from e
 
