@@ -3,9 +3,9 @@
     python -m xc.report runs/photos --out photos.html
     mpirun -np 4 python -m xc.report runs/a runs/b --data packs --out both.html
 
-Settings and their difference, curves, time by phase, accuracy by class frequency; and of the checkpoint with the highest
-top-1, else the newest: confused classes, surest mistakes, neighbours of class rows. Any browser opens it without a
-network. What a run lacks is said in the page.
+Settings and their difference, curves, time by phase, accuracy by class frequency; and of the checkpoint with the
+highest top-1, else the newest: confused classes, surest mistakes, neighbours of class rows. Any browser opens it,
+without a network. What a run lacks is said in the page.
 """
 
 import json
@@ -21,7 +21,7 @@ from xc.comm.world import open_world
 from xc.errors import UserError
 from xc.reporting.answers import answers_of
 from xc.reporting.look import Look, open_model
-from xc.reporting.page import PICTURE_BYTES, render
+from xc.reporting.page import MOST_BYTES, Page
 from xc.reporting.pictures import Pictures
 from xc.reporting.runs import read_runs
 from xc.use.job import Parser
@@ -60,10 +60,10 @@ def main(argv=None):
              for one, (model, reason) in zip(runs, models, strict=True)]
     with world.raise_on_all_ranks():
         if world.rank == 0:
-            page = render(runs, shown(looks))
-            write(args.out, page)
+            html = html_of(runs, looks)
+            write(args.out, html)
     if world.rank == 0:
-        say(args, runs, looks, len(page), time.monotonic() - started)
+        say(args, runs, looks, len(html), time.monotonic() - started)
 
 
 def check_out(out):
@@ -82,17 +82,31 @@ def answer(model, name, args, world):
                           threads=args.loader_threads, progress=bar.add if bar else lambda count: None)
 
 
-def shown(looks):
-    """What the template takes of every run: a dict, or the reason why it has none. The runs share the bytes of
-    pictures."""
-    with_pictures = sum(not isinstance(look, str) for look in looks)
-    return [look if isinstance(look, str) else look.shown(Pictures(PICTURE_BYTES // with_pictures)) for look in looks]
+def html_of(runs, looks):
+    """The page, as bytes. Pictures take what the rest leaves of MOST_BYTES."""
+    page = Page(runs)
+    return page.html(shown(looks, MOST_BYTES - len(page.html(shown(looks, 0)))))
 
 
-def write(out, page):
-    """Write a page, as bytes, at once."""
+def shown(looks, num_bytes):
+    """What the template takes of every run: a dict, or the reason why it has none. They share the bytes of pictures."""
+    sections, waiting = [], sum(not isinstance(look, str) for look in looks)
+    for look in looks:
+        if isinstance(look, str):
+            sections.append(look)
+            continue
+        share = num_bytes // waiting
+        pictures = Pictures(share)
+        sections.append(look.shown(pictures))
+        num_bytes -= share - pictures.left
+        waiting -= 1
+    return sections
+
+
+def write(out, html):
+    """Write the page. It appears complete or not at all."""
     with atomic_path(out) as partial, open(partial, "xb") as file:
-        file.write(page)
+        file.write(html)
 
 
 def say(args, runs, looks, size, seconds):

@@ -4,7 +4,6 @@ them."""
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from xc.use.features import features_of, passes
 from xc.use.scores import best_classes

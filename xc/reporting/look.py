@@ -1,6 +1,7 @@
 """What the page shows of the answers of one run: confused pairs, surest mistakes, neighbours of class rows."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -110,12 +111,12 @@ class Look:
 
         pictures  Pictures
         """
-        names, records = self._names(), self._records()
+        names, records = self._names, self._records
         train, pack, answers = self.model.train, self.model.pack, self.answers
 
         def of_class(number, most):
-            uris = [pictures.of(train, record) for record in records[number][:most]]
-            return {"name": names[number], "number": number, "pictures": [uri for uri in uris if uri]}
+            return {"name": names[number], "number": number,
+                    "pictures": [pictures.of(train, record) for record in records[number][:most]]}
 
         def of_mistake(place):
             return {"picture": pictures.of(pack, int(answers.record[place])), "record": int(answers.record[place]),
@@ -143,8 +144,10 @@ class Look:
         found |= {int(one) for place in self.wrong for one in (self.answers.label[place], self.answers.answer[place])}
         return sorted(found | {one for own, _, near in self.neighbours for one in (own, *(other for other, _ in near))})
 
+    @cached_property
     def _names(self):
         return names_of(torch.tensor(self._classes(), dtype=torch.int64), self.model.train)
 
+    @cached_property
     def _records(self):
         return records_of(self.model.train, self._classes(), _PICTURES)

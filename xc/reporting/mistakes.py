@@ -1,4 +1,4 @@
-"""What the wrong answers say: pairs of classes that are confused, the surest mistakes, the classes with most of them."""
+"""What the wrong answers say: pairs of classes that are confused, the surest mistakes, the worst classes."""
 
 from dataclasses import dataclass
 

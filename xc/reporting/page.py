@@ -1,10 +1,11 @@
 """The page: one HTML file without scripts and without anything that is loaded. The template escapes all texts."""
 
+import itertools
 import math
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from xc.errors import one_line
 from xc.reporting.curves import COLOURS, POINTS, colour_of, is_dashed, plot, time_unit
@@ -12,29 +13,35 @@ from xc.reporting.runs import differing_settings
 from xc.train.class_scores import FREQUENCIES
 
 MOST_BYTES = 10_000_000  # of the page
-PICTURE_BYTES = 7_500_000  # of all pictures; curves, tables and names take far less than the rest
 _LONGEST = 120  # characters of a text from outside: a class name may have kilobytes
 _LAUNCHES = 20  # that are listed
 _NONE = "–"
 
 
-def render(runs, sections):
-    """The page as bytes of UTF-8. The same input gives the same bytes.
+class Page:
+    """The page about some Runs. The same input gives the same bytes."""
 
-    runs      list of Run
-    sections  for each of them what `Look.shown` gives, or the text that says why there is none
-    """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, finalize=lambda value: short(value) if type(value) is str else value)
-    environment.filters |= {"percent": percent, "seconds": seconds, "count": count, "decimals": decimals}
-    marks = [{"colour": colour_of(place), "dashed": is_dashed(place), "name": run.name}
-             for place, run in enumerate(runs)]
-    page = environment.get_template("page.html").render(
-        runs=list(zip(runs, marks, sections, strict=True)), marks=marks, summary=[_summary(run) for run in runs],
-        settings=_settings(runs), curves=_curves(runs), phases=_phases(runs), frequencies=_frequencies(runs),
-        launches=_LAUNCHES, dash=_NONE, points=POINTS, megabytes=MOST_BYTES // 10**6)
-    return page.encode("utf-8", "backslashreplace")
+    def __init__(self, runs):
+        environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+            trim_blocks=True, lstrip_blocks=True, finalize=lambda value: short(value) if type(value) is str else value)
+        environment.filters |= {"percent": percent, "seconds": seconds, "count": count, "decimals": decimals,
+                                "sentence": sentence}
+        self._template, self._runs = environment.get_template("page.html"), runs
+        self._marks = [{"colour": colour_of(place), "dashed": is_dashed(place), "name": run.name}
+                       for place, run in enumerate(runs)]
+        self._parts = {
+            "marks": self._marks, "summary": [_summary(run) for run in runs], "settings": _settings(runs),
+            "curves": _curves(runs), "phases": _phases(runs), "frequencies": _frequencies(runs),
+            "launches": _LAUNCHES, "dash": _NONE, "points": POINTS, "megabytes": MOST_BYTES // 10**6}
+
+    def html(self, sections):
+        """The page as bytes of UTF-8.
+
+        sections  for each run what `Look.shown` gives, or the text that says why there is none
+        """
+        runs = list(zip(self._runs, self._marks, sections, strict=True))
+        return self._template.render(self._parts, runs=runs).encode("utf-8", "backslashreplace")
 
 
 def short(text):
@@ -42,6 +49,11 @@ def short(text):
     text = one_line(text)
     half = _LONGEST // 2
     return text if len(text) <= _LONGEST else f"{text[: half - 1]} … {text[2 - half :]}"
+
+
+def sentence(text):
+    """A text of ours, which may quote others, in one line; its end says what to do."""
+    return escape(one_line(text))
 
 
 def percent(share):
@@ -92,7 +104,8 @@ def _summary(run):
 def _mean_rate(run):
     """Images per second over all lines; each line counts by its time."""
     time = run.seconds
-    pairs = [(rate, after - before) for rate, before, after in zip(run.rates, [0, *time], time) if _finite(rate)]
+    spans = [after - before for before, after in itertools.pairwise([0.0, *time])]
+    pairs = [(rate, span) for rate, span in zip(run.rates, spans, strict=True) if _finite(rate)]
     total = sum(span for _, span in pairs)
     return sum(rate * span for rate, span in pairs) / total if total else None
 

@@ -36,8 +36,8 @@ def thumbnail(data):
 class Pictures:
     """Makes the pictures of a page and counts those that it lacks.
 
-    left   bytes of data URIs that may still be made
-    over   pictures that were left out because the budget was spent
+    left     bytes of data URIs that may still be made
+    over     pictures that were left out because the budget was spent
     damaged  pictures whose record cannot be read or decoded
     """
 
