@@ -157,17 +157,17 @@ def old_settings(folder):
 @pytest.mark.parametrize("change, texts", [
     (without("checkpoints"), ["no checkpoint", "The run has no checkpoint."]),
     (without("metrics.jsonl"), ["has no metrics yet", "No run has metrics yet.", "Checkpoint step-"]),
-    (without("launches.jsonl"), ["0 launches", "Checkpoint step-"]),
-    (lambda folder: add(folder, "{half"), ["1 lines of metrics.jsonl cannot be read", "Checkpoint step-"]),
-    (lambda folder: add(folder, {"step": 25, "loss": 1.0}), ["lines of metrics.jsonl are of steps that a later"]),
-    (lambda folder: (folder / "rollbacks.json").write_text("[3, 9]"), ["went back to a checkpoint 2 times"]),
+    (without("launches.jsonl"), ["launches: 0", "Checkpoint step-"]),
+    (lambda folder: add(folder, "{half"), ["lines of metrics.jsonl that cannot be read: 1.", "Checkpoint step-"]),
+    (lambda folder: add(folder, {"step": 25, "loss": 1.0}), ["lines of metrics.jsonl that a later line goes back behind: "]),
+    (lambda folder: (folder / "rollbacks.json").write_text("[3, 9]"), ["rollbacks to a checkpoint, after a loss or a weight was not finite: 2."]),
     (setting(data="nowhere"), ["Its data cannot be read (nowhere: not a pack", "Give their new place with --data."]),
     (setting(data="synth:classes=13"), ["trained on synthetic classes (synth:classes=13)"]),
     (setting(epochs=5.0), ["81 % saved", "Checkpoint step-"]),
     (setting(feature_dim=9), ["Its checkpoint cannot be used (checkpoint", "has feature_dim 8"]),
     (spoil_rows, ["Its checkpoint cannot be used (checkpoint file", "is damaged"]),
     (spoil_meta, ["checkpoint damaged", "is not a checkpoint", "Its checkpoint cannot be used"]),
-    (resumed, ["4, 8, 4", "33 launches", "The last 20."]),
+    (resumed, ["4, 8, 4", "launches: 33", "The last 20."]),
     (old_settings, ["finished", "–", "Checkpoint step-"]),
 ])
 def test_what_a_run_lacks_is_said(change, texts, copy, tmp_path, monkeypatch, capsys):
@@ -257,7 +257,7 @@ def test_pictures_are_left_out_before_the_page_is_too_large(page, finished, tmp_
     monkeypatch.setattr(report, "MOST_BYTES", most)
     found = page_of(monkeypatch, tmp_path / "few.html", finished)
     assert 20 < len(found.images) < len(whole) and most - 20_000 < (tmp_path / "few.html").stat().st_size <= most
-    assert (f"{len(whole) - len(found.images)} pictures are left out, so that the page stays below 10 MB."
+    assert (f"Pictures that are left out, so that the page stays below 10 MB: {len(whole) - len(found.images)}."
             in found.text)
 
 

@@ -37,13 +37,17 @@ def open_model(run, data, world):
 
     data  path of the packs; "": those of the run
 
-    UserError where `data` was given and does not fit the run.
+    UserError where `data` was given and does not fit the run, or the ranks see different checkpoints.
     """
     with world.raise_on_all_ranks():
         model, reason = _opened(run, data, world)
-    reasons = world.all_ranks.all_gather_object(reason)  # the ranks share the checksums
-    reason = next((one for one in reasons if one), "")
-    return (None, reason) if reason else (model, "")
+    told = world.all_ranks.all_gather_object((reason, model and model.trained.folder.name))
+    reason = next((one for one, _ in told if one), "")  # the ranks share the checksums
+    if reason:
+        return None, reason
+    if len({name for _, name in told}) > 1:
+        raise UserError(f"{run.folder} saves a checkpoint while it is read: give the command again")
+    return model, ""
 
 
 def _opened(run, data, world):
