@@ -141,6 +141,12 @@ def spoil_meta(folder):
         meta.write_text("{")
 
 
+def odd_lines(folder):
+    (folder / "metrics.jsonl").unlink()
+    add(folder, {"step": 1, "loss": None, "forward_ms": 0}, {"step": 2, "split": "val", "val_top1": "high"},
+        {"step": 3, "split": "test"}, {"step": 4, "loss": 10**400, "images_per_second": -1})
+
+
 def resumed(folder):
     path = folder / "launches.jsonl"
     launch = json.loads(path.read_text())
@@ -159,8 +165,12 @@ def old_settings(folder):
     (without("metrics.jsonl"), ["has no metrics yet", "No run has metrics yet.", "Checkpoint step-"]),
     (without("launches.jsonl"), ["launches: 0", "Checkpoint step-"]),
     (lambda folder: add(folder, "{half"), ["lines of metrics.jsonl that cannot be read: 1.", "Checkpoint step-"]),
-    (lambda folder: add(folder, {"step": 25, "loss": 1.0}), ["lines of metrics.jsonl that a later line goes back behind: "]),
-    (lambda folder: (folder / "rollbacks.json").write_text("[3, 9]"), ["rollbacks to a checkpoint, after a loss or a weight was not finite: 2."]),
+    (lambda folder: add(folder, {"step": 25, "loss": 1.0}),
+     ["lines of metrics.jsonl that a later line goes back behind: 3. They are left out."]),
+    (odd_lines, ["finished", "No run has recorded it.", "not recorded", "Checkpoint step-"]),
+    (setting(steps="many"), ["unknown", "Its checkpoint cannot be used"]),
+    (lambda folder: (folder / "rollbacks.json").write_text("[3, 9]"),
+     ["rollbacks to a checkpoint, after a loss or a weight was not finite: 2."]),
     (setting(data="nowhere"), ["Its data cannot be read (nowhere: not a pack", "Give their new place with --data."]),
     (setting(data="synth:classes=13"), ["trained on synthetic classes (synth:classes=13)"]),
     (setting(epochs=5.0), ["81 % saved", "Checkpoint step-"]),

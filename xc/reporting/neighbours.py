@@ -25,7 +25,7 @@ def nearest_rows(classes, trained, k, world):
     order = (best == own).to(torch.uint8).sort(dim=1, stable=True).indices[:, :k]
     best = best.gather(1, order)
     with world.raise_on_all_ranks():
-        others = _rows(by_cosine, best.flatten().tolist(), world.device).view(*best.shape, -1)
+        others = _rows(by_cosine, best.flatten().tolist(), world.device).view(*best.shape, rows.shape[1])
     return best.cpu(), (others @ rows[:, :, None])[:, :, 0].cpu()
 
 

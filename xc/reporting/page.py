@@ -5,11 +5,12 @@ import math
 from pathlib import Path
 
 import jinja2
+import numpy as np
 from markupsafe import Markup, escape
 
 from xc.errors import one_line
 from xc.reporting.curves import COLOURS, POINTS, colour_of, is_dashed, plot, time_unit
-from xc.reporting.runs import differing_settings
+from xc.reporting.runs import differing_settings, number
 from xc.train.class_scores import FREQUENCIES
 
 MOST_BYTES = 10_000_000  # of the page
@@ -22,12 +23,12 @@ class Page:
     """The page about some Runs. The same input gives the same bytes."""
 
     def __init__(self, runs):
-        environment = jinja2.Environment(
+        templates = jinja2.Environment(
             loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
             trim_blocks=True, lstrip_blocks=True, finalize=lambda value: short(value) if type(value) is str else value)
-        environment.filters |= {"percent": percent, "seconds": seconds, "count": count, "decimals": decimals,
-                                "sentence": sentence}
-        self._template, self._runs = environment.get_template("page.html"), runs
+        templates.filters |= {"percent": percent, "seconds": seconds, "count": count, "decimals": decimals,
+                              "sentence": sentence}
+        self._template, self._runs = templates.get_template("page.html"), runs
         self._marks = [{"colour": colour_of(place), "dashed": is_dashed(place), "name": run.name}
                        for place, run in enumerate(runs)]
         self._parts = {
@@ -86,19 +87,22 @@ def _summary(run):
     last = {split: (run.of_split(split) or [None])[-1] for split in ("val", "test")}
     vals = [one for one in run.of_split("val") if math.isfinite(one.top1)]
     best = max(vals, key=lambda one: one.top1, default=None)
-    done = run.checkpoint["examples"] / run.planned if run.checkpoint and run.planned else None
-    if run.checkpoint is None:
-        state = "checkpoint damaged" if run.fault else "no checkpoint"
-    elif done is None:
-        state = f"saved at step {run.checkpoint['step']:,}"
-    else:
-        state = "finished" if done >= 1 else f"{math.floor(100 * done)} % saved"
     time = run.seconds
-    return {"state": state, "val": last["val"], "test": last["test"], "best": best,
+    return {"state": _state(run), "val": last["val"], "test": last["test"], "best": best,
             "steps": max([run.steps[-1] if run.steps else 0, *(one.step for one in run.evaluations)]),
             "loss": run.losses[-1] if run.losses else None, "time": time[-1] if time else None,
             "rate": _mean_rate(run), "memory": max((one for one in run.memory if _finite(one)), default=None),
             "ranks": _ranks(run)}
+
+
+def _state(run):
+    """How far the newest checkpoint is."""
+    if run.checkpoint is None:
+        return "checkpoint damaged" if run.fault else "no checkpoint"
+    done = number(run.checkpoint.get("examples")) / run.planned if run.planned else math.nan
+    if not math.isfinite(done):
+        return "unknown"
+    return "finished" if done >= 1 else f"{math.floor(100 * done)} % saved"
 
 
 def _mean_rate(run):
@@ -147,8 +151,6 @@ def _curves(runs):
 
 def _time_at(step, steps, time):
     """Seconds of training until a step, between the lines; nan without lines."""
-    import numpy as np
-
     return float(np.interp(step, [0, *steps], [0.0, *time])) if steps else math.nan
 
 
@@ -162,7 +164,7 @@ def _phases(runs):
     bars = [{"total": sum(one.values()),
              "parts": [{"name": name, "colour": colours[name], "seconds": one.get(name, 0.0),
                         "share": one.get(name, 0.0) / sum(one.values()),
-                        "width": round(100 * one.get(name, 0.0) / longest, 3)} for name in names]} if longest and one
+                        "width": round(100 * one.get(name, 0.0) / longest, 3)} for name in names]} if sum(one.values())
             else None for one in found]
     return {"names": [(name, colours[name]) for name in names], "bars": bars}
 

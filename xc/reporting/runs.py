@@ -233,7 +233,7 @@ def _add_checkpoint(run):
     try:
         cfg = Config(**{name: value for name, value in run.settings.items() if name in known})
         run.planned = Schedule.of(cfg, run.checkpoint["num_records"], 1).examples
-    except (ValueError, TypeError, KeyError, ZeroDivisionError):
+    except (ValueError, TypeError, KeyError, ArithmeticError):
         run.planned = None  # settings of another version
 
 
