@@ -59,6 +59,16 @@ def test_numbers_are_those_of_the_files(page, finished):
         assert title in page[0].text
 
 
+def test_frequencies_are_of_the_last_test(copy, tmp_path, monkeypatch):
+    """Where a run went on after its test, a later val is another split."""
+    folder = copy("longer")
+    test = lines_of(folder)[-1]
+    add(folder, {"step": 30, "split": "val", "val_top1": 0.5, "val_top1_by_frequency": {"100+": 0.125}})
+    found = page_of(monkeypatch, tmp_path / "page.html", folder)
+    assert found.rows["frequency"][0][1] == f"longertest, step {test['scored_step']}"
+    assert [row[0] for row in found.rows["frequency"][1:]] == list(test["top1_by_frequency"])
+
+
 def test_answers_are_those_of_evaluation(page, finished):
     """All of val is answered, by the checkpoint with the highest top-1."""
     best = max((line for line in lines_of(finished) if line.get("split") == "val" and line["step"] % 13 == 0),
