@@ -23,6 +23,7 @@ from data_tools.common.command import between, check_paths, stop_on_signals
 from data_tools.common.progress import note
 from xc.comm.launch import run
 from xc.comm.world import open_world
+from xc.data.pack import open_splits
 from xc.errors import UserError
 from xc.files import sync_tree
 from xc.use.agreement import largest_differences, samples_of
@@ -70,10 +71,10 @@ def main(argv=None):
         trained = open_run(args.run, args.checkpoint, world)
         if graphs:
             check_size(trained, not args.features_only)
-        pack = class_table(trained, args)
+        names, pack = class_table(trained, args), pack_of(trained, args)
         try:
             with atomic_folder(out) as folder:
-                written = write(folder, trained, pack, graphs, args)
+                written = write(folder, trained, names, pack, graphs, args)
                 sync_tree(folder)
         except OSError as e:
             raise UserError(f"--out {args.out} cannot be written ({e}): make room there, or name another folder") from e
@@ -81,32 +82,41 @@ def main(argv=None):
 
 
 def class_table(trained, args):
-    """The Pack with the names of the classes; None where it cannot be read and no file needs the names."""
+    """The ClassNames; None where they cannot be read and no file needs them."""
     try:
         return trained.class_table(args.classes)
-    except UserError as e:
+    except UserError:
         if args.classes or not args.features_only or "safetensors" in args.formats:
             raise
+        return None
+
+
+def pack_of(trained, args):
+    """The Pack whose images are compared; None where it cannot be read."""
+    try:
+        return open_splits(args.classes or trained.cfg.data)["train"]
+    except (ValueError, OSError) as e:
         note(f"note: no image of the run is compared, but random ones ({e})")
         return None
 
 
-def write(folder, trained, pack, graphs, args):
+def write(folder, trained, names, pack, graphs, args):
     """Write all files of an export into a folder; returns what the command prints of it.
 
-    pack    with the names of the classes, or None
+    names   ClassNames, or None
+    pack    Pack of images to compare, or None
     graphs  {format: GraphFile} of --formats
     """
     with_rows = "safetensors" in args.formats
     outputs = (["features"] if args.features_only else ["features", "probabilities"]) if graphs else []
-    classes = ({"names": CLASS_NAMES} if pack else {}) | ({"rows": ROWS} if with_rows else {})
+    classes = ({"names": CLASS_NAMES} if names else {}) | ({"rows": ROWS} if with_rows else {})
     about = description(trained, outputs, classes)
     verified = write_graphs(folder, trained, pack, graphs.values(), about, args.tolerance) if graphs else {}
     if with_rows:
         write_weights(os.path.join(folder, WEIGHTS), trained.backbone)
         write_rows(os.path.join(folder, ROWS), trained)
-    if pack:
-        write_names(os.path.join(folder, CLASS_NAMES), pack)
+    if names:
+        write_names(os.path.join(folder, CLASS_NAMES), names)
     packages = ["torch", *(package for kind in graphs.values() for package in kind.packages)]
     write_model(folder, about, verified, packages)
     return {"checkpoint": trained.folder.name, "classes": trained.num_classes,

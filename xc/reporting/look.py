@@ -6,6 +6,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from xc.data.class_names import names_of
 from xc.data.evaluated import split_while_training
 from xc.data.pack import Pack, open_splits
 from xc.data.synthetic import PREFIX
@@ -14,7 +15,6 @@ from xc.reporting.answers import Answers
 from xc.reporting.mistakes import confused_pairs, surest, worst_classes
 from xc.reporting.neighbours import nearest_rows
 from xc.reporting.pictures import records_of
-from xc.use.scores import names_of
 from xc.use.trained import Trained, open_run
 
 PAIRS, WRONG, NEIGHBOURS = 20, 40, 6  # that are shown

@@ -24,7 +24,7 @@ from importlib.metadata import version
 from data_tools.common.progress import Progress, note
 from xc.checkpoint import tensor_file
 from xc.comm.shard import Shard
-from xc.data.pack import NAMES
+from xc.data.class_names import NAMES
 from xc.use.graph import pixel_norm
 
 FORMAT, VERSION = "xc-export", 1
@@ -58,12 +58,12 @@ def write_rows(path, trained):
                           {"classes_digest": str(trained.meta.get("classes_digest"))})
 
 
-def write_names(path, pack):
-    """The class names of a Pack in the order of the rows, each a text in JSON: a name may hold line ends."""
+def write_names(path, table):
+    """The names of a ClassNames in the order of the rows, each a text in JSON: a name may hold line ends."""
     with open(path, "w", encoding="utf-8", newline="\n") as file, \
-            Progress("writing the class names", pack.num_classes, "names") as progress:
-        for first in range(0, pack.num_classes, NAMES):
-            names = pack.class_names(first, min(first + NAMES, pack.num_classes))
+            Progress("writing the class names", table.num_classes, "names") as progress:
+        for first in range(0, table.num_classes, NAMES):
+            names = table.class_names(first, min(first + NAMES, table.num_classes))
             file.writelines(json.dumps(name, ensure_ascii=False) + "\n" for name in names)
             progress.add(len(names))
 
