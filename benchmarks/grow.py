@@ -8,7 +8,7 @@
     --epochs  of training from nothing at full cost, of the old catalogue's run as well
     --grown   epochs of the grown runs, and of training from nothing at equal cost; 0 stands beside them
     --seeds   each draws other classes, too
-    --flags   of all runs, for train.py
+    --flags   of all runs, for train.py; --grown-flags: of the grown ones beside them
 
 Top-1 over all classes of the new catalogue, of test images of kept classes, of new ones, and of both. The last line is
 one JSON object: means over the seeds, and the spread (highest less lowest) of both.
@@ -46,6 +46,7 @@ def main():
     parser.add_argument("--grown", type=float, nargs="+", default=[1, 2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--flags", default="")
+    parser.add_argument("--grown-flags", default="--lr 0.05 --warmup 0.1epochs --head-lr-scale 20")
     args = parser.parse_args()
     rows = {}
     for seed in args.seeds:
@@ -68,7 +69,7 @@ def one_seed(args, seed):
     old, new = catalogues(args.data, work, seed)
     flags = ["--seed", seed, "--eval-every", 0, "--log-steps", 100, *shlex.split(args.flags)]
     first = train(work / "old", old, ["--epochs", args.epochs, *flags])
-    grown = ["--init", first, *flags]
+    grown = ["--init", first, *flags, *shlex.split(args.grown_flags)]
     yield "grown, 0 epochs", scores(new, old, ["--out", work / "none", *grown])
     for epochs in args.grown:
         run = train(work / f"grown-{epochs:g}", new, ["--epochs", epochs, *grown])

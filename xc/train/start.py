@@ -1,11 +1,13 @@
 """What a new run starts from (--init): the weights of a file, or a trained run and its class rows, by class name."""
 
 import json
+import sys
 from pathlib import Path
 
 import torch
 
 from xc.checkpoint.saved_run import is_run, open_saved
+from xc.config import Config
 from xc.data.class_names import NAMES, labels_in, names_of
 from xc.errors import UserError, one_line
 from xc.files import replace_text
@@ -108,6 +110,9 @@ class Start:
             raise UserError(f"--init {cfg.init} has no class of --data {cfg.data}, by name: give "
                             f"{saved.folder / 'backbone.safetensors'} to start from its backbone alone")
         self._say(f"init: backbone and class rows of {saved.run}, {saved.folder.name}")
+        if cfg.optimizer == "sgd" and cfg.lr >= Config.lr and self._world.rank == 0:
+            print(f"warning: --lr {cfg.lr:g} is a rate for random weights, and throws trained ones about: give a lower "
+                  "one, as recipes/grow.args does", file=sys.stderr, flush=True)
 
     def _list_gone(self, path):
         """Write the names of the old classes that are in no shard; returns their number."""
