@@ -27,11 +27,15 @@ def data_of(splits, evaluation="classify"):
     return name and f"{measure}{name}: {len(splits[name])} examples, seed {splits[name].data_seed}"
 
 
+def has_pairs(split):
+    """Whether any class of a split has two images: otherwise retrieval has nothing to find. PackError."""
+    return any((split.class_counts(first, last) > 1).any() for first, last in blocks_of(0, split.num_classes))
+
+
 def check_pairs(splits):
-    """UserError where a split that is evaluated has no two images of any class: retrieval has nothing to find there."""
+    """UserError where a split that is evaluated has no pairs."""
     for name, split in splits.items():
-        if name != "train" and not any((split.class_counts(first, last) > 1).any()
-                                       for first, last in blocks_of(0, split.num_classes)):
+        if name != "train" and not has_pairs(split):
             raise UserError(f"--eval retrieval needs two images of a class, and no class of {name} has two: give a "
                             "split that does, or --eval classify")
 

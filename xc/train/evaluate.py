@@ -1,4 +1,4 @@
-"""Exact top-1 and top-5 over all classes, or retrieval: of val, or of test where there is no val; at the end of test."""
+"""Exact top-1 and top-5 over all classes, or retrieval: of val, or of test without a val; at the end of test."""
 
 import sys
 
@@ -9,7 +9,7 @@ from xc.data.loader import Loader
 from xc.errors import one_line
 from xc.run import watchdog
 from xc.train.class_scores import ClassScores, frequencies_of
-from xc.train.retrieval import evaluate_retrieval
+from xc.train.retrieval import features_and_labels, retrieval_scores
 
 _NUM_EXAMPLES = 4  # of each rank, on which the active classes are compared with all classes
 
@@ -36,8 +36,8 @@ class Evaluator:
         self.last, self.stopped, self.examples = None, False, None
 
     def run(self, may_stop=True):
-        """Scores {split, top1, …}, or {split, recall_at_1, …} with --eval retrieval, of the split that is evaluated while
-        training. None where there is none, or where a signal asked for a stop. Collective."""
+        """Scores {split, top1, …}, or {split, recall_at_1, …} with --eval retrieval, of the split that is evaluated
+        while training. None where there is none, or where a signal asked for a stop. Collective."""
         self.last = self._scores(self.split, may_stop) if self.split else None
         return self.last
 
@@ -79,7 +79,8 @@ class Evaluator:
 
     def _retrieval(self, split, batches, stop):
         loader = self._loaders[split]
-        found = evaluate_retrieval(self._state.backbone, self._state.head, batches, self._world, stop)
+        found = features_and_labels(self._state.backbone, self._state.head, batches, self._world, stop)
+        found = found and retrieval_scores(*found, self._world.all_ranks, stop)
         if found is None:
             return None
         scores, unmatched = found

@@ -34,14 +34,12 @@ _NAMED = 3  # classes without a match that are returned
 
 
 @torch.no_grad()
-def evaluate_retrieval(backbone, head, batches, world, stopped, progress=lambda count: None):
-    """The scores of `retrieval_scores` for batches of images, and labels of classes without a match; or None.
+def features_and_labels(backbone, head, batches, world, stopped=lambda: False):
+    """(features (n, D), labels (n,)) of this rank's images, for `retrieval_scores`; None where `stopped` says so.
 
     head     its feature_dim and directions(features), the features as the logits use them
     batches  of (images, labels), as many on every rank; a rank's may be empty
-    stopped  asked before every batch, answers alike on all ranks; where it is true, there is no result
-
-    UserError where features are not finite. Collective.
+    stopped  asked before every batch, answers alike on all ranks
     """
     training = backbone.training
     backbone.eval()
@@ -58,7 +56,7 @@ def evaluate_retrieval(backbone, head, batches, world, stopped, progress=lambda 
     backbone.train(training)
     if stop:
         return None
-    return retrieval_scores(torch.cat(features), torch.cat(labels), world.all_ranks, stopped, progress)
+    return torch.cat(features), torch.cat(labels)
 
 
 @torch.no_grad()
@@ -68,8 +66,8 @@ def retrieval_scores(features, labels, group, stopped=lambda: False, progress=la
     features  (n, D)  float32, of this rank's images, as the logits use them
     labels    (n,)    int64
     progress  called with every number of queries that are done
-    returns   {recall_at_1, recall_at_10, recall_at_100, map, queries, queries_without_match, examples}, where the
-              first four are None if no query has a match; and up to three labels of classes without a match
+    returns   ({recall_at_1, recall_at_10, recall_at_100, map, queries, queries_without_match, examples}, where the
+              first four are None if no query has a match; up to three labels of classes without a match)
               None where `stopped` says so
 
     UserError where features are not finite. Collective.

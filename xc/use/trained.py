@@ -35,6 +35,10 @@ class Trained:
         return self.meta["num_classes"]
 
     @property
+    def feature_dim(self):
+        return self.meta["feature_dim"]
+
+    @property
     def scale(self):
         """Factor of the logits, as in `Head`."""
         return self.cfg.scale if self.cfg.logits == "cosine" else 1.0
@@ -79,10 +83,11 @@ class Trained:
         return pack
 
 
-def open_run(run, checkpoint, world):
+def open_run(run, checkpoint, world, rows=True):
     """The Trained of a run folder, after a check of the bytes of its backbone and class rows. Not collective.
 
     checkpoint  name of a folder in RUN/checkpoints; "": the one with the highest top-1, else the newest
+    rows        whether the class rows are used, and so checked
 
     UserError where the run has no such checkpoint, or the checkpoint does not fit its settings; ValueError where it is
     damaged. The ranks share the checksums.
@@ -95,7 +100,7 @@ def open_run(run, checkpoint, world):
         if meta.get(name) != getattr(cfg, name):
             raise UserError(f"checkpoint {folder} has {name} {meta.get(name)}, {run / 'config.json'} has "
                             f"{getattr(cfg, name)}: take another checkpoint")
-    used = ["backbone.safetensors", *(rows_name(*one) for one in ranges_of(folder, meta))]
+    used = ["backbone.safetensors", *(rows_name(*one) for one in ranges_of(folder, meta) if rows)]
     for number, name in enumerate(used):
         facts = meta["files"].get(name, {"bytes": -1, "crc32": -1})
         if fault := fault_of(folder / name, facts, number % world.size == world.rank):
