@@ -72,8 +72,8 @@ def parser():
     add("--out", metavar="FILE", help="write them as .csv, .jsonl or .parquet, and print none")
     add("--sheet", metavar="PNG", help="draw the first queries with their neighbours")
     add("--run", default="", help="the run, where it is no longer where build found it")
-    add("--classes", default="", metavar="PACK", help="of class rows: pack with pictures for --sheet (the --data of the "
-        "run)")
+    add("--classes", default="", metavar="PACK", help="of class rows: pack with pictures for --sheet (the --data "
+        "of the run)")
     add_reading_flags(one, "that of the index")
 
     one, add = command(evaluate, "evaluate", "recall@1, @10, @100 and mAP of the images of a pack among each other")
@@ -88,6 +88,8 @@ def parser():
 def main(argv=None):
     """Collective."""
     args = parser().parse_args(argv)
+    if getattr(args, "src", None):
+        args.src = args.src.rstrip("/") or "/"  # a name of an image begins with that of its source
     args.main(args, open_world(args.device))
 
 
@@ -113,7 +115,7 @@ def build(args, world):
                  "count": vectors.count, **measured(index, vectors, args.target_recall, args.seed, world)}
         facts["seconds"] = round(time.monotonic() - started, 3)
         of = {"of": "images" if args.src else "classes", "source": os.path.abspath(args.src) if args.src else "",
-              "source_name": args.src or "", "run": os.path.abspath(args.run), **what_made(trained)}
+              "working_folder": os.getcwd(), "run": os.path.abspath(args.run), **what_made(trained)}
         with world.raise_on_all_ranks():
             if world.rank == 0:
                 vectors.remove()

@@ -2,6 +2,8 @@
 
 import threading
 
+import pyarrow  # noqa: F401  # in the main thread: where a thread loads it first, it crashes in later ones
+
 from tests.support.worlds import run_ranks
 from xc.errors import UserError
 

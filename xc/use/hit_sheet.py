@@ -1,5 +1,7 @@
 """A contact sheet of queries and their neighbours."""
 
+import os
+
 import numpy as np
 
 from data_tools.common.progress import note
@@ -60,7 +62,7 @@ class Sheet:
         try:
             if self._index.meta["of"] == "images":
                 meta = self._index.meta
-                found = pictures_at(meta["source"], places, meta["source_name"])
+                found = pictures_at(meta["source"], places, meta["working_folder"])
             else:
                 found = pictures_of_classes(self._pack, places) if self._pack else {}
         except (OSError, ValueError) as error:
@@ -71,10 +73,10 @@ class Sheet:
         return {row: found[place] for row, (_, place) in named.items() if place in found}
 
 
-def pictures_at(src, wanted, called=""):
+def pictures_at(src, wanted, folder=""):
     """{place: picture} of the images of a source at {place: name}; those that are other images now are left out.
 
-    called  what the source was called when it gave these names
+    folder  that the names are relative to
 
     A name of None may be any. The source is read up to the last place.
     """
@@ -82,8 +84,8 @@ def pictures_at(src, wanted, called=""):
     images, found = images_of(src)[0], {}
     for place, image in enumerate(images()):
         if place in wanted and image.load is not None:
-            name = wanted[place]
-            if name is None or name.removeprefix(called) == text(image.name).removeprefix(src):
+            names = {os.path.normpath(os.path.join(folder, name)) for name in (wanted[place], text(image.name)) if name}
+            if len(names) == 1:
                 _take(found, place, image.load)
         if place >= last:
             break

@@ -23,7 +23,7 @@ from xc.errors import UserError
 from xc.run import watchdog
 from xc.use.index_types import can_be_merged, new_index, reason_of, sample_size
 from xc.use.job import progress_of
-from xc.use.vectors import sample_of, take
+from xc.use.vectors import sample_of, shard_of, take
 
 
 def build_index(vectors, kind, seed, folder, world):
@@ -42,7 +42,7 @@ def build_index(vectors, kind, seed, folder, world):
         index = _trained(index, vectors, size, kind, seed, world)
     merged = can_be_merged(index) and world.size > 1
     whole = Shard(0, vectors.count) if world.rank == 0 else Shard(0, 0)
-    shard = Shard.of(vectors.count, world.size, world.rank) if merged else whole
+    shard = shard_of(vectors, world) if merged else whole
     with world.raise_on_all_ranks(), _faiss_errors(kind):
         _add(index, vectors, shard, world)
         if merged and world.rank:
@@ -80,7 +80,7 @@ def _faiss_errors(kind):
 
 def _trained(index, vectors, size, kind, seed, world):
     """The index, trained by rank 0 on a sample of so many vectors that all ranks read. Collective."""
-    rows, shard = sample_of(vectors.count, size, seed), Shard.of(vectors.count, world.size, world.rank)
+    rows, shard = sample_of(vectors.count, size, seed), shard_of(vectors, world)
     with world.raise_on_all_ranks():
         own = torch.from_numpy(take(vectors, rows[shard.owns(rows)]))
     counts = world.all_ranks.all_gather(torch.tensor([len(own)])).tolist()
@@ -92,7 +92,7 @@ def _trained(index, vectors, size, kind, seed, world):
             index.train(sample)
             data = torch.from_numpy(faiss.serialize_index(index))
     counts = world.all_ranks.all_gather(torch.tensor([len(data)])).tolist()
-    return faiss.deserialize_index(np.array(world.all_ranks.all_gather(data, counts)))
+    return faiss.deserialize_index(world.all_ranks.all_gather(data, counts).numpy())
 
 
 def _add(index, vectors, shard, world):

@@ -7,7 +7,7 @@
     format, version
     of               "classes": place is the class; "images": place is the number of the image in the source
     source, run      the images, and the run, by absolute path; source is "" of classes
-    source_name      the images as the command named them: names of images begin so
+    working_folder   of the command: names of images may be relative to it
     checkpoint, backbone_crc32, classes_digest, feature_dim, logits     what made the vectors, and must make the queries
     type, factory    --type, and what it was to faiss
     count            vectors
@@ -35,7 +35,7 @@ FORMAT, VERSION = "xc-index", 1
 INDEX, NAMES, META = "index.faiss", "names.parquet", "index.json"
 GROUP = 2**14  # names of a row group
 _MOST_META = 2**20  # bytes
-_TYPES = {"of": str, "source": str, "source_name": str, "run": str, "checkpoint": str, "backbone_crc32": int,
+_TYPES = {"of": str, "source": str, "working_folder": str, "run": str, "checkpoint": str, "backbone_crc32": int,
           "classes_digest": str, "feature_dim": int, "logits": str, "type": str, "count": int, "index_bytes": int,
           "names_bytes": int}
 

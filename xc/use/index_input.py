@@ -1,7 +1,7 @@
 """What goes into an index: vectors, and the table of their names."""
 
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 import numpy as np
 
@@ -17,13 +17,12 @@ def class_rows(trained, table, folder, world):
     """The class rows of a Trained; their names, from a Pack with the class table, go into the folder. Collective."""
     with world.raise_on_all_ranks():
         if world.rank == 0:
-            names = NamesWriter(os.path.join(folder, NAMES_FILE))
-            with Progress("writing names", trained.num_classes, "classes") as progress:
+            with (closing(NamesWriter(os.path.join(folder, NAMES_FILE))) as names,
+                  Progress("writing names", trained.num_classes, "classes") as progress):
                 for start in range(0, trained.num_classes, NAMES):
                     stop = min(start + NAMES, trained.num_classes)
                     names.add(table.class_names(start, stop), list(range(start, stop)))
                     progress.add(stop - start)
-            names.close()
     return ClassRows(trained)
 
 
@@ -36,7 +35,8 @@ def feature_rows(job, folder, world):
     with ExitStack() as stack:
         with world.raise_on_all_ranks():
             if world.rank == 0:
-                names, file = NamesWriter(os.path.join(folder, NAMES_FILE)), stack.enter_context(open(path, "wb"))
+                names = stack.enter_context(closing(NamesWriter(os.path.join(folder, NAMES_FILE))))
+                file = stack.enter_context(open(path, "wb"))
         for images, features in job.batches("computing features"):
             vectors = job.trained.directions(features).cpu().numpy()
             with world.raise_on_all_ranks():
@@ -47,6 +47,5 @@ def feature_rows(job, folder, world):
             count, place = count + len(features), place + len(images)
         job.check_any_result()
         with world.raise_on_all_ranks():
-            if world.rank == 0:
-                names.close()
+            stack.close()
     return FeatureRows(path, count, job.trained.feature_dim)

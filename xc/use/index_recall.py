@@ -8,10 +8,9 @@ the measure of an index. The recall@k of retrieval, train/retrieval.py, asks for
 import numpy as np
 import torch
 
-from xc.comm.shard import Shard
 from xc.run import watchdog
 from xc.use.index_types import search, search_settings, set_search
-from xc.use.vectors import sample_of, take
+from xc.use.vectors import sample_of, shard_of, take
 
 RECALLS = (1, 10)
 _TUNED_BY, _MEASURED_BY = 200, 800  # queries
@@ -75,7 +74,7 @@ class Exact:
         self._vectors, self._rows, self._k = vectors, rows, k
         with world.raise_on_all_ranks():
             self._queries = take(vectors, rows)
-        shard, group = Shard.of(vectors.count, world.size, world.rank), world.all_ranks
+        shard, group = shard_of(vectors, world), world.all_ranks
         queries, own = torch.from_numpy(self._queries), torch.from_numpy(rows)
         scores = torch.full((len(rows), k), -torch.inf)
         found = torch.full((len(rows), k), -1)

@@ -9,6 +9,7 @@
 import os
 
 import numpy as np
+import torch
 
 from xc.comm.shard import Shard
 
@@ -23,8 +24,9 @@ class ClassRows:
         self.count, self.width = trained.num_classes, trained.feature_dim
 
     def blocks(self, shard):
-        for first, rows in self._trained.row_blocks(shard, "cpu"):
-            yield first, rows.numpy()
+        for first in range(shard.first, shard.last, BLOCK):
+            block = Shard(first, min(first + BLOCK, shard.last))
+            yield first, torch.cat([rows for _, rows in self._trained.row_blocks(block, "cpu")]).numpy()
 
     def remove(self):
         """The rows stay in the checkpoint."""
@@ -44,6 +46,12 @@ class FeatureRows:
     def remove(self):
         """Delete the file."""
         os.unlink(self._path)
+
+
+def shard_of(vectors, world):
+    """The Shard of the vectors that a rank works on: whole blocks, so that products are rounded alike at any W."""
+    blocks = Shard.of(-(-vectors.count // BLOCK), world.size, world.rank)
+    return Shard(*(min(edge * BLOCK, vectors.count) for edge in (blocks.first, blocks.last)))
 
 
 def take(vectors, rows):
