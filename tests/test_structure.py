@@ -16,10 +16,10 @@ FLOORS = [
     {"gradients", "model"},
     {"checkpoint"},
     {"preflight", "train", "use"},
-    {"predict", "embed"},
+    {"predict", "embed", "index"},
 ]
 # These read images as data_tools does, from any source. Nothing that trains depends on it.
-WITH_DATA_TOOLS = {"use", "predict", "embed"}
+WITH_DATA_TOOLS = {"use", "predict", "embed", "index"}
 # What of the trainer the commands may use: how packs and checkpoints lie in files.
 FOR_DATA_TOOLS = {"xc.errors", "xc.files", "xc.data.pack", "xc.data.images", "xc.data.image_types",
                   "xc.data.hdf5_tables",

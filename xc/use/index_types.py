@@ -28,12 +28,12 @@ def factory_of(kind, count, width):
     """The factory string of faiss for --type.
 
     ivf    N vectors in about 2 √N cells, whole
-    ivfpq  the same, each vector as codes of 8 bits for 4 numbers; of fewer bits where the vectors are few
+    ivfpq  the same, each vector as codes of 8 bits for 2 numbers; of fewer bits where the vectors are few
     hnsw   a graph of 32 links
     """
     cells = max(1, min(2 ** round(math.log2(2 * math.sqrt(max(1, count)))), count // _LEAST_OF_A_CELL))
     bits = min(_MOST_CODE_BITS, int(math.log2(max(2, count))))
-    parts = next(parts for parts in range(max(1, width // 4), 0, -1) if width % parts == 0)
+    parts = next(parts for parts in range(max(1, width // 2), 0, -1) if width % parts == 0)
     return {"flat": "Flat", "hnsw": "HNSW32", "ivf": f"IVF{cells},Flat",
             "ivfpq": f"IVF{cells},PQ{parts}x{bits}"}.get(kind, kind)
 
