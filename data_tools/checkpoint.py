@@ -40,7 +40,8 @@ def print_facts(facts):
 
 def _position(facts):
     epoch = "" if facts["epoch"] is None else f", epoch {facts['epoch']:.2f}"
-    top1 = "" if facts["top1"] is None else f", top-1 {facts['top1']:.4f}"
+    score = "recall@1" if str(facts["evaluated_on"]).startswith("retrieval") else "top-1"
+    top1 = "" if facts["top1"] is None else f", {score} {facts['top1']:.4f}"
     return f"step {facts['step']}, {facts['examples']} examples{epoch}{top1}"
 
 

@@ -28,7 +28,7 @@ PAGE_SECONDS = 550  # a page takes up to 90 s on two quiet cores
 FOREIGN_FLAGS = set("""
     --account --array --batch --gpus-per-node --mpi --nodes --ntasks --ntasks-per-node --partition --signal
     --oversubscribe --check-build --gloo --no-deps --key --durations --pdb --pid""".split())
-PROGRAM = re.compile(r"train\.py|xc\.(?:predict|embed|export|report)\b|"
+PROGRAM = re.compile(r"train\.py|xc\.(?:predict|embed|index|export|report)\b|"
                      r"data_tools\.\w+|tests\.support\.\w+|benchmarks/\w+\.py|slurm/\w+\.sbatch(?: \w+)?")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 PATH = re.compile(r"(?<![\w/.{-])(?:xc|data_tools|benchmarks|tests|slurm|docs|\.ci)/(?!logs)[\w/.-]*\w/?")

@@ -17,10 +17,10 @@ FLOORS = [
     {"checkpoint"},
     {"preflight", "train", "use"},
     {"reporting"},
-    {"predict", "embed", "export", "report"},
+    {"predict", "embed", "index", "export", "report"},
 ]
 # These read images as data_tools does, from any source. Nothing that trains depends on it.
-WITH_DATA_TOOLS = {"use", "predict", "embed", "export", "report"}
+WITH_DATA_TOOLS = {"use", "predict", "embed", "index", "export", "report"}
 # What of the trainer the commands may use: how packs and checkpoints lie in files.
 FOR_DATA_TOOLS = {"xc.errors", "xc.files", "xc.data.pack", "xc.data.images", "xc.data.image_types",
                   "xc.data.hdf5_tables", "xc.data.class_names",

@@ -18,6 +18,7 @@ from xc.errors import UserError, is_one_line
 SAMPLERS = ("natural", "balanced", "sqrt", "weighted")
 HEADS = ("full", "knn", "sampled", "selective")
 MARGINS = ("none", "cosface", "arcface")
+EVALUATIONS = ("classify", "retrieval")
 SCHEDULES = ("constant", "cosine", "step", "fccs")
 FLAGS_OF_EXCHANGES = {"dense": (), "dgc": ("density", "density_warmup"), "dgc-hier": ("density", "density_warmup")}
 
@@ -157,8 +158,12 @@ class Config:
     log_steps: int = _flag("logging", 50, "steps between two lines of metrics", least=1)
     eval_every: str = _flag("logging", "1epochs", "time between two evaluations on val, or on test where there is no "
                             "val; 0: only at the end", time=True)
+    eval: str = _flag("logging", "classify", "what an evaluation measures, and the best checkpoint goes by: top-1 over "
+                      "all classes (classify); recall@1 of images among the images of the split (retrieval), also of "
+                      "classes that train has no image of", choices=EVALUATIONS)
     test: str = _flag("logging", "best", "weights that test is evaluated with at the end: those of the checkpoint with "
-                      "the highest top-1 on val, or the last ones; without val always the last ones",
+                      "the highest top-1 (--eval retrieval: recall@1) on val, or the last ones; without val always the "
+                      "last ones",
                       choices=("best", "last"))
     trace_steps: int = _flag("logging", 0, "steps to record in RUN/trace.json, after the first 10", least=0,
                              alias="timeline_steps")

@@ -23,7 +23,6 @@ from data_tools.common.command import between, check_paths, stop_on_signals
 from data_tools.common.progress import note
 from xc.comm.launch import run
 from xc.comm.world import open_world
-from xc.data.pack import open_splits
 from xc.errors import UserError
 from xc.files import sync_tree
 from xc.use.agreement import largest_differences, samples_of
@@ -92,10 +91,10 @@ def class_table(trained, args):
 
 
 def pack_of(trained, args):
-    """The Pack whose images are compared; None where it cannot be read."""
+    """The Pack whose images are compared; None where it is not there."""
     try:
-        return open_splits(args.classes or trained.cfg.data)["train"]
-    except (ValueError, OSError) as e:
+        return trained.training_pack(args.classes)
+    except UserError as e:
         note(f"note: no image of the run is compared, but random ones ({e})")
         return None
 

@@ -52,7 +52,8 @@ def describe(folder):
     of_epoch = meta.get("num_records")  # train.py adds it to the state
     facts = {"checkpoint": str(folder), "step": meta["step"], "examples": meta["examples"],
              "epoch": meta["examples"] / of_epoch if type(of_epoch) is int and 0 < of_epoch < 2**63 else None,
-             "top1": checkpoint.top1_of(folder), "num_classes": meta["num_classes"], "num_rows": meta["num_rows"],
+             "top1": checkpoint.top1_of(folder), "evaluated_on": meta.get("evaluated_on"),
+             "num_classes": meta["num_classes"], "num_rows": meta["num_rows"],
              "rows_are": meta["rows_are"], "feature_dim": meta["feature_dim"], "row_dtype": meta["row_dtype"],
              "residuals_of_ranks": sum(name.startswith("residuals-") for name in meta["files"]),
              "bytes": sum(facts["bytes"] for facts in meta["files"].values()),

@@ -13,8 +13,8 @@ SIDE, IMAGE, TEXT = 8, 96, 14  # images in a row and a column of a sheet; pixels
 POINTS = 1000  # most points of a curve
 
 
-def contact_sheet(images, names):
-    """A PNG, as bytes, of at most SIDE² images with a name below each.
+def contact_sheet(images, names, columns=SIDE):
+    """A PNG, as bytes, of images in rows of so many, with a name below each.
 
     images  [(IMAGE, IMAGE, 3) uint8]
     """
@@ -22,11 +22,11 @@ def contact_sheet(images, names):
 
     font = ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), TEXT - 4,
                               layout_engine=ImageFont.Layout.BASIC)
-    rows = -(-len(images) // SIDE)
-    sheet = Image.new("RGB", (SIDE * IMAGE, rows * (IMAGE + TEXT)))
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * IMAGE, rows * (IMAGE + TEXT)))
     draw = ImageDraw.Draw(sheet)
     for place, (image, name) in enumerate(zip(images, names, strict=True)):
-        row, column = divmod(place, SIDE)
+        row, column = divmod(place, columns)
         left, top = column * IMAGE, row * (IMAGE + TEXT)
         sheet.paste(Image.fromarray(image), (left, top))
         text = one_line(name)[:IMAGE]  # before it is measured: it may have any length

@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 import tarfile
-import threading
 from collections import Counter
 
 import h5py
@@ -18,10 +17,9 @@ from pyarrow import parquet
 
 from tests.support.launch import last_json, mpirun, run
 from tests.support.training import QUICK
-from tests.support.worlds import run_ranks
+from tests.support.use import call, done
 from xc import embed, predict
 from xc.data.pack import Pack
-from xc.errors import UserError
 from xc.use import trained as trained_module
 
 
@@ -33,25 +31,6 @@ def trained(tiny_packs, tmp_path_factory):
     last = last_json(run(sys.executable, "train.py", "--data", tiny_packs, "--out", out, *flags))
     assert 0 < last["top1"] < last["top5"] <= 1
     return out, last["top1"], last["top5"]
-
-
-def call(monkeypatch, module, ranks, *arguments):
-    """[UserError or None] of every rank."""
-    here = threading.local()
-    monkeypatch.setattr(module, "open_world", lambda *_: here.world)
-
-    def body(world):
-        here.world = world
-        try:
-            module.main([*map(str, arguments)])
-        except UserError as error:
-            return error
-
-    return run_ranks(ranks, body)
-
-
-def done(monkeypatch, module, ranks, *arguments):
-    assert call(monkeypatch, module, ranks, *arguments) == [None] * ranks
 
 
 def csv_rows(path):

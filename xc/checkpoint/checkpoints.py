@@ -9,7 +9,7 @@ from xc.checkpoint.newest import to_resume
 from xc.checkpoint.rollback import Divergence, Rollbacks
 from xc.checkpoint.state import fitting, load, load_weights, not_finite
 from xc.checkpoint.writer import CheckpointWriter
-from xc.data.evaluated import data_of
+from xc.data.evaluated import BEST_BY, data_of
 from xc.errors import UserError
 from xc.optim.schedule import Progress
 from xc.run.loss_meter import LossMeter
@@ -23,7 +23,8 @@ class Checkpoints:
     """
 
     def __init__(self, cfg, state, schedule, splits, world):
-        train_split, self._evaluated = splits["train"], data_of(splits)
+        train_split, self._evaluated = splits["train"], data_of(splits, cfg.eval)
+        self._best_by = BEST_BY[cfg.eval]
         self._cfg, self._state, self._schedule, self._world = cfg, state, schedule, world
         # What a run must have in common with a checkpoint to resume from it; these names are in meta.json.
         self._identity = {
@@ -60,11 +61,11 @@ class Checkpoints:
         if self._world.rank == 0 and self._later:
             set_aside(self._later)
         self._later = []
-        self._writer.save(self._state, progress, scores and scores["top1"])
+        self._writer.save(self._state, progress, scores and scores[self._best_by])
 
     def add_scores(self, scores):
         """Add the scores of an evaluation to the checkpoint that was resumed."""
-        self._writer.add_top1(self._resumed, scores["top1"])
+        self._writer.add_top1(self._resumed, scores[self._best_by])
 
     def divergence(self, progress, before_save):
         """The Divergence of the run by now; None where all is finite.

@@ -20,7 +20,8 @@ meta.json has the keys
     seed, sampler, logits, num_records, data_seed, classes_digest, course,
     input_norm                                      what a resumed run must have in common
     noise_scale, loss_scale, losses                 small parts of the state
-    top1, evaluated_on                              of the evaluation at this step, and on which data; or null
+    top1, evaluated_on                              of the evaluation at this step, and on which data; or null. Where
+                                                    that is "retrieval on …", top1 is recall@1
 
 All files are written into a hidden folder, meta.json last, and then the folder is renamed. So a folder with its final
 name is complete and on the disk. safetensors files hold no code. Any number of ranks can read a checkpoint: a rank
@@ -186,8 +187,12 @@ def set_aside(later):
 def best_of(folders, evaluated_on=None):
     """The checkpoint with the highest top-1, the first of equal ones; None where none was evaluated.
 
-    evaluated_on  None: on any data; else on those
+    folders       oldest first
+    evaluated_on  the data that count, by their name in meta.json; None: those of the last one that was evaluated
     """
+    if evaluated_on is None:
+        last = next((folder for folder in reversed(folders) if top1_of(folder) is not None), None)
+        evaluated_on = last and read_meta(last).get("evaluated_on")
     top1 = {folder: top1_of(folder, evaluated_on) for folder in folders}
     return max((folder for folder in folders if top1[folder] is not None), key=top1.get, default=None)
 

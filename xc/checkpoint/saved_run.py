@@ -14,6 +14,7 @@ from xc.checkpoint.tensor_file import TensorFile
 from xc.config import Config, option
 from xc.data import synthetic
 from xc.data.class_names import ClassNames
+from xc.data.hdf5_tables import PackError
 from xc.data.pack import open_splits
 from xc.errors import UserError
 from xc.model.backbone import resolved
@@ -39,6 +40,10 @@ class SavedRun:
     @property
     def num_classes(self):
         return self.meta["num_classes"]
+
+    @property
+    def feature_dim(self):
+        return self.meta["feature_dim"]
 
     @property
     def classes_digest(self):
@@ -103,21 +108,32 @@ class SavedRun:
 
         UserError where they are not there or are of other classes.
         """
-        kept, path = self.run / CLASSES_FILE, pack or self.cfg.data
+        kept = self.run / CLASSES_FILE
+        if pack or not (kept.exists() or self.cfg.data.startswith(synthetic.PREFIX)):  # older code kept no names
+            return self.training_pack(pack).names
         try:
-            if not pack and kept.exists():
-                path, names = kept, ClassNames.of_file(kept)
-            elif path.startswith(synthetic.PREFIX):
-                names = synthetic.open_splits(self.cfg)["train"].names
-            else:  # code before this one kept no names
-                names = open_splits(path)["train"].names
+            names = ClassNames.of_file(kept) if kept.exists() else synthetic.open_splits(self.cfg)["train"].names
         except (ValueError, OSError) as e:
             raise UserError(f"the names of the classes cannot be read ({e}): name the pack of the run by --classes"
                             ) from e
-        if (names.num_classes, names.classes_digest) != (self.num_classes, self.classes_digest):
-            raise UserError(f"{path} has {names.num_classes} classes that are not the {self.num_classes} of "
+        return self._checked(names, kept)
+
+    def training_pack(self, path=""):
+        """The Pack that the run was trained with: at that path, or where its --data was.
+
+        UserError where it is not there or has other classes.
+        """
+        path = path or self.cfg.data
+        try:
+            return self._checked(open_splits(path)["train"], path)
+        except (PackError, OSError) as e:
+            raise UserError(f"the pack of the run cannot be read ({e}): name it by --classes") from e
+
+    def _checked(self, table, path):
+        if (table.num_classes, table.classes_digest) != (self.num_classes, self.classes_digest):
+            raise UserError(f"{path} has {table.num_classes} classes that are not the {self.num_classes} of "
                             f"{self.folder}: name the pack of the run by --classes")
-        return names
+        return table
 
     def _mapped(self, first, last):
         """Yields (first class, rows (n, D)) that cover the classes first … last - 1, ascending."""
@@ -135,10 +151,11 @@ class SavedRun:
                 yield block, file.mapped("weight", block - begin, block_end - begin)
 
 
-def open_saved(run, checkpoint, world):
+def open_saved(run, checkpoint, world, rows=True):
     """The SavedRun of a run folder, after a check of the bytes of its backbone and class rows. Not collective.
 
     checkpoint  name of a folder in RUN/checkpoints; "": the one with the highest top-1, else the newest
+    rows        whether the class rows are used, and so checked
 
     UserError where the run has no such checkpoint, or the checkpoint does not fit its settings; ValueError where it is
     damaged. The ranks share the checksums.
@@ -151,7 +168,7 @@ def open_saved(run, checkpoint, world):
         if meta.get(name) != getattr(cfg, name):
             raise UserError(f"checkpoint {folder} has {name} {meta.get(name)}, {run / 'config.json'} has "
                             f"{getattr(cfg, name)}: take another checkpoint")
-    used = ["backbone.safetensors", *(rows_name(*one) for one in ranges_of(folder, meta))]
+    used = ["backbone.safetensors", *(rows_name(*one) for one in ranges_of(folder, meta) if rows)]
     for number, name in enumerate(used):
         facts = meta["files"].get(name, {"bytes": -1, "crc32": -1})
         if fault := fault_of(folder / name, facts, number % world.size == world.rank):

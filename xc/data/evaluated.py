@@ -1,4 +1,4 @@
-"""Which split a run evaluates while it trains, and which of its classes train has no image of."""
+"""Which split a run evaluates while it trains and by which score, and which of its classes train has no image of."""
 
 import os
 import shlex
@@ -6,8 +6,10 @@ import shlex
 import numpy as np
 
 from xc.data import synthetic
+from xc.errors import UserError
 
 _BLOCK = 2**20  # classes whose counts are read at once
+BEST_BY = {"classify": "top1", "retrieval": "recall_at_1"}  # by --eval: the score that the best checkpoint goes by
 
 
 def split_while_training(splits):
@@ -15,13 +17,27 @@ def split_while_training(splits):
     return next((name for name in ("val", "test") if name in splits), None)
 
 
-def data_of(splits):
-    """What is evaluated while training, as checkpoints name it: scores on other data say nothing about a checkpoint.
+def data_of(splits, evaluation="classify"):
+    """What is evaluated while training, as checkpoints name it: scores on other data, or another measure, say nothing
+    about a checkpoint.
 
     None where nothing is.
     """
-    name = split_while_training(splits)
-    return name and f"{name}: {len(splits[name])} examples, seed {splits[name].data_seed}"
+    name, measure = split_while_training(splits), "" if evaluation == "classify" else f"{evaluation} on "
+    return name and f"{measure}{name}: {len(splits[name])} examples, seed {splits[name].data_seed}"
+
+
+def has_pairs(split):
+    """Whether any class of a split has two images: otherwise retrieval has nothing to find. PackError."""
+    return any((split.class_counts(first, last) > 1).any() for first, last in blocks_of(0, split.num_classes))
+
+
+def check_pairs(splits):
+    """UserError where a split that is evaluated has no pairs."""
+    for name, split in splits.items():
+        if name != "train" and not has_pairs(split):
+            raise UserError(f"--eval retrieval needs two images of a class, and no class of {name} has two: give a "
+                            "split that does, or --eval classify")
 
 
 def tested_at_the_end(splits):

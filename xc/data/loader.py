@@ -34,6 +34,7 @@ from xc.comm.shard import Shard
 from xc.data import pack as packs
 from xc.data import synthetic
 from xc.data.augment import norm_of, prepared
+from xc.data.evaluated import check_pairs
 from xc.data.pack_split import PackSplit, too_many_bad
 from xc.errors import UserError
 from xc.run import watchdog
@@ -44,10 +45,14 @@ PREFETCH = 4  # batches that each rank reads ahead
 def open_splits(cfg):
     """{"train": split, …} of --data: a pack, a folder of packs, or synth: and a description. UserError, PackError."""
     if cfg.data.startswith(synthetic.PREFIX):
-        return synthetic.open_splits(cfg)
-    return {name: PackSplit(one, cfg.channels, cfg.image_size, cfg.max_bad_records,
-                            cfg.sampler if name == "train" else "natural")
-            for name, one in packs.open_splits(cfg.data).items()}
+        splits = synthetic.open_splits(cfg)
+    else:
+        splits = {name: PackSplit(one, cfg.channels, cfg.image_size, cfg.max_bad_records,
+                                  cfg.sampler if name == "train" else "natural")
+                  for name, one in packs.open_splits(cfg.data).items()}
+    if cfg.eval == "retrieval":
+        check_pairs(splits)
+    return splits
 
 
 class Loader:

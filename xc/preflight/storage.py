@@ -97,6 +97,9 @@ def _report_evaluation(report, cfg, splits, untrained):
               if tested_at_the_end(splits) else "and at the end, with the last weights")
     unknown = [f"{number:,} classes of {name} have no image in train: {listed(map(one_line, names), _NAMED, number)}"
                for name, (number, names) in untrained.items() if number]
+    if cfg.eval == "retrieval":  # which is for such classes, too
+        report.add("evaluation", f"retrieval on {split} while training, {len(splits[split]):,} examples; {at_end}")
+        return
     known = "" if unknown else f"; train has images of all classes of {' and '.join(untrained)}"
     report.add_checked("evaluation", f"on {split} while training, {len(splits[split]):,} examples; {at_end}{known}",
                        "; ".join(unknown), "add images of them to train, or read top1_by_frequency, which has their "

@@ -167,7 +167,8 @@ def _rounded(value):
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
-_SHOWN = {"loss", "lr", "global_batch", "images_per_second", "top1", "top5", "val_top1", "val_top5"}
+_SHOWN = {"loss", "lr", "global_batch", "images_per_second", "top1", "top5", "val_top1", "val_top5",
+          "recall_at_1", "map", "val_recall_at_1", "val_map"}
 
 
 def peak_rss_mb():

@@ -1,11 +1,16 @@
-"""Exact top-1 and top-5 over all classes: of val, or of test where there is no val; at the end of test."""
+"""Exact top-1 and top-5 over all classes, or retrieval: of val, or of test without a val; at the end of test."""
+
+import sys
 
 import torch
 
+from xc.data.class_names import names_of
 from xc.data.evaluated import split_while_training, tested_at_the_end
 from xc.data.loader import Loader
+from xc.errors import one_line
 from xc.run import watchdog
 from xc.train.class_scores import ClassScores, frequencies_of
+from xc.train.retrieval import features_and_labels, retrieval_scores
 
 _NUM_EXAMPLES = 4  # of each rank, on which the active classes are compared with all classes
 
@@ -26,12 +31,14 @@ class Evaluator:
         self.split, self.tests = split_while_training(splits), tested_at_the_end(splits)
         self._loaders = {name: Loader(split, cfg, world) for name, split in splits.items() if name != "train"}
         with world.raise_on_all_ranks():
-            self._frequencies = frequencies_of(splits["train"], state.head.shard) if self.split else None
+            by_class = self.split and cfg.eval == "classify"
+            self._frequencies = frequencies_of(splits["train"], state.head.shard) if by_class else None
+        self._noted = set()  # splits whose images without a match a note has named
         self.last, self.stopped, self.examples = None, False, None
 
     def run(self, may_stop=True):
-        """Scores {split, top1, …} of the split that is evaluated while training. None where there is none, or where a
-        signal asked for a stop. Collective."""
+        """Scores {split, top1, …}, or {split, recall_at_1, …} with --eval retrieval, of the split that is evaluated
+        while training. None where there is none, or where a signal asked for a stop. Collective."""
         self.last = self._scores(self.split, may_stop) if self.split else None
         return self.last
 
@@ -60,13 +67,30 @@ class Evaluator:
         return self._state.head.selection_quality(features, labels[: len(features)])
 
     def _scores(self, split, may_stop):
-        head, loader = self._state.head, self._loaders[split]
-        by_class = ClassScores(self._frequencies, head)
-        stop = self._stop.requested if may_stop else lambda: False
-        batches = loader.test(self._cfg.global_batch)
-        scores = evaluate(self._state.backbone, head, batches, self._world, stop, by_class)
+        loader, stop = self._loaders[split], self._stop.requested if may_stop else lambda: False
+        measure = self._retrieval if self._cfg.eval == "retrieval" else self._classification
+        scores = measure(split, loader.test(self._cfg.global_batch), stop)
         self.stopped = scores is None
         return scores and {"split": split, **scores, "bad_records": loader.bad_records()}
+
+    def _classification(self, split, batches, stop):
+        head = self._state.head
+        by_class = ClassScores(self._frequencies, head)
+        return evaluate(self._state.backbone, head, batches, self._world, stop, by_class)
+
+    def _retrieval(self, split, batches, stop):
+        loader = self._loaders[split]
+        found = features_and_labels(self._state.backbone, self._state.head, batches, self._world, stop)
+        found = found and retrieval_scores(*found, self._world.all_ranks, stop)
+        if found is None:
+            return None
+        scores, unmatched = found
+        with self._world.raise_on_all_ranks():
+            if unmatched and split not in self._noted and self._world.rank == 0:
+                names = names_of(torch.tensor(unmatched), loader.split.names)
+                print(note_on_unmatched(split, scores, names.values()), file=sys.stderr, flush=True)
+        self._noted.add(split)
+        return scores
 
 
 @torch.no_grad()
@@ -97,3 +121,10 @@ def evaluate(backbone, head, batches, world, stopped, by_class):
     top1, top5, examples = world.all_ranks.all_reduce(hits).tolist()
     return {"top1": top1 / max(1, examples), "top5": top5 / max(1, examples), "examples": examples,
             **by_class.scores()}
+
+
+def note_on_unmatched(of, scores, names):
+    """A line on the queries without a match among the images `of` a split, with names of some of their classes."""
+    more = ", …" * (scores["queries_without_match"] > len(names))
+    return one_line(f"note: {scores['queries_without_match']} of {scores['examples']} images of {of} have no other "
+                    f"image of their class to find, so they count in no share: classes {', '.join(names)}{more}")

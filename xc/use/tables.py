@@ -58,17 +58,21 @@ class JsonLines:
         self._file.close()
 
 
-def prediction_table(path, suffix):
-    """A table for rows of path, rank, class, probability, reason."""
-    names = ("path", "rank", "class", "probability", "reason")
+def row_table(path, suffix, fields):
+    """A table for rows of {name: kind of pyarrow} in a file of this suffix: .csv, .jsonl or .parquet."""
     if suffix == ".csv":
-        return CsvTable(path, names)
+        return CsvTable(path, list(fields))
     if suffix == ".jsonl":
-        return JsonLines(path, names)
+        return JsonLines(path, list(fields))
     import pyarrow as pa
 
-    kinds = pa.string(), pa.int32(), pa.string(), pa.float64(), pa.string()
-    return ParquetTable(path, list(zip(names, kinds, strict=True)))
+    return ParquetTable(path, [(name, pa.type_for_alias(kind)) for name, kind in fields.items()])
+
+
+def prediction_table(path, suffix):
+    """A table for rows of path, rank, class, probability, reason."""
+    return row_table(path, suffix, {"path": "string", "rank": "int32", "class": "string", "probability": "double",
+                                    "reason": "string"})
 
 
 class FeatureParquet:

@@ -17,9 +17,9 @@ class Trained(SavedRun):
     backbone: torch.nn.Module
 
 
-def open_run(run, checkpoint, world):
+def open_run(run, checkpoint, world, rows=True):
     """The Trained of a run folder; see `open_saved`. UserError too where the run takes no images."""
-    saved = open_saved(run, checkpoint, world)
+    saved = open_saved(run, checkpoint, world, rows)
     cfg = saved.cfg
     if cfg.data.startswith(PREFIX) and not Spec.parse(cfg.data).images:
         raise UserError(f"{run} was trained on vectors ({cfg.data}), and takes no images: name a run of images")
