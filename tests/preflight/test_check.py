@@ -105,6 +105,14 @@ def test_classes_that_train_has_no_image_of_are_named(shares, named, tiny_packs,
         assert f"{number} classes of {name} have no image in train: {', '.join(classes[:4])}{more}" in line
 
 
+def test_classes_that_train_has_no_image_of_are_what_retrieval_is_for(tiny_packs, tmp_path, capsys):
+    flags = "--by", "class", "--val", 0.3
+    run(sys.executable, "-m", "data_tools.split", tiny_packs / "train", tmp_path / "packs", *flags)
+    code, _ = checked(2, "--data", tmp_path / "packs", "--global-batch", 12, "--eval", "retrieval")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line[9:23].strip() == "evaluation"]
+    assert code == 0 and line.startswith("ok ") and "retrieval on val while training, 36 examples" in line
+
+
 def test_a_pack_without_splits_is_told_how_to_get_some(tiny_packs, capsys):
     checked(1, "--data", tiny_packs / "train", "--global-batch", 12)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line[9:23].strip() == "evaluation"]
