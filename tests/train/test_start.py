@@ -187,7 +187,9 @@ def test_the_names_of_a_run_outlive_its_pack(old, packs, tiny_packs, tmp_path, m
 
     (copy / run_folder.CLASSES_FILE).unlink()  # as of code that did not keep them
     text = refusal(monkeypatch, 2, "--data", packs, "--out", tmp_path / "new", *QUICK, "--init", copy)
-    assert "the names of the classes cannot be read" in text and not (tmp_path / "new").exists()
+    assert text.startswith("the names of the classes cannot be read")
+    assert text.endswith("move the pack of that run back")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(("flags", "text"), [

@@ -21,6 +21,7 @@ from xc.model.backbone import resolved
 from xc.run.folder import CLASSES_FILE
 
 _BLOCK_ROWS = 4096  # class rows that are mapped at once
+_ADVICE = "name the pack of the run by --classes"
 _ROW_TYPES = {"float32": "F32", "bfloat16": "BF16"}
 
 
@@ -103,20 +104,22 @@ class SavedRun:
         except (OSError, RuntimeError, SafetensorError) as e:
             raise UserError(f"{path} does not fit {self.run / 'config.json'} ({e}): take another checkpoint") from e
 
-    def class_table(self, pack=""):
+    def class_table(self, pack="", advice=_ADVICE):
         """The ClassNames that the run was trained with: those that it kept, or of the pack at that path.
 
-        UserError where they are not there or are of other classes.
+        UserError with the advice where they are not there or are of other classes.
         """
-        kept = self.run / CLASSES_FILE
-        if pack or not (kept.exists() or self.cfg.data.startswith(synthetic.PREFIX)):  # older code kept no names
-            return self.training_pack(pack).names
+        kept, path = self.run / CLASSES_FILE, pack or self.cfg.data
         try:
-            names = ClassNames.of_file(kept) if kept.exists() else synthetic.open_splits(self.cfg)["train"].names
+            if not pack and kept.exists():
+                path, names = kept, ClassNames.of_file(kept)
+            elif path.startswith(synthetic.PREFIX):
+                names = synthetic.open_splits(self.cfg)["train"].names
+            else:  # code before this one kept no names
+                names = open_splits(path)["train"].names
         except (ValueError, OSError) as e:
-            raise UserError(f"the names of the classes cannot be read ({e}): name the pack of the run by --classes"
-                            ) from e
-        return self._checked(names, kept)
+            raise UserError(f"the names of the classes cannot be read ({e}): {advice}") from e
+        return self._of_run(names, path, advice)
 
     def training_pack(self, path=""):
         """The Pack that the run was trained with: at that path, or where its --data was.
@@ -125,14 +128,15 @@ class SavedRun:
         """
         path = path or self.cfg.data
         try:
-            return self._checked(open_splits(path)["train"], path)
+            pack = open_splits(path)["train"]
         except (PackError, OSError) as e:
-            raise UserError(f"the pack of the run cannot be read ({e}): name it by --classes") from e
+            raise UserError(f"the images of the run cannot be read ({e}): {_ADVICE}") from e
+        return self._of_run(pack, path, _ADVICE)
 
-    def _checked(self, table, path):
+    def _of_run(self, table, path, advice):
         if (table.num_classes, table.classes_digest) != (self.num_classes, self.classes_digest):
             raise UserError(f"{path} has {table.num_classes} classes that are not the {self.num_classes} of "
-                            f"{self.folder}: name the pack of the run by --classes")
+                            f"{self.folder}: {advice}")
         return table
 
     def _mapped(self, first, last):

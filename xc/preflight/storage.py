@@ -115,7 +115,7 @@ def report_start_weights(report, cfg, world, examples):
         saved = open_saved(cfg.init, "", World())
         saved.check_start_of(cfg, images=len(examples.input_shape) == 3)
         saved.load_backbone(net)
-        num_old = saved.class_table().num_classes
+        num_old = saved.class_table(advice="move the pack of that run back").num_classes
         return [f"backbone and class rows of {saved.run}, {saved.folder.name}, of {num_old:,} classes"]
 
     report.add("start weights", "; ".join(line.removeprefix("init: ") for line in on_rank_0(world, tried)))

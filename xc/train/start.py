@@ -96,7 +96,7 @@ class Start:
             self._saved = saved = open_saved(cfg.init, "", self._world)
             saved.check_start_of(cfg, images=len(self._split.input_shape) == 3)
             saved.load_backbone(self._state.backbone)
-            self._old_names = saved.class_table()
+            self._old_names = saved.class_table(advice="move the pack of that run back")
             old = torch.from_numpy(labels_in(self._old_names, self._split.names, head.shard))  # (S,), -1: none
             kept = (old >= 0).nonzero()[:, 0]
             self._old, order = old[kept].sort()
