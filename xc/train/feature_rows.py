@@ -1,4 +1,14 @@
-"""Class rows from images: the row of a class gets the mean direction of the features of its images."""
+"""Class rows from images, by regularised discriminant analysis of their features.
+
+    w_c ∝ (S / s + λ I)⁻¹ m_c         s = trace(S) / D
+
+m_c (D,) is the sum of the features of a class, of length 1 for cosine logits. S (D, D) is the scatter of features
+around the mean of their class, over all classes whose rows are set. λ = 2.
+
+The means alone point along all that the features of a class share, where S is small, and along what varies within
+classes. So rows of new classes draw examples of trained classes to them. In trials with a tenth of new classes λ = 2
+gave new classes their share of the answers, and means alone 30 to 90 % more.
+"""
 
 import sys
 import time
@@ -10,8 +20,9 @@ from xc.comm.shard import Shard
 from xc.model.head import initial_rows
 from xc.run import watchdog
 
+_LAMBDA = 2.0
 _LABELS = 2**18  # that are looked at at once
-_ROWS = 2**16  # scaled at once
+_ROWS = 2**16  # rows that are set at once
 _PROGRESS_SECONDS = 30
 
 
@@ -27,22 +38,55 @@ def fill_rows(state, loader, classes, length, stopped, world):
     stopped   asked before every batch, answers alike on all ranks; where it is true, the rows are unfinished
     returns   (images, classes without an image that can be used: their rows are random); None where it was stopped
 
-    Sums are kept in the rows themselves, so they take no memory, and bfloat16 rows round them. The result is the same
-    at any W, to the rounding of the features. Collective.
+    Sums are kept in the rows themselves, where bfloat16 rounds them; beside them it takes 4 bytes for each class of the
+    shard and D² numbers. The result is the same at any W, to the rounding of the features. Collective.
     """
     head, backbone = state.head, state.backbone
     places = _places(classes, head)
     for some in places.split(_ROWS):
         head.weight[some] = 0
+    sums = _Sums(head)
     backbone.eval()
     backbone[1].train(classes is None)
-    num_images = _add_features(backbone, head, loader, classes, stopped, world)
+    finished = _add_features(backbone, head, sums, loader, classes, stopped)
     backbone.train()
-    if num_images is None:
+    if not finished:
         return None
     loader.bad_records()
-    lacking = sum(_scale(head, some, length) for some in places.split(_ROWS))
-    return num_images, int(world.shards.all_reduce(torch.tensor([lacking])))
+    turn = sums.turn(places)
+    lacking = sum(_set_rows(head, some, turn, length) for some in places.split(_ROWS))
+    return sums.num_images, int(world.shards.all_reduce(torch.tensor([lacking])))
+
+
+class _Sums:
+    """Sums over images, kept for the classes of this shard: of the features, in the rows of the head, and counts (S,);
+    of their products, over the classes together: square (D, D) float64."""
+
+    def __init__(self, head):
+        self._head, self.num_images = head, 0
+        self._counts = torch.zeros(len(head.weight), dtype=torch.int32, device=head.weight.device)
+        self._square = torch.zeros(head.feature_dim, head.feature_dim, dtype=torch.float64, device=head.weight.device)
+
+    def add(self, features, labels):
+        """features (G, D), labels (G,) of all ranks."""
+        own = self._head.shard.owns(labels)
+        places, features = labels[own] - self._head.shard.first, features[own]
+        self._head.weight.index_add_(0, places, features.to(self._head.weight.dtype))
+        self._counts.index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
+        self._square.addmm_(features.T.double(), features.double())  # float32 would lose the scatter in the means
+        self.num_images += len(labels)
+
+    def turn(self, places):
+        """(S / s + λ I)⁻¹ (D, D) float32, of the classes at these places on all ranks. Collective."""
+        scatter = self._square.clone()
+        for some in places.split(_ROWS):
+            rows = self._head.weight[some].double()
+            scatter -= rows.T @ (rows / self._counts[some, None].clamp(min=1))
+        scatter = self._head.world.shards.all_reduce(scatter)
+        mean = scatter.trace() / len(scatter)
+        # Classes of one image have no scatter.
+        scatter = scatter / mean if mean > 1e-6 * self._square.trace() / len(scatter) else torch.zeros_like(scatter)
+        return (scatter + _LAMBDA * torch.eye(len(scatter), device=scatter.device)).inverse().float()
 
 
 def _places(classes, head):
@@ -52,27 +96,23 @@ def _places(classes, head):
     return classes[head.shard.owns(classes)].to(head.weight.device) - head.shard.first
 
 
-def _add_features(backbone, head, loader, classes, stopped, world):
-    """Add the directions of the features of the images of some classes to their rows; returns how many images those
-    are, or None where it was stopped. Collective."""
-    num_images, group, last_said = 0, world.all_ranks, time.monotonic()
+def _add_features(backbone, head, sums, loader, classes, stopped):
+    """Add the features of the images of some classes to the sums; False where it was stopped. Collective."""
+    world, last_said = head.world, time.monotonic()
+    group = world.all_ranks
     for inputs, labels in loader.in_order(_batches(loader.split, classes, loader.cfg.global_batch)):
         watchdog.heartbeat("making the class rows")
         if stopped():
-            return None
+            return False
         counts = group.all_gather(torch.tensor([len(labels)], device=world.device)).tolist()
         # Not every network takes an empty batch; the norm must take one, since it sums over all ranks.
         features = backbone(inputs) if len(inputs) else backbone[1](torch.zeros(0, head.feature_dim,
                                                                                 device=world.device))
-        features = group.all_gather(head.directions(features), counts)
-        labels = group.all_gather(labels, counts)
-        own = head.shard.owns(labels)
-        head.weight.index_add_(0, labels[own] - head.shard.first, features[own].to(head.weight.dtype))
-        num_images += len(labels)
+        sums.add(group.all_gather(head.directions(features), counts), group.all_gather(labels, counts))
         if world.rank == 0 and time.monotonic() - last_said > _PROGRESS_SECONDS:
             last_said = time.monotonic()
-            print(f"init: {num_images:,} images are done", file=sys.stderr, flush=True)
-    return num_images
+            print(f"init: {sums.num_images:,} images are done", file=sys.stderr, flush=True)
+    return True
 
 
 def _batches(split, classes, size):
@@ -93,10 +133,10 @@ def _batches(split, classes, size):
         yield rest
 
 
-def _scale(head, places, length):
-    """Give rows that are sums of features their length; returns the number of rows that are 0, which get random
-    numbers."""
-    rows = head.weight[places].float()
+def _set_rows(head, places, turn, length):
+    """Turn rows that are sums of features, and give them their length; returns the number of rows that are 0, which
+    get random numbers."""
+    rows = head.weight[places].float() @ turn
     lengths = rows.norm(dim=1, keepdim=True)
     head.weight[places] = (rows * (length / lengths)).to(head.weight.dtype)
     empty = places[lengths[:, 0] == 0]
