@@ -46,7 +46,7 @@ def main():
     parser.add_argument("--grown", type=float, nargs="+", default=[1, 2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--flags", default="")
-    parser.add_argument("--grown-flags", default="--lr 0.05 --warmup 0.1epochs --head-lr-scale 20")
+    parser.add_argument("--grown-flags", default=f"@{ROOT / 'recipes/grow.args'}")
     args = parser.parse_args()
     rows = {}
     for seed in args.seeds:
@@ -69,14 +69,14 @@ def one_seed(args, seed):
     old, new = catalogues(args.data, work, seed)
     flags = ["--seed", seed, "--eval-every", 0, "--log-steps", 100, *shlex.split(args.flags)]
     first = train(work / "old", old, ["--epochs", args.epochs, *flags])
-    grown = ["--init", first, *flags, *shlex.split(args.grown_flags)]
+    grown = [*shlex.split(args.grown_flags), "--init", first, *flags]
     yield "grown, 0 epochs", scores(new, old, ["--out", work / "none", *grown])
-    for epochs in args.grown:
-        run = train(work / f"grown-{epochs:g}", new, ["--epochs", epochs, *grown])
-        yield f"grown, {epochs:g} epochs", scores(new, old, ["--out", run, "--resume", "auto", *grown])
-    for epochs in (*args.grown, args.epochs):
-        run = train(work / f"nothing-{epochs:g}", new, ["--epochs", epochs, *flags])
-        yield f"from nothing, {epochs:g} epochs", scores(new, old, ["--out", run, "--resume", "auto", *flags])
+    runs = [("grown", epochs, grown) for epochs in args.grown]
+    runs += [("from nothing", epochs, flags) for epochs in (*args.grown, args.epochs)]
+    for name, epochs, its_flags in runs:
+        its_flags = [*its_flags, "--epochs", epochs]
+        run = train(work / f"{name.split()[-1]}-{epochs:g}", new, its_flags)
+        yield f"{name}, {epochs:g} epochs", scores(new, old, ["--out", run, "--resume", "auto", *its_flags])
 
 
 def catalogues(data, work, seed):
