@@ -46,7 +46,7 @@ def main():
     checkpoints = Checkpoints(cfg, state, schedule, splits, world)
     progress = checkpoints.resume()
     start = Start(cfg, state, splits["train"], checkpoints.resumed, world)
-    setup.run_folder(cfg, splits["train"], world)
+    setup.run_folder(cfg, splits["train"], checkpoints.resumed, world)
     log = RunLog(cfg, progress, schedule, world)
     stop = StopSignal(world)
     evaluator = Evaluator(cfg, state, splits, stop, world)

@@ -1,6 +1,7 @@
 """Classes found by name in another table: what a dictionary finds, for the shards of any number of ranks."""
 
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -44,6 +45,17 @@ def test_numbers_are_names_of_their_own(tmp_path):
     names = table(tmp_path / "pack", ["7", "x", "0"])
     assert labels_in(Numbers(8, "other"), names, Shard(0, 3)).tolist() == [7, -1, 0]
     assert labels_in(names, Numbers(8, "other"), Shard(0, 8)).tolist() == [2, *[-1] * 6, 0]
+
+
+@pytest.mark.parametrize("kind", ["pack", "numbers"])
+def test_keys_take_no_object_for_each_name(kind, tmp_path):
+    count = 50_000
+    names = Numbers(count, "") if kind == "numbers" else table(tmp_path / "pack", [f"item {i}" for i in range(count)])
+    tracemalloc.start()
+    keys = names.keys(0, count)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert keys.nbytes == 16 * count and peak < 16 * count + 2**20
 
 
 def test_names_are_those_of_the_pack(tmp_path):

@@ -141,7 +141,8 @@ class Evil:
      "numbers in layer1.0.conv1.weight that are not finite"),
     ("a.txt", {"a": torch.zeros(3)}, "has no ending of a file of weights"),
     ("a.pth", b"no archive", "cannot be read as tensors alone"), ("a.safetensors", b"short", "cannot be read"),
-    ("a.pth", None, "is not a file"), ("", None, "is a folder"),
+    *((name, None, "is not a file, nor the folder of a run") for name in ("a.pth", "run", "a" * 300)),
+    ("", None, "is a folder, but not that of a run"),
 ])
 def test_what_cannot_be_used_is_one_line_and_changes_nothing(name, content, text, tmp_path, capsys):
     path = tmp_path / name

@@ -15,7 +15,9 @@ from tests.support.packs import contents, write_pack
 from tests.support.training import QUICK, call_main, refusal
 from tests.support.worlds import run_ranks
 from xc import config
+from xc.checkpoint import saved_run
 from xc.comm.shard import Shard
+from xc.comm.world import World
 from xc.data import loader as loaders
 from xc.data.augment import norm_of, prepared
 from xc.data.pack import Pack
@@ -35,6 +37,17 @@ def old(tiny_packs, tmp_path_factory):
     """The folder of a run of 3 ranks on tiny_packs."""
     out = tmp_path_factory.mktemp("old") / "run"
     mpirun(3, "train.py", "--data", tiny_packs, "--out", out, *QUICK, "--lr", 0.003, "--steps", 5)
+    return out
+
+
+INNER = ["--logits", "inner", "--scale", 1, "--lr", 0.003, "--steps", 5]
+
+
+@pytest.fixture(scope="module")
+def inner(tiny_packs, tmp_path_factory):
+    """The folder of a run with --logits inner."""
+    out = tmp_path_factory.mktemp("inner") / "run"
+    run(sys.executable, "train.py", "--data", tiny_packs, "--out", out, *QUICK, *INNER)
     return out
 
 
@@ -142,13 +155,11 @@ def test_a_stop_is_heard_while_features_are_computed(old, packs):
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_rows_of_inner_products_keep_their_length(ranks, packs, tiny_packs, tmp_path):
-    flags = ["--logits", "inner", "--scale", 1, "--lr", 0.003, "--steps", 5]
-    run(sys.executable, "train.py", "--data", tiny_packs, "--out", tmp_path / "run", *QUICK, *flags)
-    rows = rows_of(started(ranks, "--data", packs, "--init", tmp_path / "run", *flags))
+def test_rows_of_inner_products_keep_their_length(ranks, inner, packs, tiny_packs):
+    rows = rows_of(started(ranks, "--data", packs, "--init", inner, *INNER))
     at, was_at = ({name: i for i, name in enumerate(names_of(path))} for path in (packs, tiny_packs))
     kept = rows[[at[name] for name in KEPT]]
-    assert kept.equal(saved_rows(tmp_path / "run")[[was_at[name] for name in KEPT]])
+    assert kept.equal(saved_rows(inner)[[was_at[name] for name in KEPT]])
     for name in set(NEW) - {WITHOUT_IMAGES}:
         torch.testing.assert_close(rows[at[name]].norm(), kept.norm(dim=1).mean(), rtol=1e-5, atol=0)
 
@@ -208,12 +219,57 @@ def test_a_run_that_does_not_fit_is_refused(flags, text, old, packs, tmp_path, m
     assert found == text.replace("OLD", str(old)) and not (tmp_path / "new").exists()
 
 
-def test_a_run_of_other_classes_is_refused(old, tiny_packs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("here, text", [
+    (["--image-size", 96], "size mismatch for 0.conv1.weight: "),
+    (["--data", "synth:classes=9,dim=4,test=0"], "--backbone resnet18 takes images"),
+])
+def test_a_network_of_other_inputs_is_refused(here, text, tmp_path, monkeypatch):
+    flags = [*QUICK, "--data", "synth:classes=9,dim=4,images=1,test=0", "--backbone", "resnet18", "--image-size", 16]
+    run(sys.executable, "train.py", "--out", tmp_path / "run", *flags, "--steps", 1)
+    found = refusal(monkeypatch, 2, "--out", tmp_path / "new", *flags, "--init", tmp_path / "run", *here)
+    assert text in found and not (tmp_path / "new").exists()
+    if "--image-size" in here:
+        assert found.endswith(f"give --image-size 16 and --data of the kind of synth:classes=9,dim=4,images=1,test=0, "
+                              f"as {tmp_path / 'run'} has them")
+
+
+def test_all_ranks_take_the_checkpoint_that_rank_0_sees(old, packs, monkeypatch):
+    """A run that still trains saves and removes some between the looks of two ranks."""
+    looks, best_of = [], saved_run.best_of
+    monkeypatch.setattr(saved_run, "best_of", lambda folders: looks.append(folders) or best_of(folders))
+    started(3, "--data", packs, "--init", old, "--init-rows", "random")
+    assert len(looks) == 1
+
+
+def test_lists_that_cannot_be_written_end_all_ranks(old, packs, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "run" / "init-gone.txt").symlink_to("/dev/full")
+    text = refusal(monkeypatch, 2, "--data", packs, "--out", tmp_path / "run", *QUICK, "--init", old, "--resume",
+                   "auto")
+    assert "No space left on device" in text
+
+
+def test_a_run_without_a_checkpoint_may_change_its_classes(packs, tiny_packs, tmp_path, monkeypatch):
+    """Its folder has the names of the classes that it trains with at last."""
+    flags = ["--out", tmp_path / "run", *QUICK, "--lr", 0.003, "--steps", 2]
+    for data in (packs, tiny_packs, "synth:classes=9,dim=4,test=0"):
+        assert call_main(monkeypatch, 1, "--data", data, *flags, "--resume", "auto") == [None]
+        run_folder._locks.pop().close()
+        names = saved_run.open_saved(tmp_path / "run", "", World()).class_table()
+        assert names.num_classes == (9 if data not in (packs, tiny_packs) else len(names_of(data)))
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+
+
+@pytest.mark.parametrize(("source", "flags"), [("old", []), ("inner", INNER)])
+def test_a_run_of_other_classes_is_refused(source, flags, request, tiny_packs, tmp_path, monkeypatch):
+    source = request.getfixturevalue(source)
     for name in ("a", "b"):
         shutil.copytree(tiny_packs.parent / "tree" / "train" / "class1", tmp_path / "tree" / "train" / name)
     run(sys.executable, "-m", "data_tools.pack", tmp_path / "tree", tmp_path / "packs")
-    found = refusal(monkeypatch, 2, "--data", tmp_path / "packs", "--out", tmp_path / "new", *QUICK, "--init", old)
-    assert found.startswith(f"--init {old} has no class of --data {tmp_path / 'packs'}, by name: give ")
+    found = refusal(monkeypatch, 2, "--data", tmp_path / "packs", "--out", tmp_path / "new", *QUICK, "--init", source,
+                    *flags)
+    assert found.startswith(f"--init {source} has no class of --data {tmp_path / 'packs'}, by name: give ")
     assert not (tmp_path / "new").exists()
 
 

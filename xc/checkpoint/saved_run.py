@@ -1,6 +1,7 @@
 """A run that was saved: its settings, one of its checkpoints, the class rows in it, and the names of the classes."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,10 +84,12 @@ class SavedRun:
             if start < stop:  # else no byte of the block is read
                 table[places[start:stop]] = rows[classes[start:stop] - begin].to(table.device, table.dtype)
 
-    def check_start_of(self, cfg, images):
-        """UserError where pixels, features or class rows mean something else in a run with this Config.
+    def start(self, backbone, cfg, images):
+        """Give the Backbone of a new run with this Config the weights of the checkpoint.
 
         images  whether its examples are images
+
+        UserError where pixels, features or class rows mean something else there, or the network is another one.
         """
         pairs = {name: (getattr(cfg, name), getattr(self.cfg, name))
                  for name in ("feature_dim", "channels", "logits", "input_norm")}
@@ -95,14 +98,16 @@ class SavedRun:
             if here != there:
                 raise UserError(f"{option(name)} {here} does not fit --init {self.run}, which has {there}: give "
                                 f"{option(name)} {there}")
+        self.load_backbone(backbone, advice=f"give --image-size {self.cfg.image_size} and --data of the kind of "
+                                            f"{self.cfg.data}, as {self.run} has them")
 
-    def load_backbone(self, backbone):
-        """Give a Backbone the weights of the checkpoint. UserError where they are of another network."""
+    def load_backbone(self, backbone, advice="take another checkpoint"):
+        """Give a Backbone the weights of the checkpoint; UserError with the advice where it is another network."""
         path = self.folder / "backbone.safetensors"
         try:
             backbone.load_state_dict(backbone.renamed(load_file(path)))
         except (OSError, RuntimeError, SafetensorError) as e:
-            raise UserError(f"{path} does not fit {self.run / 'config.json'} ({e}): take another checkpoint") from e
+            raise UserError(f"{path} does not fit the network ({e}): {advice}") from e
 
     def class_table(self, pack="", advice=_ADVICE):
         """The ClassNames that the run was trained with: those that it kept, or of the pack at that path.
@@ -155,6 +160,18 @@ class SavedRun:
                 yield block, file.mapped("weight", block - begin, block_end - begin)
 
 
+def chosen(run, checkpoint, world):
+    """The name of the checkpoint that `open_saved` takes on rank 0, for all ranks: of a run that still trains, each
+    could see other ones. Collective; UserError, ValueError as there.
+    """
+    name = ""
+    with world.raise_on_all_ranks():
+        if world.rank == 0:
+            _config_of(Path(run))
+            name = _chosen(Path(run), checkpoint).name
+    return world.all_ranks.all_gather_object(name)[0]
+
+
 def open_saved(run, checkpoint, world, rows=True):
     """The SavedRun of a run folder, after a check of the bytes of its backbone and class rows. Not collective.
 
@@ -182,7 +199,7 @@ def open_saved(run, checkpoint, world, rows=True):
 
 def is_run(path):
     """Whether a path is the folder of a run."""
-    return (Path(path) / "config.json").is_file()
+    return os.path.isfile(os.path.join(path, "config.json"))
 
 
 def _config_of(run):

@@ -49,7 +49,8 @@ class ClassNames:
 
     def keys(self, start, stop):
         """(stop − start,) of 16 bytes: a hash of each of these names; different names have different ones."""
-        return _hashes(name for a in range(start, stop, NAMES) for name in self._bytes(a, min(a + NAMES, stop)))
+        names = (name for a in range(start, stop, NAMES) for name in self._bytes(a, min(a + NAMES, stop)))
+        return _hashes(names, stop - start)
 
     def _bytes(self, start, stop):
         if not 0 <= start <= stop <= self.num_classes:
@@ -69,11 +70,11 @@ class Numbers:
         return [str(label) for label in range(start, stop)]
 
     def keys(self, start, stop):
-        return _hashes(name.encode() for name in self.class_names(start, stop))
+        return _hashes((str(label).encode() for label in range(start, stop)), stop - start)
 
 
-def _hashes(names):
-    return np.array([hashlib.blake2b(name, digest_size=16).digest() for name in names], "S16")
+def _hashes(names, count):
+    return np.fromiter((hashlib.blake2b(name, digest_size=16).digest() for name in names), "S16", count)
 
 
 def labels_in(others, names, shard):

@@ -4,6 +4,7 @@ A file may come from anywhere, so nothing in it is run: safetensors files hold n
 with weights_only.
 """
 
+import os
 import pickle
 import zipfile
 
@@ -59,13 +60,14 @@ def share(backbone, world):
 
 def _read(path):
     """What a file holds: {name: tensor}, or a nest of them. UserError where it cannot be read."""
-    if path.is_dir():
-        raise UserError(f"--init {path} is a folder: give a file of weights, as backbone.safetensors of a checkpoint")
+    if os.path.isdir(path):
+        raise UserError(f"--init {path} is a folder, but not that of a run: give the --out of a run, or a file of "
+                        "weights, as backbone.safetensors of a checkpoint")
+    if not os.path.isfile(path):  # of a Path, is_file fails where a name is too long
+        raise UserError(f"--init {path} is not a file, nor the folder of a run: give the path of one of them")
     if path.suffix not in _SUFFIXES:
         raise UserError(f"--init {path} has no ending of a file of weights: give one that ends in "
                         f"{', '.join(_SUFFIXES)}")
-    if not path.is_file():
-        raise UserError(f"--init {path} is not a file: give the path of a file of weights")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -113,8 +113,7 @@ def report_start_weights(report, cfg, world, examples):
         if not is_run(cfg.init):
             return start_weights.load(net, Path(cfg.init))
         saved = open_saved(cfg.init, "", World())
-        saved.check_start_of(cfg, images=len(examples.input_shape) == 3)
-        saved.load_backbone(net)
+        saved.start(net, cfg, images=len(examples.input_shape) == 3)
         num_old = saved.class_table(advice="move the pack of that run back").num_classes
         return [f"backbone and class rows of {saved.run}, {saved.folder.name}, of {num_old:,} classes"]
 

@@ -58,14 +58,19 @@ def create(cfg, world_size):
         lines.write(json.dumps(launch) + "\n")
 
 
-def keep_classes(out, index):
+def keep_classes(out, index, resumed):
     """Copy the index of the training pack, which has the names of the classes: the pack may change or go.
 
-    out    of the run
-    index  path of the file
+    out      of the run
+    index    path of the file; None: the classes are of no pack
+    resumed  whether a checkpoint was loaded, which a run does only with the same classes; where none was, those of an
+             earlier launch may have been others
     """
     kept, partial = Path(out) / CLASSES_FILE, Path(out) / f".{CLASSES_FILE}.partial"
-    if not kept.exists():  # a run resumes only with the same classes
+    if kept.exists() and resumed:
+        return
+    kept.unlink(missing_ok=True)
+    if index:
         shutil.copyfile(index, partial)
         sync(partial)
         partial.replace(kept)

@@ -42,13 +42,13 @@ def state(cfg, train_split, world):
                  LossMeter(world.device))
 
 
-def run_folder(cfg, train_split, world):
-    """Create the run folder, or lock the one that is resumed. Collective."""
+def run_folder(cfg, train_split, resumed, world):
+    """Create the run folder, or lock the one that is resumed. resumed: whether a checkpoint was loaded. Collective."""
     with world.raise_on_all_ranks():
         if world.rank == 0:
             folder.create(cfg, world.size)
-            if isinstance(train_split, PackSplit):
-                folder.keep_classes(cfg.out, train_split.pack.index_path)
+            index = train_split.pack.index_path if isinstance(train_split, PackSplit) else None
+            folder.keep_classes(cfg.out, index, resumed)
 
 
 def warn_of_unused(cfg, train_split, world):

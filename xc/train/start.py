@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from xc.checkpoint.saved_run import is_run, open_saved
+from xc.checkpoint.saved_run import chosen, is_run, open_saved
 from xc.config import Config
 from xc.data.class_names import NAMES, labels_in, names_of
 from xc.errors import UserError, one_line
@@ -92,23 +92,23 @@ class Start:
 
     def _take_run(self):
         cfg, head, shards = self._cfg, self._state.head, self._world.shards
+        checkpoint = chosen(cfg.init, "", self._world)
         with self._world.raise_on_all_ranks():
-            self._saved = saved = open_saved(cfg.init, "", self._world)
-            saved.check_start_of(cfg, images=len(self._split.input_shape) == 3)
-            saved.load_backbone(self._state.backbone)
+            self._saved = saved = open_saved(cfg.init, checkpoint, self._world)
+            saved.start(self._state.backbone, cfg, images=len(self._split.input_shape) == 3)
             self._old_names = saved.class_table(advice="move the pack of that run back")
             old = torch.from_numpy(labels_in(self._old_names, self._split.names, head.shard))  # (S,), -1: none
             kept = (old >= 0).nonzero()[:, 0]
             self._old, order = old[kept].sort()
             self._kept = kept[order]
             saved.copy_rows(self._old, head.weight, self._kept)
-        self._length = self._set_length()
         new = head.shard.first + (old < 0).nonzero()[:, 0]
         counts = shards.all_gather(torch.tensor([len(new)])).tolist()
         self._new = shards.all_gather(new, counts)  # of all ranks, ascending
         if len(self._new) == self._split.names.num_classes:
             raise UserError(f"--init {cfg.init} has no class of --data {cfg.data}, by name: give "
                             f"{saved.folder / 'backbone.safetensors'} to start from its backbone alone")
+        self._length = self._set_length()
         self._say(f"init: backbone and class rows of {saved.run}, {saved.folder.name}")
         if cfg.optimizer == "sgd" and cfg.lr >= Config.lr and self._world.rank == 0:
             print(f"warning: --lr {cfg.lr:g} is a rate for random weights, and throws trained ones about: give a lower "
@@ -130,8 +130,9 @@ class Start:
             with self._world.raise_on_all_ranks():
                 if file:
                     _write_names(file, self._old_names, gone)
-        if file:
-            file.close()
+        with self._world.raise_on_all_ranks():
+            if file:
+                file.close()  # writes what is left
         return num_gone
 
     def _set_length(self):

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from data_tools.common.atomic import atomic_path
 from data_tools.common.command import between, check_paths
 from data_tools.common.progress import Progress, note
+from xc.checkpoint.saved_run import chosen
 from xc.errors import UserError
 from xc.use.features import features_of
 from xc.use.source import images_of
@@ -120,7 +121,9 @@ class Job(ImageJob):
         with world.raise_on_all_ranks():
             if args.out:
                 self._check_out(suffixes, beside or {})
-            self.trained = open_trained() if open_trained else open_run(args.run, args.checkpoint, world)
+        checkpoint = None if open_trained else chosen(args.run, args.checkpoint, world)
+        with world.raise_on_all_ranks():
+            self.trained = open_trained() if open_trained else open_run(args.run, checkpoint, world)
 
     def _check_out(self, suffixes, beside):
         out = os.path.abspath(self.args.out)
