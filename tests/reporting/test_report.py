@@ -69,6 +69,21 @@ def test_frequencies_are_of_the_last_test(copy, tmp_path, monkeypatch):
     assert [row[0] for row in found.rows["frequency"][1:]] == list(test["top1_by_frequency"])
 
 
+def test_retrieval_has_a_table_and_curves(page, finished, copy, tmp_path, monkeypatch):
+    assert "Retrieval" not in page[0].text and "recall@" not in page[0].text
+    folder = copy("retrieval")
+    add(folder, *({"step": step, "split": "val", "val_recall_at_1": share, "val_map": share / 2, "val_queries": 1234}
+                  for step, share in ((30, 0.5), (40, 0.75), (50, 0.625))),
+        {"step": 50, "split": "test", "recall_at_1": 0.25, "recall_at_10": 0.5, "recall_at_100": 1, "scored_step": 40})
+    found = page_of(monkeypatch, tmp_path / "page.html", finished, folder)
+    rows = found.rows["runs"]
+    assert rows[rows.index(next(row for row in rows if row[0] == "retrieval" and row[1] == "split")) + 1 :] == [
+        ["retrieval", "test", "40", "25.00 %", "50.00 %", "100.00 %", "–", "–"],
+        ["retrieval", "val", "50", "62.50 %", "–", "–", "31.25 %", "1,234"],
+        ["retrieval", "best val", "40", "75.00 %", "–", "–", "37.50 %", "1,234"]]
+    assert "Retrieval by steps" in found.text and "Retrieval by time" in found.text
+
+
 def test_answers_are_those_of_evaluation(page, finished):
     """All of val is answered, by the checkpoint with the highest top-1."""
     best = max((line for line in lines_of(finished) if line.get("split") == "val" and line["step"] % 13 == 0),

@@ -15,6 +15,7 @@ from xc.errors import UserError
 from xc.optim.schedule import Schedule
 from xc.train.class_scores import FREQUENCIES
 
+RETRIEVAL = ("recall_at_1", "recall_at_10", "recall_at_100", "map", "queries")  # scores of --eval retrieval
 _NO_PHASES = ("waited_ms",)  # communication that a step waited for, in whatever phase it did
 _MOST_STEPS = 2**53
 
@@ -22,7 +23,10 @@ _MOST_STEPS = 2**53
 @dataclass(frozen=True)
 class Evaluation:
     """One evaluation: step, split, shares of examples, and {frequency: share}, {frequency: examples} by class
-    frequency. nan: not recorded."""
+    frequency. nan: not recorded.
+
+    retrieval  {name: number} of RETRIEVAL; empty where the run was not evaluated so
+    """
 
     step: int
     split: str
@@ -32,6 +36,7 @@ class Evaluation:
     class_mean: float
     top1_by_frequency: dict
     examples_by_frequency: dict
+    retrieval: dict
     scored_step: int
 
 
@@ -182,9 +187,10 @@ def _kept(line):
                                         ("top1", "top5", "examples", "top1_class_mean"))
     by_frequency = [{name: table[name] for name in FREQUENCIES if name in table} for table in
                     (_numbers(line.get(prefix + key)) for key in ("top1_by_frequency", "examples_by_frequency"))]
+    retrieval = _numbers({name: line.get(prefix + name) for name in RETRIEVAL})
     scored = line.get("scored_step")
     return {"step": step, "evaluation": Evaluation(step, split, top1, top5, examples, class_mean, *by_frequency,
-                                                   scored if type(scored) is int else step)}
+                                                   retrieval, scored if type(scored) is int else step)}
 
 
 def number(value):
