@@ -169,7 +169,8 @@ def spoil_meta(folder):
 def odd_lines(folder):
     (folder / "metrics.jsonl").unlink()
     add(folder, {"step": 1, "loss": None, "forward_ms": 0}, {"step": 2, "split": "val", "val_top1": "high"},
-        {"step": 3, "split": "test"}, {"step": 4, "loss": 10**400, "images_per_second": -1})
+        {"step": 3, "split": "test"}, {"step": 4, "loss": 10**400, "images_per_second": -1},
+        {"step": 5, "loss": 1e308, "forward_ms": 1e308}, {"step": 2**52, "loss": -1e308, "forward_ms": 1e308})
 
 
 def resumed(folder):

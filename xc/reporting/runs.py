@@ -18,6 +18,7 @@ from xc.train.class_scores import FREQUENCIES
 RETRIEVAL = ("recall_at_1", "recall_at_10", "recall_at_100", "map", "queries")  # scores of --eval retrieval
 _NO_PHASES = ("waited_ms",)  # communication that a step waited for, in whatever phase it did
 _MOST_STEPS = 2**53
+_LARGEST = 2**128
 
 
 @dataclass(frozen=True)
@@ -194,11 +195,9 @@ def _kept(line):
 
 
 def number(value):
-    """As float; nan where it is no number."""
-    try:
-        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-    except OverflowError:
-        return math.nan
+    """As float; nan where it is no number, or one beyond float32: no run logs it, and plots overflow."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
+    return float(value) if known else math.nan
 
 
 def _numbers(table):
