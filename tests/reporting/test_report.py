@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.reporting.conftest import HOSTILE, NAMES
 from tests.reporting.test_runs import add, lines_of
+from tests.support.disks import small_disk
 from tests.support.launch import last_json, mpirun
 from tests.support.packs import write_pack
 from tests.support.pages import read_page
@@ -284,6 +285,14 @@ def test_an_error_while_the_page_is_made_leaves_nothing(finished, tmp_path, monk
     monkeypatch.setattr(report, "html_of", fails)
     errors = call(monkeypatch, report, 3, finished, "--out", tmp_path / "a.html")
     assert [str(error) for error in errors] == ["no room"] * 3 and list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line(finished, tmp_path, monkeypatch):
+    with small_disk(tmp_path / "disk", 40) as disk:
+        out = disk / "a.html"
+        assert refused(monkeypatch, disk, finished, "--out", out, module=report) == (
+            f"--out {out} cannot be written ([Errno 28] No space left on device): make room there, or name another "
+            "file")
 
 
 def test_pictures_are_left_out_before_the_page_is_too_large(page, finished, tmp_path, monkeypatch):
