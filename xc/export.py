@@ -67,7 +67,8 @@ def main(argv=None):
             raise UserError("--features-only is about graphs, of which --formats safetensors has none: leave it out")
         for kind in graphs.values():
             kind.require_packages()
-        trained = open_run(args.run, args.checkpoint, world)
+        with_rows = not args.features_only or "safetensors" in args.formats
+        trained = open_run(args.run, args.checkpoint, world, with_rows)
         if graphs:
             check_size(trained, not args.features_only)
         names, pack = class_table(trained, args), pack_of(trained, args)

@@ -104,9 +104,12 @@ def shown(looks, num_bytes):
 
 
 def write(out, html):
-    """Write the page. It appears complete or not at all."""
-    with atomic_path(out) as partial, open(partial, "xb") as file:
-        file.write(html)
+    """Write the page. It appears complete or not at all. UserError where it cannot be written."""
+    try:
+        with atomic_path(out) as partial, open(partial, "xb") as file:
+            file.write(html)
+    except OSError as e:
+        raise UserError(f"--out {out} cannot be written ({e}): make room there, or name another file") from e
 
 
 def say(args, runs, looks, size, seconds):

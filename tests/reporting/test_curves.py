@@ -47,3 +47,9 @@ def test_a_plot_is_one_svg_without_names_of_its_own():
 def test_no_points_are_no_plot():
     assert plot([(0, [], [], False), (1, [1], [math.nan], False)], "steps", "loss") is None
     assert "<svg" in plot([(0, [5], [1], False)], "steps", "loss")
+
+
+def test_a_single_point_of_a_thin_curve_is_hollow():
+    """Two curves of a run have the same colour."""
+    full, hollow = (plot([(0, [5], [1], thin)], "steps", "loss") for thin in (False, True))
+    assert f"fill: {COLOURS[0]}" in full and f"fill: {COLOURS[0]}" not in hollow and COLOURS[0] in hollow

@@ -1,11 +1,13 @@
 """What is shown of a run belongs together: names, counts, probabilities, pictures of the same classes and records."""
 
 import base64
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tests.reporting.conftest import NAMES
+from tests.support.packs import write_pack
 from tests.support.worlds import run_ranks
 from xc.data.pack import Pack
 from xc.reporting.answers import answers_of
@@ -77,6 +79,15 @@ def test_neighbours(look, section):
         assert len(cosines) == 6 and cosines == sorted(cosines, reverse=True)
         assert row["own"]["number"] not in [near["number"] for near in row["near"]]
         assert all(near["name"] == NAMES[near["number"]] for near in [row["own"], *row["near"]])
+
+
+def test_examples_of_classes_without_images_in_train_are_counted(look, section, packs, tmp_path):
+    assert section["untrained"] == 0
+    images = Pack(packs / "train").read([0, 1])[0]
+    train = Pack(write_pack(tmp_path / "train", NAMES, [(images[0], 0), (images[1], 2)], 10**5))
+    other = Look.__new__(Look)
+    other.model, other.answers = replace(look.model, train=train), look.answers
+    assert other._untrained == (~np.isin(look.answers.labels, [0, 2])).sum() > 40
 
 
 def test_classes_whose_neighbours_are_shown():

@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.reporting.conftest import HOSTILE, NAMES
 from tests.reporting.test_runs import add, lines_of
+from tests.support.disks import small_disk
 from tests.support.launch import last_json, mpirun
 from tests.support.packs import write_pack
 from tests.support.pages import read_page
@@ -67,6 +68,21 @@ def test_frequencies_are_of_the_last_test(copy, tmp_path, monkeypatch):
     found = page_of(monkeypatch, tmp_path / "page.html", folder)
     assert found.rows["frequency"][0][1] == f"longertest, step {test['scored_step']}"
     assert [row[0] for row in found.rows["frequency"][1:]] == list(test["top1_by_frequency"])
+
+
+def test_retrieval_has_a_table_and_curves(page, finished, copy, tmp_path, monkeypatch):
+    assert "Retrieval" not in page[0].text and "recall@" not in page[0].text
+    folder = copy("retrieval")
+    add(folder, *({"step": step, "split": "val", "val_recall_at_1": share, "val_map": share / 2, "val_queries": 1234}
+                  for step, share in ((30, 0.5), (40, 0.75), (50, 0.625))),
+        {"step": 50, "split": "test", "recall_at_1": 0.25, "recall_at_10": 0.5, "recall_at_100": 1, "scored_step": 40})
+    found = page_of(monkeypatch, tmp_path / "page.html", finished, folder)
+    rows = found.rows["runs"]
+    assert rows[rows.index(next(row for row in rows if row[0] == "retrieval" and row[1] == "split")) + 1 :] == [
+        ["retrieval", "test", "40", "25.00 %", "50.00 %", "100.00 %", "–", "–"],
+        ["retrieval", "val", "50", "62.50 %", "–", "–", "31.25 %", "1,234"],
+        ["retrieval", "best val", "40", "75.00 %", "–", "–", "37.50 %", "1,234"]]
+    assert "Retrieval by steps" in found.text and "Retrieval by time" in found.text
 
 
 def test_answers_are_those_of_evaluation(page, finished):
@@ -154,7 +170,8 @@ def spoil_meta(folder):
 def odd_lines(folder):
     (folder / "metrics.jsonl").unlink()
     add(folder, {"step": 1, "loss": None, "forward_ms": 0}, {"step": 2, "split": "val", "val_top1": "high"},
-        {"step": 3, "split": "test"}, {"step": 4, "loss": 10**400, "images_per_second": -1})
+        {"step": 3, "split": "test"}, {"step": 4, "loss": 10**400, "images_per_second": -1},
+        {"step": 5, "loss": 1e308, "forward_ms": 1e308}, {"step": 2**52, "loss": -1e308, "forward_ms": 1e308})
 
 
 def resumed(folder):
@@ -268,6 +285,14 @@ def test_an_error_while_the_page_is_made_leaves_nothing(finished, tmp_path, monk
     monkeypatch.setattr(report, "html_of", fails)
     errors = call(monkeypatch, report, 3, finished, "--out", tmp_path / "a.html")
     assert [str(error) for error in errors] == ["no room"] * 3 and list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line(finished, tmp_path, monkeypatch):
+    with small_disk(tmp_path / "disk", 40) as disk:
+        out = disk / "a.html"
+        assert refused(monkeypatch, disk, finished, "--out", out, module=report) == (
+            f"--out {out} cannot be written ([Errno 28] No space left on device): make room there, or name another "
+            "file")
 
 
 def test_pictures_are_left_out_before_the_page_is_too_large(page, finished, tmp_path, monkeypatch):

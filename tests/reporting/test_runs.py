@@ -63,7 +63,19 @@ def test_numbers_of_any_kind_are_read(copy):
     assert [math.isnan(loss) for loss in run.losses] == [True, True]
     assert run.phase_seconds == {"y": pytest.approx(0.004 + 0.012)}
     assert [one.top1 for one in run.of_split("test")][0] == 0.5  # a line of older code: it had test alone
-    assert len(run.evaluations) == 2 and number(10**400) != number(10**400)
+    assert len(run.evaluations) == 2
+    assert all(math.isnan(number(value)) for value in (10**400, 1e300, -math.inf, True, "1", None))
+    assert number(-3e38) == -3e38
+
+
+def test_retrieval_has_scores_of_other_names(copy):
+    folder, scores = copy("retrieval"), {"recall_at_1": 0.5, "recall_at_10": 0.75, "map": 0.25, "queries": 7}
+    add(folder, {"step": 40, "split": "val"} | {f"val_{name}": value for name, value in scores.items()},
+        {"step": 40, "split": "test", "scored_step": 26} | scores | {"recall_at_1": "high"})
+    [run] = read_runs([folder])
+    assert run.of_split("val")[-1].retrieval == scores and run.of_split("val")[0].retrieval == {}
+    del scores["recall_at_1"]
+    assert run.of_split("test")[-1].retrieval == scores and math.isnan(run.of_split("test")[-1].top1)
 
 
 def test_a_run_without_files_beside_its_settings_is_a_run(tmp_path):

@@ -47,7 +47,8 @@ def write_run(out, packs, ranks=1, **settings):
 
     run_ranks(ranks, save)
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (
-        {"step": STEP, "loss": 2.0}, {"step": STEP, "split": "test", "top1": 0.25}, {"step": 9, "split": "test"})))
+        {"step": STEP, "loss": 2.0}, {"step": STEP, "split": "test", "top1": 0.25}, {"step": 9, "split": "test"},
+        {"step": STEP, "split": "test", "scored_step": 1}, {"step": 9, "split": "test", "scored_step": STEP})))
     return cfg
 
 

@@ -62,7 +62,7 @@ def plot(curves, x_label, y_label, percent=False):
         for place, x, y, thin in curves:
             style = ":" if thin else "--" if is_dashed(place) else "-"
             axes.plot(x, y, style, color=colour_of(place), linewidth=1.2 if thin else 1.8,
-                      marker="o" if len(x) == 1 else None, markersize=4)
+                      marker="o" if len(x) == 1 else None, markersize=4, fillstyle="none" if thin else "full")
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.set_xlim(left=0)
         axes.grid(alpha=0.18, color=_INK)

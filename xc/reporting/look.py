@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from xc.data.class_names import names_of
-from xc.data.evaluated import split_while_training
+from xc.data.evaluated import blocks_of, split_while_training
 from xc.data.pack import Pack, open_splits
 from xc.data.synthetic import PREFIX
 from xc.errors import UserError
@@ -140,13 +140,22 @@ class Look:
                 "checkpoint": self.model.trained.folder.name, "classes": self.model.trained.num_classes,
                 "mistakes": len(answers.record),
                 "nearest": min(NEIGHBOURS, self.model.trained.num_classes - 1) or 1, "over": pictures.over,
-                "damaged": pictures.damaged}
+                "damaged": pictures.damaged, "untrained": self._untrained}
 
     def _classes(self):
         """Every class that is shown."""
         found = {one for pair in self.pairs for one in (pair.first, pair.second)}
         found |= {int(one) for place in self.wrong for one in (self.answers.label[place], self.answers.answer[place])}
         return sorted(found | {one for own, _, near in self.neighbours for one in (own, *(other for other, _ in near))})
+
+    @cached_property
+    def _untrained(self):
+        """Number of examples whose class has no image in train."""
+        train, labels, found = self.model.train, self.answers.labels, 0
+        for first, last in blocks_of(0, train.num_classes):
+            here = labels[(labels >= first) & (labels < last)] - first
+            found += int((train.counts(first, last)[here] == 0).sum())
+        return found
 
     @cached_property
     def _names(self):

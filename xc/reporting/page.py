@@ -32,9 +32,10 @@ class Page:
         self._marks = [{"colour": colour_of(place), "dashed": is_dashed(place), "name": run.name}
                        for place, run in enumerate(runs)]
         self._parts = {
-            "marks": self._marks, "summary": [_summary(run) for run in runs], "settings": _settings(runs),
-            "curves": _curves(runs), "phases": _phases(runs), "frequencies": _frequencies(runs),
-            "launches": _LAUNCHES, "dash": _NONE, "points": POINTS, "megabytes": MOST_BYTES // 10**6}
+            "marks": self._marks, "summary": [_summary(run) for run in runs], "retrieval": _retrieval(runs),
+            "settings": _settings(runs), "curves": _curves(runs), "phases": _phases(runs),
+            "frequencies": _frequencies(runs), "launches": _LAUNCHES, "dash": _NONE, "points": POINTS,
+            "megabytes": MOST_BYTES // 10**6}
 
     def html(self, sections):
         """The page as bytes of UTF-8.
@@ -95,6 +96,16 @@ def _summary(run):
             "ranks": _ranks(run)}
 
 
+def _retrieval(runs):
+    """[(place of the run, evaluation, whether it is the best of val)] of the last evaluations by retrieval."""
+    rows = []
+    for place, run in enumerate(runs):
+        tests, vals = ([one for one in run.of_split(split) if one.retrieval] for split in ("test", "val"))
+        best = max(vals, key=lambda one: one.retrieval.get("recall_at_1", -1), default=None)
+        rows += [(place, one, False) for one in (*tests[-1:], *vals[-1:])] + [(place, best, True)] * bool(vals)
+    return rows
+
+
 def _state(run):
     """How far the newest checkpoint is."""
     if run.checkpoint is None:
@@ -132,7 +143,7 @@ def _curves(runs):
     """[(title, SVG)] of the plots that have a point."""
     times = [run.seconds for run in runs]
     size, unit = time_unit(max((time[-1] for time in times if time), default=0))
-    loss, accuracy = [], []
+    loss, accuracy, retrieval = [], [], []
     for place, (run, time) in enumerate(zip(runs, times, strict=True)):
         loss.append((place, run.steps, [one / size for one in time], run.losses))
         found = run.of_split(run.split)
@@ -140,12 +151,17 @@ def _curves(runs):
         at = [_time_at(step, run.steps, time) / size for step in steps]
         accuracy += [(place, steps, at, [one.top1 for one in found], False),
                      (place, steps, at, [one.top5 for one in found], True)]
+        retrieval += [(place, steps, at, [one.retrieval.get(name, math.nan) for one in found], name == "map")
+                      for name in ("recall_at_1", "map")]
     plots = [
         ("Loss by steps", plot([(place, x, y, False) for place, x, _, y in loss], "steps", "loss")),
         ("Loss by time", plot([(place, x, y, False) for place, _, x, y in loss], f"{unit} of training", "loss")),
         ("Accuracy by steps", plot([(p, x, y, thin) for p, x, _, y, thin in accuracy], "steps", "accuracy", True)),
         ("Accuracy by time", plot([(p, x, y, thin) for p, _, x, y, thin in accuracy], f"{unit} of training", "accuracy",
-                                  True))]
+                                  True)),
+        ("Retrieval by steps", plot([(p, x, y, thin) for p, x, _, y, thin in retrieval], "steps", "recall@1", True)),
+        ("Retrieval by time", plot([(p, x, y, thin) for p, _, x, y, thin in retrieval], f"{unit} of training",
+                                   "recall@1", True))]
     return [(title, Markup(svg)) for title, svg in plots if svg]
 
 

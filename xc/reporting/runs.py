@@ -15,14 +15,19 @@ from xc.errors import UserError
 from xc.optim.schedule import Schedule
 from xc.train.class_scores import FREQUENCIES
 
+RETRIEVAL = ("recall_at_1", "recall_at_10", "recall_at_100", "map", "queries")  # scores of --eval retrieval
 _NO_PHASES = ("waited_ms",)  # communication that a step waited for, in whatever phase it did
 _MOST_STEPS = 2**53
+_LARGEST = 2**128
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """One evaluation: step, split, shares of examples, and {frequency: share}, {frequency: examples} by class
-    frequency. nan: not recorded."""
+    frequency. nan: not recorded.
+
+    retrieval  {name: number} of RETRIEVAL; empty where the run was not evaluated so
+    """
 
     step: int
     split: str
@@ -32,6 +37,7 @@ class Evaluation:
     class_mean: float
     top1_by_frequency: dict
     examples_by_frequency: dict
+    retrieval: dict
     scored_step: int
 
 
@@ -182,17 +188,16 @@ def _kept(line):
                                         ("top1", "top5", "examples", "top1_class_mean"))
     by_frequency = [{name: table[name] for name in FREQUENCIES if name in table} for table in
                     (_numbers(line.get(prefix + key)) for key in ("top1_by_frequency", "examples_by_frequency"))]
+    retrieval = _numbers({name: line.get(prefix + name) for name in RETRIEVAL})
     scored = line.get("scored_step")
     return {"step": step, "evaluation": Evaluation(step, split, top1, top5, examples, class_mean, *by_frequency,
-                                                   scored if type(scored) is int else step)}
+                                                   retrieval, scored if type(scored) is int else step)}
 
 
 def number(value):
-    """As float; nan where it is no number."""
-    try:
-        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-    except OverflowError:
-        return math.nan
+    """As float; nan where it is no number, or one beyond float32: no run logs it, and plots overflow."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
+    return float(value) if known else math.nan
 
 
 def _numbers(table):

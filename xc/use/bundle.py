@@ -8,8 +8,9 @@ model.json has the keys
     outputs      shapes, and what they are
     logits       kind, scale, and how probabilities follow from features and class rows
     classes      count, digest, and the files of names and rows
-    checkpoint   name, step, examples, top1 and the data it was measured on
-    metrics      of the evaluations at that step, as in metrics.jsonl
+    checkpoint   name, step, examples, top1 and the data it was measured on: where that is "retrieval on …", top1 is
+                 recall@1
+    metrics      of the evaluations with these weights, as in metrics.jsonl
     verified     largest differences of each graph from PyTorch, on how many images, and the tolerance
     versions     of Python and of the packages that wrote the files
     files        {name: {bytes, sha256}}
@@ -101,13 +102,13 @@ def description(trained, outputs, classes):
 
 
 def _metrics(trained):
-    """The lines of metrics.jsonl on evaluations at the step of the checkpoint."""
+    """The lines of metrics.jsonl on evaluations of the checkpoint. A test at the end is of an earlier step, perhaps."""
     path, found = trained.folder.parent.parent / "metrics.jsonl", []
     try:
         with open(path, encoding="utf-8") as file:
             for line in file:
                 values = json.loads(line)
-                if values.get("step") == trained.meta["step"] and "split" in values:
+                if values.get("scored_step", values.get("step")) == trained.meta["step"] and "split" in values:
                     found.append(values)
     except (OSError, ValueError, AttributeError, RecursionError) as e:
         note(f"note: model.json lacks metrics, or some of them ({path}: {e})")
