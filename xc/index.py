@@ -19,6 +19,7 @@ from pathlib import Path
 from data_tools.common.atomic import atomic_path
 from data_tools.common.command import between, check_paths, stop_on_signals
 from data_tools.common.progress import note
+from xc.checkpoint.saved_run import chosen
 from xc.comm.launch import run
 from xc.comm.world import open_world
 from xc.data.evaluated import has_pairs
@@ -96,13 +97,14 @@ def main(argv=None):
 def build(args, world):
     """Build an index, measure its recall, and write its folder."""
     started = time.monotonic()
+    checkpoint = chosen(args.run, args.checkpoint, world)
     with world.raise_on_all_ranks():
         if world.rank == 0:
             check_paths([args.src] if args.src else [], os.path.abspath(args.out), None)
         if args.src and args.classes:
             raise UserError(f"--classes {args.classes} names class rows, and {args.src} is indexed: leave out one of "
                             "them")
-        trained = open_run(args.run, args.checkpoint, world, rows=not args.src)
+        trained = open_run(args.run, checkpoint, world, rows=not args.src)
         check_type(args.type, trained.feature_dim)
         table = None if args.src else trained.class_table(args.classes)
         if table:
@@ -148,7 +150,7 @@ def query(args, world):
         if not os.path.exists(args.src):
             raise UserError(f"{args.src}: no such file or folder: name images")
         if args.sheet and world.rank == 0:
-            check_sheet(args.sheet)
+            check_sheet(args.src, args.sheet)
         if args.classes and (not args.sheet or meta["of"] == "images"):
             raise UserError(f"--classes {args.classes} has pictures of classes for --sheet: leave it out")
     job = Job(args, (".parquet", ".csv", ".jsonl"), world, open_trained=lambda: trained_of(meta, args, world))
@@ -202,22 +204,22 @@ def pack_for_pictures(meta, trained, args):
         return None
 
 
-def check_sheet(path):
+def check_sheet(src, path):
     """UserError for a name of a picture that cannot be written, before anything is read."""
     if not path.endswith(".png"):
         raise UserError(f"--sheet {path}: name a file that ends in .png")
-    check_paths([], os.path.abspath(path), None)
+    check_paths([src], os.path.abspath(path), None)
 
 
 def evaluate(args, world):
     """Retrieval metrics of the images of a pack: the last line is one JSON object."""
-    started = time.monotonic()
+    started, checkpoint = time.monotonic(), chosen(args.run, args.checkpoint, world)
     with world.raise_on_all_ranks():
         pack = one_pack(args.pack)
         if not has_pairs(PackSplit(pack, 1, 8)):
             raise UserError(f"no class of {args.pack} has two images, of which one could find the other: name another "
                             "pack")
-        trained = open_run(args.run, args.checkpoint, world, rows=False)
+        trained = open_run(args.run, checkpoint, world, rows=False)
         cfg = dataclasses.replace(trained.cfg, max_bad_records=args.max_bad_records,
                                   loader_threads=args.loader_threads)
         loader = Loader(PackSplit(pack, cfg.channels, cfg.image_size, cfg.max_bad_records), cfg, world)

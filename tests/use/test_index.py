@@ -285,6 +285,9 @@ def test_bad_input_is_one_line_and_nothing_is_written(trained, tiny_packs, tmp_p
          f"--type LSH is no index of 8 numbers by inner product ('metric == METRIC_L2' failed): {advice}"),
         (["build", folder, *new, "--type", "IDMap,Flat"],
          "--type IDMap,Flat: rows are numbered already, so leave IDMap out"),
+        *((["build", folder, *new, "--type", kind], f"--type {kind}: faiss crashes on parts of 0, and on graphs of "
+           f"other than 2 to 512 links: {advice}")
+          for kind in ("HNSW0", "HNSW1", "HNSW2000000", "PQ4x0", "NSG0,Flat", "PCA0,Flat")),
         (["build", folder, photos, *new, "--classes", tiny_packs],
          f"--classes {tiny_packs} names class rows, and {photos} is indexed: leave out one of them"),
         (["build", folder, *new, "--classes", tmp_path], f"the names of the classes cannot be read ({tmp_path}: not a "
@@ -292,20 +295,22 @@ def test_bad_input_is_one_line_and_nothing_is_written(trained, tiny_packs, tmp_p
         (["build", tmp_path, *new], " is not the folder of a run (config.json: "),
         (["build", folder, tmp_path / "empty", *new], "/empty holds no images: name a folder of images, or what "
          "data_tools.pack reads"),
-        (["build", folder, tmp_path / "note.png", *new], "/note.png: no column of the path and the label; it has the "
-         "columns 'hello'; name them by --path-column and --label-column"),
+        (["build", folder, tmp_path / "note.png", *new], "none of the 1 images of /note.png can be used, the first is "
+         "/note.png (not an image"),
         (["build", folder, tmp_path / "cut.png", *new], "none of the 1 images of /cut.png can be used, the first is "
          "/cut.png (does not decode"),
         (["query", tmp_path / "empty", image], "/empty is no index (index.json: [Errno 2] No such file or directory: "
          "'/empty/index.json'): name the --out of xc.index build"),
         (["query", a, tmp_path / "none"], "/none: no such file or folder: name images"),
-        (["query", a, tmp_path / "note.png"], "/note.png: no column of the path and the label; it has the columns "
-         "'hello'; name them by --path-column and --label-column"),
+        (["query", a, tmp_path / "note.png"], "none of the 1 images of /note.png can be used, the first is /note.png "
+         "(not an image"),
         (["query", a, tmp_path / "cut.png"], "none of the 1 images of /cut.png can be used, the first is /cut.png "
          "(does not decode"),
         (["query", a, image, "--out", tmp_path / "there.csv"], "/there.csv exists; remove it or give another name"),
         (["query", a, image, "--out", tmp_path / "b.txt"], "--out /b.txt: name a file that ends in .parquet or .csv or "
          ".jsonl"),
+        (["query", a, photos, "--sheet", photos / "s.png"],
+         f"{photos}/s.png lies inside {photos}; give a place outside"),
         (["query", a, image, "--sheet", tmp_path / "b.jpg"], "--sheet /b.jpg: name a file that ends in .png"),
         (["query", a, image, "--sheet", tmp_path / "note.png"], "/note.png exists; remove it or give another name"),
         (["query", a, image, "--classes", tiny_packs], f"--classes {tiny_packs} has pictures of classes for --sheet: "

@@ -75,7 +75,7 @@ def _read(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, SafetensorError,
             pickle.UnpicklingError) as e:
-        reason = one_line(str(e).split("\n")[0])[:200]
+        reason = one_line(str(e).split("\n")[0].split(". ")[0])[:200]  # torch goes on with advice that is not safe
         raise UserError(f"--init {path} cannot be read as tensors alone ({reason}): save a state_dict with torch.save "
                         "or safetensors") from e
 

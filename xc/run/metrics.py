@@ -74,7 +74,7 @@ class Metrics:
 
         self._path = Path(folder) / "metrics.jsonl"
         self._lines = _open_after(self._path, progress.step)
-        self._board = SummaryWriter(Path(folder) / "tensorboard", purge_step=progress.step + 1)
+        self._board = SummaryWriter(Path(folder) / "tensorboard", purge_step=progress.step + bool(progress.step))
         self._terminal, self._warned = sys.stderr.isatty(), False
         self._bar = tqdm(initial=progress.examples, total=examples, unit="img", unit_scale=True,
                          disable=not self._terminal)
@@ -133,9 +133,9 @@ class Metrics:
 
 
 def _open_after(path, step):
-    """Open the metrics file to append, after dropping lines of steps after `step`."""
+    """Open the metrics file to append, after dropping lines of steps after `step`; all lines where a run begins."""
     if path.exists():
-        kept = [line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
+        kept = [line for line in path.read_text(errors="replace").splitlines() if step and _step_of(line) <= step]
         replace_text(path, "".join(line + "\n" for line in kept))
     return open(path, "a", buffering=1)
 

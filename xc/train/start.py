@@ -145,7 +145,7 @@ class Start:
         head, total = self._state.head, torch.zeros(2, dtype=torch.float64)
         for places in self._kept.split(_BLOCK):
             rows = head.weight[places].float()
-            lengths = rows.norm(dim=1, keepdim=True)
+            lengths = rows.norm(dim=1, keepdim=True).clamp(min=1e-30)
             total += torch.tensor([lengths.sum(dtype=torch.float64), len(lengths)])
             if head.cosine:
                 head.weight[places] = (rows * (RANDOM_LENGTH / lengths)).to(head.weight.dtype)

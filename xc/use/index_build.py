@@ -92,7 +92,9 @@ def _trained(index, vectors, size, kind, seed, world):
             index.train(sample)
             data = torch.from_numpy(faiss.serialize_index(index))
     counts = world.all_ranks.all_gather(torch.tensor([len(data)])).tolist()
-    return faiss.deserialize_index(world.all_ranks.all_gather(data, counts).numpy())
+    data = world.all_ranks.all_gather(data, counts).numpy()
+    with world.raise_on_all_ranks(), _faiss_errors(kind):
+        return faiss.deserialize_index(data)
 
 
 def _add(index, vectors, shard, world):

@@ -20,7 +20,7 @@ _TRAINED_BY = 64  # vectors of the sample for each cell
 _LEAST_SAMPLE = 2**16  # where the type learns more than cells
 _LEAST_OF_A_CELL = 39  # faiss warns of fewer
 _MOST_CODE_BITS = 8  # of a part of a vector
-_MOST_CELLS = 2**24
+_MOST_CELLS, _MOST_LINKS = 2**24, 512
 _GRAPH_BYTES = 300  # of an element of HNSW32, beside its vector
 
 
@@ -57,6 +57,10 @@ def _made(kind, count, width):
     if cells and not 0 < int(cells[1]) <= min(count, _MOST_CELLS):
         raise UserError(f"--type {kind}: {cells[1]} is not a number of cells from 1 to {min(count, _MOST_CELLS)}: "
                         f"{advice}")
+    links = [int(number) for number in re.findall(r"(?:HNSW|NSG)(\d+)", text)]
+    if re.search(r"(?<!\d)0+(?!\d)", text) or not all(1 < number <= _MOST_LINKS for number in links):
+        raise UserError(f"--type {kind}: faiss crashes on parts of 0, and on graphs of other than 2 to {_MOST_LINKS} "
+                        f"links: {advice}")
     try:
         index = faiss.index_factory(width, text, faiss.METRIC_INNER_PRODUCT)
     except (RuntimeError, MemoryError) as error:

@@ -3,8 +3,9 @@
 import argparse
 import json
 import os
+import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 from data_tools.common.atomic import atomic_path
 from data_tools.common.command import between, check_paths
@@ -20,6 +21,11 @@ _NAMED = 3  # images without a result that a note names
 
 class Parser(argparse.ArgumentParser):
     """Reports an error as all errors of a launch: one line of rank 0, and exit code 2 on all ranks."""
+
+    def parse_args(self, args=None, namespace=None):
+        with suppress(AttributeError):  # the output of a notebook, which takes any text
+            sys.stdout.reconfigure(errors="backslashreplace")  # a name may be no text, or none of this terminal
+        return super().parse_args(args, namespace)
 
     def error(self, message):
         raise UserError(f"{message}; see python -m {self.prog} --help")

@@ -12,7 +12,7 @@ from data_tools.packing.workers import read_file
 from data_tools.sources.base import Reading, walk
 from data_tools.sources.detect import kind_of, open_source
 from data_tools.sources.folder import images_in
-from data_tools.sources.names import content_is_image
+from data_tools.sources.names import claims_image, content_is_image
 from data_tools.sources.packs import is_pack
 from data_tools.sources.splits import SplitNames
 from xc.data.pack import open_splits
@@ -46,7 +46,7 @@ def images_of(path):
 
     PackError where it is no source.
     """
-    if os.path.isfile(path) and content_is_image(path):
+    if os.path.isfile(path) and (claims_image(path) or content_is_image(path)):
         return lambda: iter([_of_file(path)]), 1
     if os.path.isdir(path) and is_pack(path):
         packs = list(open_splits(path).values())
