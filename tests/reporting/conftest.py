@@ -9,7 +9,8 @@ from tests.support.packs import write_pack
 from tests.support.training import QUICK, call_main
 
 HOSTILE = "<script>alert(1)</script> & \"quotes\" 'single' </td>"
-NAMES = [HOSTILE, "a $b_c^2$ {{ 7 * 7 }}", "long " * 500, "größer", *(f"class {i}" for i in range(4, 13))]
+NAMES = [HOSTILE, "a $b_c^2$ {{ 7 * 7 }}", "long " * 500, "größer", "w" * 300,
+         *(f"class {i}" for i in range(5, 13))]
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """A real browser opens a report: no line in its console, something to see, the text as it was written."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -27,6 +29,22 @@ def test_a_browser_shows_a_report(finished, tmp_path, monkeypatch):
     # Not blank, in any of its quarters: text, plots, pictures.
     for quarter in np.split(pixels, 4):
         assert len(np.unique(quarter.reshape(-1, 3), axis=0)) > 20 and quarter.std() > 5
+
+
+_WIDE = """<script>
+const wide = [...document.querySelectorAll(".card")].filter(one => one.scrollWidth > one.clientWidth);
+document.title = `${wide.length} of ${document.querySelectorAll(".card").length} cards are too narrow`;
+</script>"""
+
+
+def test_long_names_stay_in_their_cards(finished, tmp_path, monkeypatch):
+    out = tmp_path / "report.html"
+    done(monkeypatch, report, 1, finished, "--out", out, "--device", "cpu")
+    html = out.read_text()
+    assert "w" * 50 in html
+    (tmp_path / "page.html").write_text(re.sub("<meta http-equiv[^>]*>", "", html) + _WIDE)  # its policy bars scripts
+    [title] = re.findall("<title>(.*)</title>", visit(tmp_path / "page.html", tmp_path).document)
+    assert re.fullmatch(r"0 of [1-9]\d+ cards are too narrow", title)
 
 
 def test_the_console_tells_of_errors(tmp_path):
