@@ -35,7 +35,11 @@ def test_a_run_from_weights_is_resumed_bit_for_bit(tmp_path):
     frozen = {name for name in trained if name.startswith(("conv1.", "bn1.", "layer1.", "layer2."))}
     assert frozen <= same and not {name for name in same - frozen if name.endswith(("weight", "running_mean"))}
 
-    mpirun(2, "-m", "tests.mpi.programs.stopped", 6, *tuned, "--out", tmp_path / "cut", expect=75)
+    stopped = [*tuned, "--out", tmp_path / "cut", "--resume", "auto"]
+    early = mpirun(2, "-m", "tests.mpi.programs.stopped", 6, *stopped, expect=75)  # of 34 batches for the class rows
+    assert "after 0 steps" in early.stdout + early.stderr and not list((tmp_path / "cut").glob("checkpoints/step-*"))
+    before = 34 + 5  # batches for the rows, and of the evaluation before the first step
+    mpirun(2, "-m", "tests.mpi.programs.stopped", before + 6, *stopped, expect=75)
     (tmp_path / "w.pth").unlink()  # a resumed run does not read it
     result = mpirun(2, "train.py", *tuned, "--out", tmp_path / "cut", "--resume", "auto")
     assert "note: --init is not read" in result.stdout and "init: " not in result.stdout
