@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 from xc import config
 from xc.checkpoint.checkpoints import Checkpoints
 from xc.comm.world import open_world
+from xc.data.loader import Loader
 from xc.data.pack import Pack
 from xc.train import setup
 from xc.train.start import Start
@@ -124,8 +125,7 @@ def scores(new, old, flags):
     is_new = np.array([name not in known for name in splits["train"].names.class_names(0, state.head.num_classes)])
     state.backbone.eval()
     hits, labels = [], []
-    test = type(loader)(splits["test"], cfg, world)
-    for images, targets in test.test(cfg.global_batch):
+    for images, targets in Loader(splits["test"], cfg, world).test(cfg.global_batch):
         hits.append((state.head.num_scores_above_target(state.backbone(images), targets) < 1).numpy())
         labels.append(targets.numpy())
     hits, of_new = np.concatenate(hits), is_new[np.concatenate(labels)]

@@ -8,10 +8,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from xc.checkpoint.saved_run import is_run, open_saved
 from xc.comm.world import World
 from xc.data import loader
 from xc.data.augment import norm_of, prepared
+from xc.data.class_names import names_of
 from xc.data.evaluated import classes_without_images, how_to_split, split_while_training, tested_at_the_end
 from xc.data.pack_split import PackSplit
 from xc.errors import UserError, one_line
@@ -80,11 +83,8 @@ def report_data(report, cfg, world):
 def _untrained(splits):
     """{split: (number of its classes without an image in train, names of the first ones)} of val and test."""
     found = {name: classes_without_images(splits["train"], split) for name, split in splits.items() if name != "train"}
-    return {name: (len(ids), _names(splits["train"], ids[:_NAMED].tolist())) for name, ids in found.items()}
-
-
-def _names(split, labels):
-    return [split.names.class_names(label, label + 1)[0] for label in labels]
+    return {name: (len(ids), list(names_of(torch.from_numpy(ids[:_NAMED]), splits["train"].names).values()))
+            for name, ids in found.items()}
 
 
 def _report_evaluation(report, cfg, splits, untrained):

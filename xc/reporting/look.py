@@ -71,7 +71,7 @@ def _opened(run, data, world):
         trained = open_run(run.folder, "", world)
     except (ValueError, OSError, ImportError) as e:
         return None, f"Its checkpoint cannot be used ({e})."
-    if (train.num_classes, train.classes_digest) != (trained.num_classes, trained.meta.get("classes_digest")):
+    if (train.num_classes, train.classes_digest) != (trained.num_classes, trained.classes_digest):
         text = f"{path} has {train.num_classes} classes that are not the {trained.num_classes} of {trained.folder}"
         if data:
             raise UserError(f"--data {text}: give the packs of the run, or report this run alone")

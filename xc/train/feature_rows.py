@@ -6,8 +6,8 @@ m_c (D,) is the sum of the features of a class, of length 1 for cosine logits. S
 around the mean of their class, over all classes whose rows are set. λ = 2.
 
 The means alone point along all that the features of a class share, where S is small, and along what varies within
-classes. So rows of new classes draw examples of trained classes to them. In trials with a tenth of new classes λ = 2
-gave new classes their share of the answers, and means alone 30 to 90 % more.
+classes. So rows of new classes draw examples of trained classes to them. With a tenth of new classes, means alone gave
+them 30 to 90 % more answers than they have examples on three sets; λ = 2 gives 0 to 22 % more.
 """
 
 import sys
@@ -38,8 +38,8 @@ def fill_rows(state, loader, classes, length, stopped, world):
     stopped   asked before every batch, answers alike on all ranks; where it is true, the rows are unfinished
     returns   (images, classes without an image that can be used: their rows are random); None where it was stopped
 
-    Sums are kept in the rows themselves, where bfloat16 rounds them; beside them it takes 4 bytes for each class of the
-    shard and D² numbers. The result is the same at any W, to the rounding of the features. Collective.
+    Sums are kept in the rows themselves, where bfloat16 rounds them; beside them it takes 12 bytes for each of the
+    classes and D² numbers. The result is the same at any W, to the rounding of the features. Collective.
     """
     head, backbone = state.head, state.backbone
     places = _places(classes, head)

@@ -26,6 +26,7 @@ from data_tools.common.progress import Progress, note
 from xc.checkpoint import tensor_file
 from xc.comm.shard import Shard
 from xc.data.class_names import NAMES
+from xc.model.backbone import resolved
 from xc.use.graph import pixel_norm
 
 FORMAT, VERSION = "xc-export", 1
@@ -56,7 +57,7 @@ def write_rows(path, trained):
                 progress.add(len(rows))
 
         tensor_file.write(path, {"rows": ("F32", (count, width), pieces())},
-                          {"classes_digest": str(trained.meta.get("classes_digest"))})
+                          {"classes_digest": str(trained.classes_digest)})
 
 
 def write_names(path, table):
@@ -84,7 +85,7 @@ def description(trained, outputs, classes):
                                     "what": "softmax over all classes, in the order of their names"}}
     return {
         "format": FORMAT, "version": VERSION,
-        "backbone": {"name": "small" if cfg.backbone == "auto" else cfg.backbone, "feature_dim": cfg.feature_dim,
+        "backbone": {"name": resolved(cfg.backbone, images=True), "feature_dim": cfg.feature_dim,
                      "amp": cfg.amp, "computes_in": "float32"},
         "input": {"name": "pixels", "dtype": "uint8", "shape": ["N", cfg.channels, size, size],
                   "size": size, "mode": "L" if cfg.channels == 1 else "RGB",
@@ -95,7 +96,7 @@ def description(trained, outputs, classes):
         "logits": {"kind": cfg.logits, "scale": trained.scale,
                    "probabilities": "softmax(scale * features @ rows.T) over all classes",
                    "features_and_rows": of_length},
-        "classes": {"count": trained.num_classes, "digest": meta.get("classes_digest")} | classes,
+        "classes": {"count": trained.num_classes, "digest": trained.classes_digest} | classes,
         "checkpoint": {"name": trained.folder.name} | {name: meta.get(name) for name in (
             "step", "examples", "top1", "evaluated_on")},
         "metrics": _metrics(trained)}

@@ -14,7 +14,7 @@ from xc.use.vectors import ClassRows, FeatureRows
 
 
 def class_rows(trained, table, folder, world):
-    """The class rows of a Trained; their names, from a Pack with the class table, go into the folder. Collective."""
+    """The class rows of a Trained; their names, of a ClassNames, go into the folder. Collective."""
     with world.raise_on_all_ranks():
         if world.rank == 0:
             with (closing(NamesWriter(os.path.join(folder, NAMES_FILE))) as names,
