@@ -29,10 +29,10 @@ from benchmarks.measure import median_step, report, rss_mb
 from xc.comm.launch import run
 from xc.comm.shard import Shard
 from xc.comm.world import open_world
-from xc.config import Config
+from xc.config import SELECTS, Config
 from xc.errors import UserError
 from xc.knn.graph import Indexed, KnnGraph
-from xc.model.head_table import HEADS
+from xc.model.head_table import HEADS, head_class
 from xc.optim.optimizers import RowSGD
 from xc.run.metrics import peak_rss_mb
 
@@ -40,6 +40,7 @@ from xc.run.metrics import peak_rss_mb
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head", choices=HEADS, default="full")
+    parser.add_argument("--select", choices=SELECTS, default="scores", help="of --head knn")
     parser.add_argument("--classes", type=int, default=100_000)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--batch-per-rank", type=int, default=64)
@@ -66,10 +67,10 @@ def measure(args, world):
     features @ features.T  # the GEMM library's own buffers are not the head's
     idle = rss_mb()
 
-    cfg = Config(data="-", out="-", head=args.head, feature_dim=args.dim, global_batch=global_batch,
+    cfg = Config(data="-", out="-", head=args.head, select=args.select, feature_dim=args.dim, global_batch=global_batch,
                  active_classes=float(args.active or args.active_ratio))
-    head = HEADS[args.head](args.classes, args.dim, world, logits_mb=args.logits_mb,
-                            **HEADS[args.head].settings(cfg, args.classes))
+    kind = head_class(cfg)
+    head = kind(args.classes, args.dim, world, logits_mb=args.logits_mb, **kind.settings(cfg, args.classes))
     optimizer = RowSGD(head, args.head_momentum)
     optimizer.param_groups[0]["lr"] = 0.1
     kept = head.weight.nbytes + optimizer.momentum_rows.nbytes
@@ -97,7 +98,7 @@ def measure(args, world):
                          roofline_ms(actives[-1], global_batch, args)])
     step_ms, cpu_ms, peak, resident, kept, roofline = world.all_ranks.all_reduce(mine, "max").tolist()
     active = world.shards.all_reduce(torch.tensor(actives[-1])).item()
-    return {"head": args.head, "classes": args.classes, "dim": args.dim, "batch_per_rank": args.batch_per_rank,
+    return {"head": args.head, "select": args.select, "classes": args.classes, "dim": args.dim, "batch_per_rank": args.batch_per_rank,
             "ranks": world.size, "step_ms": step_ms, "cpu_ms": cpu_ms, "roofline_ms": roofline,
             "times_roofline": step_ms / roofline, "active": active, "peak_over_idle_mb": peak,
             "resident_mb": resident, "kept_mb": kept,

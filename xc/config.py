@@ -17,6 +17,7 @@ from xc.errors import UserError, is_one_line
 
 SAMPLERS = ("natural", "balanced", "sqrt", "weighted")
 HEADS = ("full", "knn", "sampled", "selective")
+SELECTS = ("scores", "labels")
 MARGINS = ("none", "cosface", "arcface")
 EVALUATIONS = ("classify", "retrieval")
 SCHEDULES = ("constant", "cosine", "step", "fccs")
@@ -68,6 +69,12 @@ class Config:
                       choices=HEADS)
     active_classes: float = _flag("head", 0.1, "knn, selective, sampled: classes that take part in a step, as a share "
                                   "of all classes up to 1, or a number", above=0)
+    select: str = _flag("head", "scores", "knn: near classes are the neighbours to which the features give most "
+                        "probability (scores), or the nearest neighbours of the target classes, the paper's rule "
+                        "(labels)", choices=SELECTS)
+    near_parts: int = _flag("head", 0, "knn by scores: parts of similar examples into which a batch is cut, each with "
+                            "near classes of its own, a power of two; 0: from --active-classes and --global-batch",
+                            least=0, most=1024)
     near_share: float = _flag("head", 0.5, "knn, selective: share of the active classes, beside the target classes, "
                               "that are near; the rest is random", least=0, most=1)
     sampling_correction: bool = _flag("head", True, "add the log-count correction of sampled softmax to the logits of "

@@ -11,11 +11,14 @@ from xc.comm.world import World
 from xc.gradients.allreduce import AllReduce
 from xc.model import backbone as backbones
 from xc.model.head_table import HEADS
+from xc.model.knn import KnnHead
+from xc.model.scored import ScoredKnnHead
 from xc.optim.schedule import StepPlan
 from xc.run.metrics import Timer
 from xc.train import pipeline
 
 C, D, G = 23, 8, 24
+KINDS = HEADS | {"knn": KnnHead, "scored": ScoredKnnHead}
 WITH_NORM = backbones.build("small", (1, 16, 16), D, 1, World())
 SETTINGS = {"full": {}, "sampled": {"active_classes": 19}, "knn": {"active_classes": 19, "num_neighbors": 3}}
 
@@ -42,7 +45,7 @@ def step(world, net, head_name, num_parts, feature_bits=32):
     for module in net.modules():
         if isinstance(module, backbones.FeatureNorm):  # its group is that of the world which it was built in
             module._group = world.all_ranks
-    head = HEADS[head_name](C, D, world, dtype=torch.float64, seed=5, **SETTINGS[head_name])
+    head = KINDS[head_name](C, D, world, dtype=torch.float64, seed=5, **SETTINGS[head_name])
     exchange = AllReduce(net, world)
     now = StepPlan(0.1, G, num_parts)
     batch = parts_of(world, num_parts)
@@ -103,7 +106,7 @@ def test_features_may_travel_in_16_bits(size):
 
 
 @pytest.mark.parametrize("size, width, rounds, of_round", [(1, 1, 2, 2), (3, 3, 3, 1), (4, 2, 2, 2), (2, 2, 4, 1)])
-@pytest.mark.parametrize("head_name", [*SETTINGS, "selective"])
+@pytest.mark.parametrize("head_name", [*SETTINGS, "selective", "scored"])
 def test_a_step_of_several_rounds_is_the_sum_of_theirs(size, width, rounds, of_round, head_name):
     """Each round with the classes that a step of its own would take; losses, and gradients of backbone and rows."""
     def body(world):
@@ -114,12 +117,14 @@ def test_a_step_of_several_rounds_is_the_sum_of_theirs(size, width, rounds, of_r
     def step_of(world, head_name, first_round, micro_batches, num_rounds):
         net = copy.deepcopy(WITH_NORM[0]).double()
         settings = SETTINGS.get(head_name, {"active_classes": 19, "near_share": 0.5})
-        head = HEADS[head_name](C, D, world, dtype=torch.float64, seed=5, **settings)
+        if head_name == "scored":
+            settings = settings | {"num_neighbors": 5, "near_parts": 2}
+        head = KINDS[head_name](C, D, world, dtype=torch.float64, seed=5, **settings)
         exchange = AllReduce(net, world)
         batch = parts_of(world, rounds * of_round)[micro_batches]
         labels = torch.cat([part for _, part in batch])
         head.refresh(1, due=True)
-        head.select(labels, first_round, num_rounds)
+        head.select(labels, first_round, num_rounds, len(batch))
         now = StepPlan(0.1, G * num_rounds // rounds, len(batch), accumulation_steps=num_rounds)
         loss, _ = pipeline.forward_backward(net, head, exchange, batch, labels, now, Timer())
         exchange.reduce()

@@ -23,15 +23,68 @@ _TOP = 100  # highest logits of an example that `selection_quality` looks for am
 
 
 @dataclass(frozen=True)
-class Selection:
-    """The classes of this shard that take part in a step, or in one accumulation step of it.
+class Part:
+    """Examples of a batch that have active classes of their own, beside those that all examples share.
 
-    active  (A,)  sorted, unique local ids; None: all S classes
-    offset  (A,)  added to the logits, 0 for target classes; None: nothing is added
+    examples  slice of `Selection.order`
+    rows      slice of `Selection.active`: the rows of these examples alone
+    offset    (A,)  added to the logits of these examples with the shared rows, as in Selection
+    """
+
+    examples: slice
+    rows: slice
+    offset: torch.Tensor | None
+
+    def owns(self, block):
+        """Whether a block of active rows, which does not cross the bounds of parts, is of this part alone."""
+        return self.rows.start <= block.start < self.rows.stop
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The classes of this shard that take part in a step, or in one accumulation step or micro-batch of it.
+
+    active     (A,)  unique local ids, sorted; with parts, first those that all examples share, sorted, which all target
+                     classes are among, then those of each part, sorted; None: all S classes
+    offset     (A,)  added to the logits, 0 for target classes; None: nothing is added
+    parts            [Part], of the examples of all replicas that are in this replica's order; empty: all are alike
+    order      (G,)  the examples of a batch, those of a part side by side; None: as they come
+    first            of the batch: the first example of this rank
     """
 
     active: torch.Tensor | None = None
     offset: torch.Tensor | None = None
+    parts: tuple = ()
+    order: torch.Tensor | None = None
+    first: int = 0
+
+    @property
+    def num_shared(self):
+        """Active rows that all examples share."""
+        return self.parts[0].rows.start if self.parts else len(self.active)
+
+    @property
+    def ends(self):
+        """Where the rows of the parts begin among the active rows."""
+        return [part.rows.start for part in self.parts]
+
+    def offset_table(self, dtype):
+        """Offsets (P, A) of each of P parts, at least one: -inf for the rows of other parts."""
+        table = torch.full((max(1, len(self.parts)), len(self.active)), -torch.inf, dtype=dtype,
+                           device=self.active.device)
+        for row, part in zip(table, self.parts or [Part(slice(0, 0), slice(0, 0), self.offset)], strict=True):
+            row[: self.num_shared] = 0.0 if part.offset is None else part.offset[: self.num_shared]
+            row[part.rows] = 0.0
+        return table
+
+    def parts_of_examples(self, count):
+        """The part (count,) of the first examples of this rank."""
+        part_of = torch.zeros(self.first + count, dtype=torch.int64, device=self.active.device)
+        if self.parts:
+            part_of = torch.empty(len(self.order), dtype=torch.int64, device=self.active.device)
+            for i, part in enumerate(self.parts):
+                part_of[self.order[part.examples]] = i
+        return part_of[self.first : self.first + count]
 
 
 class Head:
@@ -91,13 +144,14 @@ class Head:
         """
         return {}
 
-    def select(self, labels, step, accumulation_steps=1):
+    def select(self, labels, step, accumulation_steps=1, micro_batches=None):
         """Choose the classes that take part in a step: sets `selections` and returns it. Collective.
 
         labels              (B,)  global class ids of all examples of this rank in this step, in the order of the
                                   accumulation steps
         step                accumulation steps before this step; the number of the step where every step has one
         accumulation_steps  of this step, of equal length
+        micro_batches       of this step; None: each accumulation step is one
         """
         self.step, self.active_row_cache = step, None
         self.selections, self.selection = [Selection()], Selection()
@@ -201,12 +255,13 @@ class Head:
         num_active = group.all_reduce(torch.tensor([self._num_active(selection)], device=labels.device)).item()
         if selection.active is None:
             return {"active": num_active}
+        part_of = selection.parts_of_examples(len(labels))
         features, labels, _ = self._gathered(features, labels)
+        part_of = group.all_gather(part_of, self.gather_labels(self._own_labels)[0])
         top = min(_TOP, self.num_classes)
-        is_active = torch.zeros(len(self.weight), dtype=torch.bool, device=labels.device)
-        is_active[selection.active] = True
-        offset = torch.full((len(self.weight),), -torch.inf, dtype=features.dtype, device=labels.device)
-        offset[selection.active] = 0.0 if selection.offset is None else selection.offset
+        place = torch.full((len(self.weight),), -1, device=labels.device)  # of each row among the active ones
+        place[selection.active] = torch.arange(len(selection.active), device=labels.device)
+        table = F.pad(selection.offset_table(features.dtype), (0, 1), value=-torch.inf)
 
         full_lse = features.new_full((len(labels),), -torch.inf)
         active_lse = full_lse.clone()
@@ -215,9 +270,10 @@ class Head:
         for block in self.blocks(len(self.weight), len(labels)):
             logits = self.scale * features @ self._unit(self.weight[block]).T  # (G, block)
             full_lse = torch.logaddexp(full_lse, logits.logsumexp(1))
-            active_lse = torch.logaddexp(active_lse, (logits + offset[block]).logsumexp(1))
+            offset = table[:, place[block]][part_of]  # (G, block)
+            active_lse = torch.logaddexp(active_lse, (logits + offset).logsumexp(1))
             best, indices = torch.cat([best, logits], 1).topk(top)
-            covered = torch.cat([covered, is_active[block].expand(len(labels), -1)], 1).gather(1, indices)
+            covered = torch.cat([covered, offset > -torch.inf], 1).gather(1, indices)
         best = group.all_gather(best[None]).transpose(0, 1).flatten(1)  # (G, shards * top)
         covered = group.all_gather(covered[None].byte()).transpose(0, 1).flatten(1)
         gap = group_logsumexp(active_lse, group) - group_logsumexp(full_lse, group)

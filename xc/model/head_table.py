@@ -9,9 +9,17 @@ from xc.config import option, unused_flags
 from xc.model.head import Head
 from xc.model.knn import KnnHead
 from xc.model.sampled import SampledHead
+from xc.model.scored import ScoredKnnHead
 from xc.model.selective import SelectiveHead
 
-HEADS = {"full": Head, "knn": KnnHead, "sampled": SampledHead, "selective": SelectiveHead}
+HEADS = {"full": Head, "knn": ScoredKnnHead, "sampled": SampledHead, "selective": SelectiveHead}
+SELECTS = {"scores": ScoredKnnHead, "labels": KnnHead}
+
+
+def head_class(cfg):
+    """The class of the head of a Config."""
+    return SELECTS[cfg.select] if cfg.head == "knn" else HEADS[cfg.head]
+
 
 
 def build(cfg, num_classes, world):
@@ -22,4 +30,6 @@ def build(cfg, num_classes, world):
     if world.rank == 0:
         for flag in unused_flags(cfg, "head", {name: head.flags for name, head in HEADS.items()}):
             print(f"warning: {option(flag)} has no effect with --head {cfg.head}", file=sys.stderr)
-    return HEADS[cfg.head].of(cfg, num_classes, world)
+        if cfg.select == "labels" and cfg.near_parts:
+            print("warning: --near-parts has no effect with --select labels", file=sys.stderr)
+    return head_class(cfg).of(cfg, num_classes, world)

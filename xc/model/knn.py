@@ -1,4 +1,4 @@
-"""KNN softmax: the target classes of a step, their neighbours in a graph of the class rows, and random others."""
+"""KNN softmax by labels: the target classes of a step, their neighbours in a graph of the class rows, and random others."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,7 @@ class KnnHead(SampledHead):
     that does not grow with the number of classes. Before the first build the other active classes are random.
     """
 
-    flags = (*SampledHead.flags, "neighbors", "near_share", "graph", "graph_every", "graph_refresh_angle")
+    flags = (*SampledHead.flags, "select", "neighbors", "near_share", "graph", "graph_every", "graph_refresh_angle")
 
     def __init__(self, *args, num_neighbors, graph="auto", graph_refresh_angle=0.0, **kwargs):
         """num_neighbors: K; graph: exact, approx or auto; graph_refresh_angle: degrees, see `knn.build.refresh`."""
@@ -69,8 +69,12 @@ class KnnHead(SampledHead):
         self.graph = KnnGraph.read(paths, self.shard, self.num_classes, self.world.device) if paths else None
 
 
-def num_neighbors(cfg, num_classes):
-    """K of a Config; UserError where there are too few classes for it."""
+def num_neighbors(cfg, num_classes, near_parts=1, least=1):
+    """K of a Config; UserError where there are too few classes for it.
+
+    near_parts  parts of a batch that have near classes of their own
+    least       of a K that the user has not given
+    """
     if num_classes < 2:
         raise UserError("--head knn needs neighbours, but the data have one class only: take --head full")
     if cfg.neighbors >= num_classes:
@@ -80,4 +84,4 @@ def num_neighbors(cfg, num_classes):
         return cfg.neighbors
     batch = min(cfg.global_batch, num_classes)
     near = cfg.near_share * (budget(cfg, num_classes) - batch)
-    return max(1, min(num_classes - 1, _MAX_NEIGHBORS, math.ceil(1.5 * near / batch)))
+    return max(1, min(num_classes - 1, _MAX_NEIGHBORS, max(least, math.ceil(1.5 * near * near_parts / batch))))

@@ -51,12 +51,16 @@ class SampledHead(Head):
     def settings(cls, cfg, num_classes):
         return {"active_classes": budget(cfg, num_classes), "sampling_correction": cfg.sampling_correction}
 
-    def select(self, labels, step, accumulation_steps=1):
-        super().select(labels, step, accumulation_steps)
+    def select(self, labels, step, accumulation_steps=1, micro_batches=None):
+        super().select(labels, step, accumulation_steps, micro_batches)
         self._current, self._summed, self._sum = 0, labels.new_zeros(0), None
-        self.selections = self._select(self._labels_by_accumulation_step(labels, accumulation_steps))
+        self.selections = self._selections_of(labels, accumulation_steps, micro_batches)
         self.selection = self.selections[0]
         return self.selections
+
+    def _selections_of(self, labels, accumulation_steps, micro_batches):
+        """[Selection] of a step, or None for those that are not chosen yet. See `select`. Collective."""
+        return self._select(self._labels_by_accumulation_step(labels, accumulation_steps))
 
     def _select(self, labels):
         """[Selection] of the accumulation steps with these labels, [(G,), …]."""
@@ -126,7 +130,7 @@ class SampledHead(Head):
         num_near = min(int(self.near_share * room), room - one_random)
         near = self._nearest(candidates, neighbor_ranks, targets, num_near, step)
         chosen = torch.cat([targets, near]).sort().values
-        drawn, sizes = self._draw(chosen, quota - len(chosen), step)
+        drawn, sizes = self._draw(chosen, quota - len(chosen), self._generator(step))
         active, order = torch.cat([chosen, drawn]).sort()
         if not self.sampling_correction:
             return Selection(active)
@@ -146,7 +150,11 @@ class SampledHead(Head):
         by_hash = mix((candidates + self.shard.first) * SIGNED_GOLDEN + step).sort().indices
         return candidates[by_hash][lowest[by_hash].sort(stable=True).indices[:count]]
 
-    def _draw(self, chosen, count, step):
+    def _generator(self, step, *use):
+        """Random numbers of this shard in a step; other numbers for each use."""
+        return np.random.default_rng([self.seed, step, self.shard.first, *use])
+
+    def _draw(self, chosen, count, generator):
         """One class from each of `count` strata of the classes that are not chosen (N,), sorted.
 
         Returns local ids (R,), ascending, and the sizes of the strata (R,).
@@ -154,7 +162,7 @@ class SampledHead(Head):
         num_others = len(self.weight) - len(chosen)
         edges = torch.arange(count + 1) * num_others // max(1, count)
         sizes = edges.diff()
-        uniform = torch.from_numpy(np.random.default_rng([self.seed, step, self.shard.first]).random(count))
+        uniform = torch.from_numpy(generator.random(count))
         index = (edges[:-1] + (uniform * sizes).long()).to(chosen.device)  # among the classes not chosen
         before = torch.searchsorted(chosen - torch.arange(len(chosen), device=chosen.device), index, right=True)
         return index + before, sizes.to(chosen.device)

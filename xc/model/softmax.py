@@ -25,32 +25,37 @@ class ShardedSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, labels, head, global_batch, last):
         """loss () of features (G, D) and labels (G,); adds to head.row_grad. See Head.forward. Collective."""
-        blocks = _LogitBlocks(features * head.scale, labels, head)
-        lse, target_logit, kept = _log_sum_exp(blocks, head)
+        order = head.selection.order
+        sorted_features = features if order is None else features[order]
+        pieces = _Pieces(sorted_features * head.scale, labels if order is None else labels[order], head)
+        lse, target_logit, kept = _log_sum_exp(pieces)
         lse, target_logit = group_logsumexp(lse, head.world.shards, target_logit)
         loss = head.world.replicas.all_reduce((lse - target_logit).sum() / global_batch)
         if not ctx.needs_input_grad[0]:
             return loss
 
         feature_grad = torch.zeros_like(features)
-        scaled_mean = blocks.scaled / global_batch
+        scaled_mean = pieces.scaled / global_batch
         first = head.row_grad is None
         if first:
             head.row_grad = head.memory("row_grad", head.num_active, head.feature_dim)
-        for i, block in enumerate(blocks.rows.blocks):
-            if i < len(kept):
-                rows, length, share, top, target, slope = kept[i]
-                error = share.mul_((top - lse[:, None]).exp_())  # softmax
-            else:
-                rows, length, logits, target, slope = blocks.logits(i)
-                error = logits.sub_(lse[:, None]).exp_()
-            error[target] = (error[target] - 1) * slope
-            feature_grad.addmm_(error, rows)
+        for i, block in enumerate(pieces.rows.blocks):
             rows_grad = head.row_grad[block]
-            torch.addmm(rows_grad, error.T, scaled_mean, beta=0 if first else 1, out=rows_grad)
+            for j, (examples, _) in enumerate(pieces.parts_of(block)):
+                if (i, j) in kept:
+                    rows, length, share, top, target, slope = kept[i, j]
+                    error = share.mul_((top - lse[examples, None]).exp_())  # softmax
+                else:
+                    rows, length, logits, target, slope = pieces.logits(i, j)
+                    error = logits.sub_(lse[examples, None]).exp_()
+                error[target] = (error[target] - 1) * slope
+                feature_grad[examples].addmm_(error, rows)
+                torch.addmm(rows_grad, error.T, scaled_mean[examples], beta=0 if first and j == 0 else 1, out=rows_grad)
             if head.cosine and last:  # the length of a row changes no logit: drop the gradient along the row
                 rows_grad.sub_(rows * (rows * rows_grad).sum(1, keepdim=True)).div_(length)
-        ctx.save_for_backward(feature_grad.mul_(head.scale / global_batch))
+        feature_grad.mul_(head.scale / global_batch)
+        ctx.save_for_backward(feature_grad if order is None else torch.empty_like(feature_grad).index_copy_(
+            0, order, feature_grad))
         return loss
 
     @staticmethod
@@ -59,55 +64,73 @@ class ShardedSoftmax(torch.autograd.Function):
         return grad * feature_grad, None, None, None, None
 
 
-def _log_sum_exp(blocks, head):
-    """Log-sum-exp (G,) and target logits (G,) of this shard; [(rows, length, share, top, target, slope)] of the blocks
-    whose logits are kept. share (G, A) is exp(logits - top), top (G, 1) the highest logit of the block."""
-    scaled, num_kept = blocks.scaled, blocks.rows.num_kept
+def _log_sum_exp(pieces):
+    """Log-sum-exp (G,) and target logits (G,) of this shard; {(i, j): (rows, length, share, top, target, slope)} of the
+    pieces whose logits are kept. share (N, A) is exp(logits - top), top (N, 1) the highest logit of the piece."""
+    scaled, num_kept = pieces.scaled, pieces.rows.num_kept
     lse = scaled.new_full((len(scaled),), -torch.inf)
     target_logit = scaled.new_zeros(len(scaled))
-    kept = []
-    for i, block in enumerate(blocks.rows.blocks):
-        rows, length, logits, target, slope = blocks.logits(i)
-        target_logit[target[0]] = logits[target]
-        top = logits.amax(1, keepdim=True)
-        share = logits.sub_(top).exp_()
-        lse = torch.logaddexp(lse, share.sum(1).log_().add_(top[:, 0]))
-        if block.stop <= num_kept:
-            kept.append((rows, length, share, top, target, slope))
+    kept = {}
+    for i, block in enumerate(pieces.rows.blocks):
+        for j, (examples, _) in enumerate(pieces.parts_of(block)):
+            rows, length, logits, target, slope = pieces.logits(i, j)
+            target_logit[examples][target[0]] = logits[target]
+            top = logits.amax(1, keepdim=True)
+            share = logits.sub_(top).exp_()
+            lse[examples] = torch.logaddexp(lse[examples], share.sum(1).log_().add_(top[:, 0]))
+            if block.stop <= num_kept:
+                kept[i, j] = rows, length, share, top, target, slope
     return lse, target_logit, kept
 
 
-class _LogitBlocks:
-    """The logits of a batch, block by block.
+class _Pieces:
+    """The logits of a batch, in pieces: some examples against a block of the active rows.
 
-    scaled  (G, D)  features times the scale of the logits
+    Rows that all examples share are scored against all of them, a part of the examples at a time where each part has
+    offsets of its own. The other rows are scored against the examples of their part alone.
+
+    scaled  (G, D)  features times the scale of the logits, in the order of the selection
     rows            ActiveRows of the head's selection
     """
 
     def __init__(self, scaled, labels, head):
-        self.scaled, self._head = scaled, head
-        self._examples = head.shard.owns(labels).nonzero().squeeze(1)  # whose target class this shard owns
-        self._columns = labels[self._examples] - head.shard.first  # of their target classes among the active rows
-        if head.selection.active is not None:
-            self._columns = torch.searchsorted(head.selection.active, self._columns)
+        self.scaled, self._head, selection = scaled, head, head.selection
+        owned = head.shard.owns(labels)
+        self._columns = torch.where(owned, labels - head.shard.first, -1)  # target classes among the active rows, or -1
+        if selection.active is not None:
+            shared = selection.active[: selection.num_shared]
+            self._columns[owned] = torch.searchsorted(shared, self._columns[owned])
         if head.active_row_cache is None:
             head.active_row_cache = ActiveRows(head, len(labels))
         self.rows = head.active_row_cache
-        self._memory = head.memory("logits", self.rows.num_kept, len(labels))
+        self._whole = [(slice(0, len(labels)), selection.offset)]
 
-    def logits(self, i):
-        """Of block i: rows (A, D), their lengths (A, 1), logits (G, A) with the margin, the target logits' indices
-        (examples, columns), and the slope of the margin at these."""
+    def parts_of(self, block):
+        """[(examples, offset), …] that a block of rows is scored against; offset (A,) of all active rows, or None."""
+        parts = self._head.selection.parts
+        if not parts:
+            return self._whole
+        return [(part.examples, part.offset) for part in parts
+                if block.start < self._head.selection.num_shared or part.owns(block)]
+
+    def logits(self, i, j):
+        """Of block i and the j-th part that it is scored against: rows (A, D), their lengths (A, 1), logits (N, A) with
+        the margin, the target logits' indices (examples, columns), and the slope of the margin at these."""
         head, block = self._head, self.rows.blocks[i]
         rows, length = self.rows.block(i)
-        num_examples, kept = len(self.scaled), block.stop <= self.rows.num_kept
-        logits = self._memory[block].view(num_examples, len(rows)) if kept else None
-        if head.selection.offset is None:
-            logits = torch.mm(self.scaled, rows.T, out=logits)
+        examples, offset = self.parts_of(block)[j]
+        scaled = self.scaled[examples]
+        logits = None
+        if block.stop <= self.rows.num_kept:
+            memory = head.memory("logits", self.rows.num_kept, len(self.scaled))[block].view(len(self.scaled), len(rows))
+            logits = memory[examples]
+        if offset is None or block.start >= head.selection.num_shared:
+            logits = torch.mm(scaled, rows.T, out=logits)
         else:
-            logits = torch.addmm(head.selection.offset[block], self.scaled, rows.T, out=logits)
-        here = (self._columns >= block.start) & (self._columns < block.stop)
-        target = self._examples[here], self._columns[here] - block.start
+            logits = torch.addmm(offset[block], scaled, rows.T, out=logits)
+        columns = self._columns[examples]
+        here = ((columns >= block.start) & (columns < block.stop)).nonzero().squeeze(1)
+        target = here, columns[here] - block.start
         logits[target], slope = head.with_margin(logits[target])
         return rows, length, logits, target, slope
 
@@ -118,13 +141,17 @@ class ActiveRows:
     As many blocks as fit the memory for them, at least one, are gathered once and kept for both passes and all
     micro-batches of the selection.
 
-    blocks    slices of the active rows
+    blocks    slices of the active rows; none has both shared rows and rows of one part of the examples
     num_kept  rows in the blocks that are kept
     """
 
     def __init__(self, head, num_examples):
-        self._head, self.blocks = head, head.blocks(head.num_active, num_examples)
-        rows = self.blocks[0].stop if self.blocks else 1
+        self._head, self.blocks, first = head, [], 0
+        for last in [*head.selection.ends, head.num_active]:
+            blocks = head.blocks(last - first, num_examples)
+            self.blocks += [slice(first + block.start, first + block.stop) for block in blocks]
+            first = last
+        rows = max((block.stop - block.start for block in self.blocks), default=1)
         block_bytes = rows * (num_examples + head.feature_dim) * head.compute_dtype.itemsize
         kept = self.blocks[: max(1, int(head.memory_bytes / max(1, block_bytes)))]
         self.num_kept = kept[-1].stop if kept else 0

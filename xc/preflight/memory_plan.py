@@ -136,11 +136,12 @@ class _HeadSize:
 
     @classmethod
     def of(cls, cfg, num_classes, num_shards):
-        settings = heads.HEADS[cfg.head].settings(cfg, num_classes)
+        settings = heads.head_class(cfg).settings(cfg, num_classes)
         num_rows = len(Shard.of(num_classes, num_shards, 0))
         quota = len(Shard.of(settings.get("active_classes", num_classes), num_shards, 0))
+        near_of_parts = math.ceil((settings.get("near_parts", 1) - 1) * settings.get("near_share", 0) * quota)
         return cls(cfg, num_shards, num_rows,
-                   min(num_rows, quota), num_classes,
+                   min(num_rows, quota + near_of_parts), num_classes,
                    settings.get("num_neighbors", 0))
 
     @property
@@ -153,6 +154,8 @@ class _HeadSize:
 
     def gradients(self, max_accumulation_steps):
         """In float32. With several accumulation steps, the gradients of all their active classes are kept, too."""
+        by_scores = self.cfg.head == "knn" and self.cfg.select == "scores"  # has a selection for each micro-batch
+        max_accumulation_steps *= self.cfg.micro_batches if by_scores else 1
         several = max_accumulation_steps > 1
         accumulated = min(self.num_rows, max_accumulation_steps * self.num_active) if several else 0
         return 4 * self.cfg.feature_dim * (self.num_active + accumulated)

@@ -18,7 +18,7 @@ def train_step(state, batch, plan, progress, schedule, cfg, timer):
     set_lr(state.head_optimizer, plan.lr * cfg.head_lr_scale)
     with timer("select"):
         labels = torch.cat([labels for _, labels in batch])
-        head.select(labels, plan.first_accumulation_step, plan.accumulation_steps)
+        head.select(labels, plan.first_accumulation_step, plan.accumulation_steps, plan.micro_batches)
     measured = progress.step % noise_scale.EVERY == 0 and schedule.is_warm(progress)
     exchange.noise_seed = progress.step if measured else None
     loss, features = forward_backward(state.backbone, head, exchange, batch, labels, plan, timer, cfg.feature_bits)

@@ -1,0 +1,177 @@
+"""KNN softmax by scores: which classes it takes, and that parts of a batch change nothing else."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.support.heads import SEED, WORLDS, D, G, assert_like_dense, dense, examples
+from tests.support.worlds import run_ranks
+from xc.comm.shard import Shard
+from xc.comm.world import World
+from xc.config import Config
+from xc.errors import UserError
+from xc.model.head import initial_rows
+from xc.model.scored import ScoredKnnHead, near_parts, similar_parts
+
+C, SCALE = 61, 7.0
+
+
+def a_head(world, active=31, num_classes=C, **settings):
+    settings = {"num_neighbors": 12, "near_share": 0.5, "graph": "exact", "near_parts": 4} | settings
+    return ScoredKnnHead(num_classes, D, world, active_classes=active, seed=SEED, dtype=torch.float64, scale=SCALE,
+                         **settings)
+
+
+def step(head, at=1):
+    """(loss, feature gradient of this rank, row gradient) of a step, with the graph built before it."""
+    world = head.world
+    features, labels = examples(head.num_classes)
+    part = Shard.of(G, world.size, world.rank)
+    mine = features[part.first : part.last].requires_grad_()
+    head.refresh(at, due=True)
+    head.select(labels[part.first : part.last], at)
+    loss = head(mine, labels[part.first : part.last], G)
+    loss.backward()
+    head.reduce()
+    return loss.detach(), mine.grad, head.row_grad
+
+
+def dense_offsets(head, num_examples):
+    """(num_examples, S) of this replica: what is added to the logit of each row of this shard, for each example; -inf where it takes no part."""
+    selection = head.selection
+    table = torch.full((len(selection.offset_table(torch.float64)), len(head.weight)), -torch.inf, dtype=torch.float64)
+    table[:, selection.active] = selection.offset_table(torch.float64)
+    part_of = torch.zeros(len(selection.order) if selection.parts else num_examples, dtype=torch.int64)
+    for i, part in enumerate(selection.parts):
+        part_of[selection.order[part.examples]] = i
+    return table[part_of]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 8])
+@pytest.mark.parametrize("logits_mb", [0.0, 1e-4])
+@pytest.mark.parametrize("world_size, model_parallel_size", WORLDS)
+def test_equals_the_dense_softmax_over_the_classes_of_each_part(world_size, model_parallel_size, parts, logits_mb):
+    def body(world):
+        head = a_head(world, near_parts=parts, logits_mb=logits_mb)
+        loss, feature_grad, row_grad = step(head)
+        rows = torch.zeros_like(head.weight).index_copy_(0, head.selection.active, row_grad)
+        return loss, feature_grad, rows, dense_offsets(head, sum(len(Shard.of(G, world.size, r)) for r in world.shard_ranks)), len(head.selection.active)
+
+    ranks = run_ranks(world_size, body, model_parallel_size)
+    copies = [ranks[i : i + model_parallel_size] for i in range(0, world_size, model_parallel_size)]
+    offsets = torch.cat([torch.cat([r[3] for r in copy], 1) for copy in copies])  # examples of all copies
+    features, labels = examples(C)
+    features.requires_grad_()
+    rows = initial_rows(Shard(0, C), D, SEED, torch.float64).requires_grad_()
+    logits = SCALE * F.normalize(features) @ F.normalize(rows).T
+    loss = F.cross_entropy(logits + offsets, labels)
+    loss.backward()
+    torch.testing.assert_close(ranks[0][0], loss.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(torch.cat([r[1] for r in ranks]), features.grad, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(torch.cat([r[2] for r in copies[0]]), rows.grad, rtol=1e-9, atol=1e-11)
+    per_example = (offsets > -torch.inf).sum(1)
+    assert (per_example <= 31 + world_size).all() and (parts == 1 or ranks[0][4] * world_size > 31)
+
+
+@pytest.mark.parametrize("num_classes, correction", [(3, True), (37, True), (37, False)])
+@pytest.mark.parametrize("world_size, model_parallel_size", WORLDS)
+def test_all_classes_active_is_the_full_softmax(num_classes, correction, world_size, model_parallel_size):
+    """Also with parts: the loss, and both gradients once the rows are in their own order."""
+    def body(world):
+        head = a_head(world, num_classes, num_classes, num_neighbors=min(12, num_classes - 1),
+                      sampling_correction=correction, logits_mb=1e-4)
+        loss, feature_grad, row_grad = step(head)
+        return loss, feature_grad, torch.zeros_like(head.weight).index_copy_(0, head.selection.active, row_grad), head.shard
+
+    assert_like_dense(run_ranks(world_size, body, model_parallel_size), dense(num_classes, True, SCALE, "none", 0.0))
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_averaged_over_draws_partition_function_and_gradients_are_the_full_ones(parts, world_size):
+    """Near 5 standard errors of the mean for every number; the gradients of a fixed partition function, since that of
+    the estimated one has the bias of 1 / Z that all sampled softmax has."""
+    draws = 400
+    features, labels = examples(C)
+    unit, rows = F.normalize(features), F.normalize(initial_rows(Shard(0, C), D, SEED, torch.float64))
+    logits = SCALE * unit @ rows.T
+    full = logits.exp()
+    part = full / full.sum(1, keepdim=True)
+
+    def body(world):
+        head, found = a_head(world, 29, near_parts=parts), []
+        for at in range(draws):
+            mine = Shard.of(G, world.size, world.rank)
+            if not at:
+                head.refresh(at, due=True)
+            head.select(labels[mine.first : mine.last], at)
+            head(features[mine.first : mine.last], labels[mine.first : mine.last], G)
+            assert torch.isin(labels[head.shard.owns(labels)] - head.shard.first, head.selection.active).all()
+            found.append(dense_offsets(head, G).exp())  # 1 / π, or 0
+        return torch.stack(found)
+
+    weights = torch.cat(run_ranks(world_size, body), 2)  # (draws, G, C)
+    for value, expected in [((weights * full).sum(2), full.sum(1)), (torch.einsum("ngc,gc,cd->ngd", weights, part, rows),
+                            part @ rows), (torch.einsum("ngc,gc,gd->ncd", weights, part, unit), part.T @ unit)]:
+        error = (value.mean(0) - expected).abs()
+        assert (error < 5 * value.std(0) / draws**0.5 + 1e-9).all()
+    assert (weights.std(0).sum(1) > 0).all()  # or the averages would prove nothing
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_without_the_sampling_correction_it_never_exceeds_the_full_loss(parts):
+    full = dense(C, True, SCALE, "none", 0.0)[0]
+    for at in range(10):
+        found = run_ranks(2, lambda w, at=at: step(a_head(w, sampling_correction=False, near_parts=parts), at))
+        assert found[0][0] <= full
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_copies_of_the_classifier_choose_alike(parts):
+    def body(world):
+        head = a_head(world, near_parts=parts)
+        loss, _, row_grad = step(head)
+        return loss, row_grad, head.selection.active
+
+    for one, two in zip(run_ranks(2, body) * 2, run_ranks(4, body, 2), strict=True):
+        assert torch.equal(one[2], two[2])
+        torch.testing.assert_close(one[:2], two[:2], rtol=1e-10, atol=1e-12)
+
+
+def test_near_classes_have_the_highest_probabilities_of_the_examples_of_their_part():
+    """Where every class is a candidate, with one part and several, against the dense softmax."""
+    features, labels = examples(C)
+    rows = F.normalize(initial_rows(Shard(0, C), D, SEED, torch.float64))
+    probability = (SCALE * F.normalize(features) @ rows.T).softmax(1)
+    probability[:, labels] = -1
+    for parts in (1, 2):
+        head = a_head(World(), 31, num_neighbors=C - 1, near_parts=parts)
+        step(head)
+        part_of = similar_parts(F.normalize(features), parts)
+        near = (31 - len(labels.unique())) // 2
+        offsets = dense_offsets(head, G)
+        for part in range(parts):
+            best = probability[part_of == part].sum(0).topk(near).indices
+            assert (offsets[part_of == part][:, best] == 0).all()
+
+
+def test_parts_are_near_equal_similar_and_the_same_in_any_type():
+    features = F.normalize(torch.randn(37, 16, generator=torch.Generator().manual_seed(1)))
+    part_of = similar_parts(features, 4)
+    counts = part_of.bincount(minlength=4)
+    assert counts.sum() == 37 and counts.max() - counts.min() <= 1
+    assert torch.equal(part_of, similar_parts(features.double(), 4))
+    inside = torch.stack([features[part_of == i].mean(0) for i in range(4)]).norm(dim=1).mean()
+    assert inside > 1.2 * torch.stack([features[i::4].mean(0) for i in range(4)]).norm(dim=1).mean()
+    assert similar_parts(features[:0], 2).tolist() == [] and similar_parts(features[:1], 4).tolist() == [3]
+
+
+def test_parts_of_a_config():
+    def of(**flags):
+        return near_parts(Config(data="d", out="o", head="knn", **flags), 5000)
+
+    assert of(near_parts=2) == 2
+    assert of(active_classes=1.0) == 1 and of(active_classes=0.1, global_batch=64) == 4
+    assert of(active_classes=0.1, global_batch=64, micro_batches=2) == 2
+    with pytest.raises(UserError, match="--near-parts 3"):
+        of(near_parts=3)

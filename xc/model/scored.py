@@ -1,0 +1,290 @@
+"""KNN softmax by scores: of the neighbours of the target classes, those to which the features give most probability."""
+
+import math
+
+import torch
+
+from xc.comm.autograd import group_logsumexp
+from xc.errors import UserError
+from xc.model.head import Part, Selection
+from xc.model.knn import KnnHead, num_neighbors
+from xc.model.sampled import budget
+
+_FAR_ROWS = 64  # random rows that stand for all that are no candidates in an example's partition function
+_BEST, _PLACES = 4, 16  # of an example's candidates the best, whose nearest neighbours are candidates as well
+_PAIRS = 512  # candidates that are scored at a time, so that their rows stay in the cache
+_NEAR_OF_EXAMPLE, _LEAST_EXAMPLES = 32, 16  # near classes for each example that parts aim at; examples of a part
+_LEAST_FAR = 4  # drawn classes of a shard from which on candidates are drawn by their scores
+
+
+class ScoredKnnHead(KnnHead):
+    """Near classes are chosen by SCORE among the neighbours of the target classes in the graph of KNN softmax.
+
+    Song et al. 2020 take neighbours by their place in the graph. This choice (ours) asks the features:
+
+    1. Candidates of an example are the K neighbours of its target class. Their logits are exact. The rest of the
+       partition function comes from a few random rows. That gives the probability of every candidate, estimated.
+    2. The batch is cut into `near_parts` parts of similar examples. Near classes of a part are the candidates with the
+       highest sum of probabilities over its examples, at most `near_share` of the quota that the target classes leave.
+       They are scored against the examples of their part alone, so an example is still compared with M classes, while
+       up to near_parts times as many different classes take part in the step.
+    3. The rest of the quota is drawn, for all parts together: candidates with a probability π that is a mix, half and
+       half, of their scores and of equal shares; the others from strata, as in SampledHead. -log π is added to the
+       logit of a drawn class, and 0 where it is near: the expected partition function of every part is the full one.
+       Candidates are drawn by systematic sampling (Madow 1949).
+
+    Each micro-batch has a selection of its own. Before the first build of the graph the other classes are random.
+
+    What a rank needs of the others for it: 8 bytes for each example of the batch, in two reductions over the shards.
+    With copies of the classifier their features are gathered too, and the choice of the first copy is sent to the
+    others, so that a difference in rounding cannot part them. Shares of a shard are by its own scores, so the choice
+    depends on the number of shards as that of SampledHead does. The parts do not: they are cut by whole numbers.
+    """
+
+    flags = (*KnnHead.flags, "near_parts")
+
+    def __init__(self, *args, near_parts=1, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.near_parts, self._per_accumulation_step = near_parts, 1
+
+    @classmethod
+    def settings(cls, cfg, num_classes):
+        parts = near_parts(cfg, num_classes)
+        return super().settings(cfg, num_classes) | {
+            "near_parts": parts, "num_neighbors": num_neighbors(cfg, num_classes, parts, least=20)}
+
+    def _selections_of(self, labels, accumulation_steps, micro_batches):
+        """No Selection yet: `loss` chooses them from the features."""
+        micro_batches = micro_batches or accumulation_steps
+        self._per_accumulation_step = micro_batches // accumulation_steps
+        counts, _ = self.gather_labels(labels)
+        self._first = sum(counts[: self.world.shards.rank]) // micro_batches  # example of this rank in a micro-batch
+        return [None] * micro_batches
+
+    def loss(self, features, labels, global_batch, last=True):
+        assert last, "a selection is for one micro-batch"
+        if self.selection is None:
+            self.selection = self.selections[self._current] = self._choose(features.detach(), labels)
+        return super().loss(features, labels, global_batch, last)
+
+    def _choose(self, features, labels):
+        """The Selection of a micro-batch, by the features (G, D) and labels (G,) of this replica. Collective."""
+        replicas = self.world.replicas
+        counts = self._counts(labels, replicas)
+        first = sum(counts[: replicas.rank])
+        own = slice(first, first + counts[replicas.rank])
+        features, labels = replicas.all_gather(features, counts), replicas.all_gather(labels, counts)
+        step, number = divmod(self._current, self._per_accumulation_step)
+        step = self.step + step + (number << 32)
+        if self.graph is None:
+            selection = self.choose(labels, step, *self.candidates(labels))
+            return Selection(selection.active, selection.offset, first=self._first)
+        part_of = similar_parts(features, self.near_parts)
+        found = self._near_and_drawn(*self._scores(features, labels, part_of, step), labels, step)
+        return self._joined(*self._of_first_replica(found), part_of[own])
+
+    def _scores(self, features, labels, part_of, step):
+        """Candidates (U,) of this shard, local ids, ascending, and their scores (P, U): the sum of their probabilities
+        over the examples of each part. Collective.
+
+        features, labels, part_of  (G, D), (G,), (G,)  of all replicas
+        """
+        examples, near, logits = self._candidates_of(features, labels)
+        owned = self.shard.owns(labels).nonzero().squeeze(1)
+        targets = labels[owned] - self.shard.first
+        known = torch.cat([examples, owned]), torch.cat([near, targets])  # pairs of an example and a class
+        known_logits = torch.cat([logits, self._products(features, owned, targets)])
+        lse = torch.logaddexp(_logsumexp_by(known[0], known_logits, len(labels)), self._far(features, *known, step))
+        probability = (logits - group_logsumexp(lse, self.world.shards)[examples]).exp_()
+
+        candidates, which = torch.unique(near, return_inverse=True)
+        scores = probability.new_zeros(self.near_parts * len(candidates))
+        scores.index_add_(0, part_of[examples] * len(candidates) + which, probability)
+        others = ~torch.isin(candidates, targets)
+        return candidates[others], scores.view(self.near_parts, -1)[:, others]
+
+    def _candidates_of(self, features, labels):
+        """Pairs of an example and a candidate in this shard, each once: examples (E,), local ids (E,), logits (E,)."""
+        examples, near, _ = self.graph.lookup(labels)
+        logits = self._products(features, examples, near)
+        best = _first_of_each(examples, logits, _BEST)
+        of_best, further, places = self.graph.lookup(near[best] + self.shard.first)
+        of_best, further = of_best[places < _PLACES], further[places < _PLACES]
+        pairs = torch.cat([examples * len(self.weight) + near, examples[best][of_best] * len(self.weight) + further])
+        pairs = torch.unique(pairs)
+        examples, near = pairs // max(1, len(self.weight)), pairs % max(1, len(self.weight))
+        own = labels[examples] != near + self.shard.first  # a neighbour of a neighbour can be the target class
+        examples, near = examples[own], near[own]
+        return examples, near, self._products(features, examples, near)
+
+    def _products(self, features, examples, ids):
+        """Logits (E,) of some of the features (G, D), each with one row of this shard."""
+        products = []
+        for of_features, of_rows in zip(examples.split(_PAIRS), ids.split(_PAIRS), strict=True):
+            rows = self.weight.index_select(0, of_rows).to(self.compute_dtype)
+            length = rows.norm(dim=1).clamp_(min=1e-12) if self.cosine else 1.0
+            products.append(rows.mul_(features.index_select(0, of_features)).sum(1) / length)
+        return self.scale * torch.cat(products)
+
+    def _far(self, features, examples, known, step):
+        """Log of the sum of exp(logit) over the rows of this shard (G,) that are not known of an example, estimated.
+
+        examples, known  (E,), (E,)  pairs of an example and a local id that are left out
+        """
+        num_rows = len(self.weight)
+        if not num_rows:
+            return features.new_full((len(features),), -torch.inf)
+        rows, _ = self._draw(known[:0], min(_FAR_ROWS, num_rows), self._generator(step, 1))
+        logits = self.scale * features @ self._unit(self.weight[rows]).T  # (G, R)
+        place = torch.searchsorted(rows, known).clamp_(max=len(rows) - 1)
+        hit = rows[place] == known
+        logits[examples[hit], place[hit]] = -torch.inf
+        return logits.logsumexp(1) + math.log(num_rows / len(rows))
+
+    def _near_and_drawn(self, candidates, scores, labels, step):
+        """near, own: lists of P tensors of local ids, ascending: near classes, … ; see `_joined` for what is returned.
+
+        candidates, scores  (U,), (P, U)
+        """
+        num_rows, num_parts = len(self.weight), self.near_parts
+        targets = torch.unique(labels[self.shard.owns(labels)] - self.shard.first)
+        quota = max(self.quota, min(num_rows, len(targets) + self.sampling_correction))
+        room = quota - len(targets)
+        one_random = self.sampling_correction and quota < num_rows  # at least one, which stands for the others
+        num_near = min(int(self.near_share * room), room - one_random, len(candidates))
+        num_near *= quota < num_rows  # else all rows are drawn, for all parts
+        order = scores.topk(max(0, num_near), dim=1).indices
+        while True:
+            near = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order[:, :num_near], True)  # (P, U)
+            near &= scores > 0
+            several = near.sum(0) >= min(2, num_parts)  # active for all parts, so that no row is there twice
+            num_drawn = room - int((near | several).sum(1).max())
+            if num_drawn >= one_random or not num_near:
+                break
+            num_near //= 2  # parts share so many that they would exceed the quota
+        generator = self._generator(step)
+        certain = torch.cat([targets, candidates[several]]).sort().values
+        drawn, share = self._draw_by_score(certain, candidates, (scores * ~near).sum(0), several, num_drawn, generator)
+        shared, order = torch.cat([certain, drawn]).sort()
+        offset = torch.cat([share.new_zeros(len(certain)), -share.log()])[order]
+        near_ids = [candidates[row] for row in near]
+        own = [ids[~torch.isin(ids, shared)] for ids in near_ids]
+        return shared, offset, near_ids, own
+
+    def _draw_by_score(self, certain, candidates, scores, left_out, count, generator):
+        """`count` classes that are not certain, drawn at random: local ids (R,) and their probabilities π (R,).
+
+        certain                       (N,)        sorted
+        candidates, scores, left_out  (U,)        left_out: a mask of the candidates that are certain
+        """
+        some = candidates[~left_out]
+        num_others = len(self.weight) - len(certain) - len(some)
+        all_drawn = count == len(some) + num_others
+        if all_drawn or not self.sampling_correction or count < _LEAST_FAR or not len(some):
+            drawn, sizes = self._draw(certain, count, generator)
+            return drawn, 1 / sizes.to(scores.dtype)
+        scores = scores[~left_out].double()
+        equal = count / (len(some) + num_others)
+        share = (count / 2 * scores / scores.sum().clamp_(min=1e-300) + equal / 2).clamp_(max=1)
+        share *= min(1.0, (count - (num_others > 0)) / share.sum().item())  # one at least is left for the others
+        ends = share.cumsum(0) + generator.random()
+        drawn = some[ends.floor() > (ends - share).floor()]
+        share = share[ends.floor() > (ends - share).floor()]
+        others, sizes = self._draw(torch.cat([certain, some]).sort().values, min(num_others, count - len(drawn)),
+                                   generator)
+        return torch.cat([drawn, others]), torch.cat([share, 1 / sizes.double()]).to(self.compute_dtype)
+
+    def _of_first_replica(self, found):
+        """What the first replica of this shard found, of `_near_and_drawn`. Collective."""
+        replicas = self.world.replicas
+        if replicas.size == 1:
+            return found
+        shared, offset, near, own = found
+        lengths = torch.tensor([len(shared), *map(len, near), *map(len, own)], device=shared.device)
+        lengths = replicas.all_gather(lengths[None])[0].tolist()
+
+        def first(tensor, length):
+            counts = [length] + [0] * (replicas.size - 1)
+            return replicas.all_gather(tensor if replicas.rank == 0 else tensor[:0], counts)
+
+        ids = first(torch.cat([shared, *near, *own]), sum(lengths)).split(lengths)
+        num_parts = len(near)
+        return ids[0], first(offset, lengths[0]), ids[1 : num_parts + 1], ids[num_parts + 1 :]
+
+    def _joined(self, shared, offset, near, own, part_of):
+        """The Selection of these classes.
+
+        shared, offset  (A,)   classes of all parts, ascending, and what is added to their logits
+        near            [(N,)] near classes of each part, whose offset is 0; those that are not shared are `own`
+        part_of         (G,)   the part of each example of this replica
+        """
+        active, offset = torch.cat([shared, *own]), offset.to(self.compute_dtype)
+        corrected = self.sampling_correction
+        if self.near_parts == 1:
+            active, order = active.sort()
+            offset = torch.nn.functional.pad(offset, (0, len(order) - len(offset)))[order]
+            return Selection(active, offset if corrected else None, first=self._first)
+        parts, row, example = [], len(shared), 0
+        for i, (near_ids, own_ids) in enumerate(zip(near, own, strict=True)):
+            of_part = torch.where(torch.isin(shared, near_ids), torch.zeros_like(offset), offset) if corrected else None
+            num_examples = int((part_of == i).sum())
+            parts.append(Part(slice(example, example + num_examples), slice(row, row + len(own_ids)), of_part))
+            row, example = row + len(own_ids), example + num_examples
+        return Selection(active, None, tuple(parts), part_of.argsort(stable=True), self._first)
+
+
+def similar_parts(features, num_parts):
+    """The part (G,) of each of these features (G, D), as whole numbers: num_parts near-equal parts, a power of two.
+
+    A part is halved at the median along the line between two features that are far from each other. Features are
+    rounded to 8 bits, and float64 sums of whole numbers are exact, so every rank cuts alike.
+    """
+    codes = (features.double() * (127 / features.abs().max().clamp_(min=1e-30))).round_() if len(features) else features
+    parts = [torch.arange(len(features), device=features.device)]
+    while len(parts) < num_parts:
+        halves = []
+        for part in parts:
+            if len(part) > 1:
+                of_part = codes[part]
+                one = (of_part @ of_part[0]).argmin()
+                other = (of_part @ of_part[one]).argmin()
+                part = part[(of_part @ (of_part[one] - of_part[other])).argsort(stable=True)]
+            halves += [part[: len(part) // 2], part[len(part) // 2 :]]
+        parts = halves
+    part_of = torch.empty(len(features), dtype=torch.int64, device=features.device)
+    for i, part in enumerate(parts):
+        part_of[part] = i
+    return part_of
+
+
+def near_parts(cfg, num_classes):
+    """P of a Config; UserError where it is no power of two."""
+    if cfg.near_parts & (cfg.near_parts - 1):
+        raise UserError(f"--near-parts {cfg.near_parts} is not allowed: give 1, 2, 4, 8, … or 0 for a choice by "
+                        "--active-classes and --global-batch")
+    if cfg.near_parts:
+        return cfg.near_parts
+    batch = cfg.global_batch // cfg.micro_batches
+    active, parts = budget(cfg, num_classes), 1
+    if active == num_classes:
+        return 1
+    near = cfg.near_share * (active - min(cfg.global_batch, num_classes))
+    while near * parts < _NEAR_OF_EXAMPLE * batch and batch >= 2 * parts * _LEAST_EXAMPLES:
+        parts *= 2
+    return parts
+
+
+def _logsumexp_by(index, values, size):
+    """Log-sum-exp (size,) of the values (E,) with each index (E,); -inf where there are none."""
+    top = values.new_full((size,), -torch.inf).scatter_reduce_(0, index, values, "amax")
+    total = values.new_zeros(size).index_add_(0, index, (values - top[index]).exp_())
+    return total.log_() + top
+
+
+def _first_of_each(index, values, count):
+    """Positions of the `count` highest of the values (E,) with each index (E,)."""
+    order = values.argsort(descending=True, stable=True)
+    order = order[index[order].argsort(stable=True)]
+    sorted_index = index[order]
+    begins = torch.searchsorted(sorted_index, sorted_index)
+    return order[torch.arange(len(order), device=order.device) - begins < count]
