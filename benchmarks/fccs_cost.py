@@ -54,7 +54,7 @@ def main():
 
     def step(optimizer, watched=None):
         exchange.noise_seed = watched
-        head.select(labels, 0)
+        head.select(labels, 0, micro_batches=len(batch))
         pipeline.forward_backward(backbone, head, exchange, batch, labels, now, timer)
         exchange.reduce()
         head.reduce()

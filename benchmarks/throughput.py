@@ -166,7 +166,7 @@ def one_step(one, args, world, generator, step):
     SPENT.update(selection=0.0, dgc=0.0)
     one.timer = Timer()
     before, start, cpu = link_bytes(), time.perf_counter(), time.process_time()
-    one.head.select(labels, step)
+    one.head.select(labels, step, micro_batches=one.now.micro_batches)
     pipeline.forward_backward(one.backbone, one.head, one.exchange, batch, labels, one.now, one.timer)
     with one.timer("exchange"):
         one.exchange.reduce()

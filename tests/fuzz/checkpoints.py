@@ -147,5 +147,7 @@ def read_run(folder, out):
             folder = newest.to_resume("auto", run, World())
         with World().raise_on_all_ranks():
             checkpoint.load(folder, state, IDENTITY)
-        state.head.select(torch.tensor([0, 5, 22]), 3)  # looks into the graph
+        labels = torch.tensor([0, 5, 22])
+        state.head.select(labels, 3)
+        state.head(torch.ones(3, state.head.feature_dim), labels, 3)  # looks into the graph
         checkpoint.files_of(state, World())  # what was read can be written
