@@ -40,7 +40,8 @@ def main():
     args = parser.parse_args()
     cfgs = {name: config.parse([str(word) for word in (
         "--data", "none", "--out", "none", "--global-batch", args.batch, "--micro-batches", 2, "--optimizer", name,
-        "--image-size", args.image_size, "--lr", 1e-4, "--schedule", "fccs", "--max-batch", 8 * args.batch)])
+        "--image-size", args.image_size, "--lr", 1e-4, "--head-lr-scale", 40, "--schedule", "fccs", "--max-batch",
+        8 * args.batch)])
         for name in ("sgd", "lars")}
     cfg, world, timer = cfgs["sgd"], open_world("cpu"), Timer()
     backbone = backbones.build(args.backbone, (1, args.image_size, args.image_size), cfg.feature_dim, 0, world)

@@ -70,7 +70,7 @@ def one_seed(args, seed):
     old, new = catalogues(args.data, work, seed)
     flags = ["--seed", seed, "--eval-every", 0, "--log-steps", 100, *shlex.split(args.flags)]
     first = train(work / "old", old, ["--epochs", args.epochs, *flags])
-    grown = [*shlex.split(args.grown_flags), "--init", first, *flags]
+    grown = ["--init", first, *flags, *shlex.split(args.grown_flags)]  # its rates go before those of --flags
     yield "grown, 0 epochs", scores(new, old, ["--out", work / "none", *grown])
     runs = [("grown", epochs, grown) for epochs in args.grown]
     runs += [("from nothing", epochs, flags) for epochs in (*args.grown, args.epochs)]

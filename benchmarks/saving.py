@@ -63,7 +63,7 @@ def main():
 def measure(args, world):
     """Results by name. Collective."""
     global_batch = args.batch_per_rank * world.size
-    cfg = Config(data="-", out="-", head=args.head, feature_dim=args.dim, global_batch=global_batch,
+    cfg = Config(data="-", out="-", optimizer="sgd", head=args.head, feature_dim=args.dim, global_batch=global_batch,
                  active_classes=args.active_ratio)
     head = HEADS[args.head].of(cfg, args.classes, world)
     if args.head == "knn":

@@ -115,7 +115,7 @@ def measure(args):
     world = open_world("cpu")
     global_batch = args.batch_per_rank * world.size
     common = ["--data", "none", "--out", "none", "--global-batch", global_batch, "--feature-dim", args.dim,
-              "--active-classes", args.active, "--image-size", args.image_size, "--lr", 1e-4]
+              "--active-classes", args.active, "--image-size", args.image_size, "--optimizer", "sgd", "--lr", 1e-4]
     of_head = {}
     for name in ("full", "knn"):
         cfg = config.parse([str(word) for word in (*common, "--head", name)])

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.support.launch import horovodrun, mpirun, run
+from tests.support.training import SGD
 
 pytestmark = [pytest.mark.mpi, pytest.mark.long]
 DATA = ["--data", "synth:classes=300,dim=16,test=50", "--feature-dim", 16, "--global-batch", 30]
@@ -107,5 +108,5 @@ def test_hosts_of_different_sizes():
     (state, text), = found["ranks"]
     assert state == "warning" and "3 on a (2), b (1)" in text and "same number" in text
     assert len(found["threads"]) == len(found["shared memory"]) == len(found["network"]) == 2
-    assert on("aab", "--exchange", "dgc-hier", expect=2)["ranks"][0][0] == "wrong"
+    assert on("aab", *SGD, "--exchange", "dgc-hier", expect=2)["ranks"][0][0] == "wrong"
     assert on("ab")["ranks"][0][0] == "ok"

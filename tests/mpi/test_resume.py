@@ -6,11 +6,12 @@ import sys
 import pytest
 
 from tests.support.launch import accuracies, last_json, losses, mpirun, run
+from tests.support.training import SGD
 
 pytestmark = [pytest.mark.mpi, pytest.mark.long]
 
 # Small images, distorted; an uneven batch; 1.3 epochs, of which the first half is over at the stop.
-RUN = ["--data", "synth:classes=60,dim=16,images=1,test=50", "--image-size", 16, "--feature-dim", 16,
+RUN = [*SGD, "--data", "synth:classes=60,dim=16,images=1,test=50", "--image-size", 16, "--feature-dim", 16,
        "--global-batch", 13, "--lr", 0.02, "--warmup", 0.05, "--log-steps", 1, "--device", "cpu", "--save-every", 0,
        "--eval-every", 0]  # an evaluation would hear of the signal within a step
 FEW = ["--active-classes", 32, "--graph-every", "12steps"]

@@ -7,11 +7,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.launch import error_lines, losses, mpirun
+from tests.support.training import SGD
 
 pytestmark = [pytest.mark.mpi, pytest.mark.long]
 
-RUN = ["--data", "synth:classes=40,dim=16,images=1,test=50", "--image-size", 16, "--global-batch", 12, "--backbone",
-       "resnet18", "--warmup", 0, "--log-steps", 1, "--device", "cpu", "--save-every", 0, "--eval-every", 0]
+RUN = [*SGD, "--data", "synth:classes=40,dim=16,images=1,test=50", "--image-size", 16, "--global-batch", 12,
+       "--backbone", "resnet18", "--warmup", 0, "--log-steps", 1, "--device", "cpu", "--save-every", 0,
+       "--eval-every", 0]
 TUNED = [*RUN, "--feature-dim", 12, "--steps", 12, "--freeze", 3, "--optimizer", "adamw", "--lr", 0.01,
          "--backbone-lr-scale", 0.1, "--input-norm", "imagenet"]
 

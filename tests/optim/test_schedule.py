@@ -15,6 +15,7 @@ from xc.optim.schedule_plot import draw, steps_of
 
 
 def schedule(num_records=1000, num_ranks=2, **flags):
+    flags = {"optimizer": "sgd", "lr": 0.1, "warmup": "0.5epochs"} | flags
     return Schedule.of(Config(data="d", out="o", **flags), num_records, num_ranks)
 
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from tests.support.launch import Launched, losses, run
 from tests.support.processes import of_run, ranks_of, wait_until
+from tests.support.training import SGD
 from xc.checkpoint import layout as checkpoint
 
 _STEPS_A_SAVE = 20
-_TRAIN = ["train.py", "--data", "synth:classes=300,dim=16,test=0", "--feature-dim", 16, "--global-batch", 30,
+_TRAIN = ["train.py", *SGD, "--data", "synth:classes=300,dim=16,test=0", "--feature-dim", 16, "--global-batch", 30,
           "--head", "knn", "--active-classes", 90, "--graph-every", "50steps", "--exchange", "dgc", "--density-warmup",
           "40steps", "--schedule", "constant", "--warmup", "10steps", "--log-steps", 1, "--device", "cpu",
           "--save-every", f"{_STEPS_A_SAVE}steps"]

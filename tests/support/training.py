@@ -9,17 +9,19 @@ import pytest
 from tests.support.worlds import run_ranks
 from xc.errors import UserError
 
+# What tests train with whose losses, rates and places of a mistake are of SGD.
+SGD = ["--optimizer", "sgd", "--lr", 0.1, "--head-lr-scale", 40, "--weight-decay", 5e-4, "--warmup", "0.5epochs"]
 # On synthetic vectors; every step logged.
-SYNTH = ["train.py", "--data", "synth:classes=300,dim=16,test=50", "--feature-dim", 16, "--global-batch", 30,
+SYNTH = ["train.py", *SGD, "--data", "synth:classes=300,dim=16,test=50", "--feature-dim", 16, "--global-batch", 30,
          "--lr", 0.05, "--warmup", 0.01, "--log-steps", 1, "--schedule", "constant", "--device", "cpu",
          "--save-every", 0]
 # On the images of `tiny_packs`.
-QUICK = ["--global-batch", 12, "--feature-dim", 8, "--warmup", 0, "--log-steps", 1, "--eval-every", 0,
+QUICK = [*SGD, "--global-batch", 12, "--feature-dim", 8, "--warmup", 0, "--log-steps", 1, "--eval-every", 0,
          "--save-every", 0, "--device", "cpu"]
 # The same with an uneven batch on any number of ranks and every source of randomness on. A learning rate as at the
 # start of a warm-up: larger ones throw the loss of ten classes about, and now and then rounding decides which of two
 # equal pixels a max-pool takes.
-UNEVEN = ["--global-batch", 13, "--lr", 0.0003, "--feature-dim", 24, "--warmup", 0.1, "--log-steps", 1,
+UNEVEN = [*SGD, "--global-batch", 13, "--lr", 0.0003, "--feature-dim", 24, "--warmup", 0.1, "--log-steps", 1,
           "--save-every", 0, "--eval-every", 0, "--device", "cpu"]
 
 

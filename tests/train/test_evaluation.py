@@ -7,13 +7,14 @@ import shutil
 import pytest
 
 from tests.support.launch import last_json, run
-from tests.support.training import QUICK, call_main, files_of
+from tests.support.training import QUICK, SGD, call_main, files_of
 from xc.checkpoint import layout
 from xc.data.evaluated import how_to_split
 
 # Every fifth of 15 steps is evaluated and saved, and at a constant rate step 5 is that of a run of 5 steps.
-RUN = ["--feature-dim", 16, "--global-batch", 30, "--lr", 0.05, "--warmup", "1steps", "--log-steps", 5, "--schedule",
-       "constant", "--device", "cpu", "--save-every", "5steps", "--eval-every", "5steps", "--keep-checkpoints", 3]
+RUN = [*SGD, "--feature-dim", 16, "--global-batch", 30, "--lr", 0.05, "--warmup", "1steps", "--log-steps", 5,
+       "--schedule", "constant", "--device", "cpu", "--save-every", "5steps", "--eval-every", "5steps",
+       "--keep-checkpoints", 3]
 VECTORS = "synth:classes=31,dim=16,noise=0.3"
 BOTH = ["--data", f"{VECTORS},test=203,val=101", *RUN]
 
