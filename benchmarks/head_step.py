@@ -98,7 +98,8 @@ def measure(args, world):
                          roofline_ms(actives[-1], global_batch, args)])
     step_ms, cpu_ms, peak, resident, kept, roofline = world.all_ranks.all_reduce(mine, "max").tolist()
     active = world.shards.all_reduce(torch.tensor(actives[-1])).item()
-    return {"head": args.head, "select": args.select, "classes": args.classes, "dim": args.dim, "batch_per_rank": args.batch_per_rank,
+    return {"head": args.head, "select": args.select, "classes": args.classes, "dim": args.dim,
+            "batch_per_rank": args.batch_per_rank,
             "ranks": world.size, "step_ms": step_ms, "cpu_ms": cpu_ms, "roofline_ms": roofline,
             "times_roofline": step_ms / roofline, "active": active, "peak_over_idle_mb": peak,
             "resident_mb": resident, "kept_mb": kept,

@@ -37,7 +37,7 @@ def step(head, at=1):
 
 
 def dense_offsets(head, num_examples):
-    """(num_examples, S) of this replica: what is added to the logit of each row of this shard, for each example; -inf where it takes no part."""
+    """(num_examples, S) of this replica: what is added to the logit of each row; -inf: it is left out."""
     selection = head.selection
     table = torch.full((len(selection.offset_table(torch.float64)), len(head.weight)), -torch.inf, dtype=torch.float64)
     table[:, selection.active] = selection.offset_table(torch.float64)
@@ -55,7 +55,8 @@ def test_equals_the_dense_softmax_over_the_classes_of_each_part(world_size, mode
         head = a_head(world, near_parts=parts, logits_mb=logits_mb)
         loss, feature_grad, row_grad = step(head)
         rows = torch.zeros_like(head.weight).index_copy_(0, head.selection.active, row_grad)
-        return loss, feature_grad, rows, dense_offsets(head, sum(len(Shard.of(G, world.size, r)) for r in world.shard_ranks)), len(head.selection.active)
+        num_examples = sum(len(Shard.of(G, world.size, r)) for r in world.shard_ranks)
+        return loss, feature_grad, rows, dense_offsets(head, num_examples), len(head.selection.active)
 
     ranks = run_ranks(world_size, body, model_parallel_size)
     copies = [ranks[i : i + model_parallel_size] for i in range(0, world_size, model_parallel_size)]
@@ -81,7 +82,8 @@ def test_all_classes_active_is_the_full_softmax(num_classes, correction, world_s
         head = a_head(world, num_classes, num_classes, num_neighbors=min(12, num_classes - 1),
                       sampling_correction=correction, logits_mb=1e-4)
         loss, feature_grad, row_grad = step(head)
-        return loss, feature_grad, torch.zeros_like(head.weight).index_copy_(0, head.selection.active, row_grad), head.shard
+        rows = torch.zeros_like(head.weight).index_copy_(0, head.selection.active, row_grad)
+        return loss, feature_grad, rows, head.shard
 
     assert_like_dense(run_ranks(world_size, body, model_parallel_size), dense(num_classes, True, SCALE, "none", 0.0))
 
@@ -111,8 +113,10 @@ def test_averaged_over_draws_partition_function_and_gradients_are_the_full_ones(
         return torch.stack(found)
 
     weights = torch.cat(run_ranks(world_size, body), 2)  # (draws, G, C)
-    for value, expected in [((weights * full).sum(2), full.sum(1)), (torch.einsum("ngc,gc,cd->ngd", weights, part, rows),
-                            part @ rows), (torch.einsum("ngc,gc,gd->ncd", weights, part, unit), part.T @ unit)]:
+    for value, expected in [((weights * full).sum(2), full.sum(1)),
+                            (torch.einsum("ngc,gc,cd->ngd", weights, part, rows),
+                             part @ rows),
+                            (torch.einsum("ngc,gc,gd->ncd", weights, part, unit), part.T @ unit)]:
         error = (value.mean(0) - expected).abs()
         assert (error < 5 * value.std(0) / draws**0.5 + 1e-9).all()
     assert (weights.std(0).sum(1) > 0).all()  # or the averages would prove nothing

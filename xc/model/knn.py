@@ -1,4 +1,4 @@
-"""KNN softmax by labels: the target classes of a step, their neighbours in a graph of the class rows, and random others."""
+"""KNN softmax by labels: the target classes of a step, their neighbours in a graph of the class rows, random others."""
 
 import math
 from pathlib import Path

@@ -122,8 +122,8 @@ class _Pieces:
         scaled = self.scaled[examples]
         logits = None
         if block.stop <= self.rows.num_kept:
-            memory = head.memory("logits", self.rows.num_kept, len(self.scaled))[block].view(len(self.scaled), len(rows))
-            logits = memory[examples]
+            memory = head.memory("logits", self.rows.num_kept, len(self.scaled))
+            logits = memory[block].view(len(self.scaled), len(rows))[examples]
         if offset is None or block.start >= head.selection.num_shared:
             logits = torch.mm(scaled, rows.T, out=logits)
         else:
