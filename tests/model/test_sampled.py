@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.support.heads import SEED, WORLDS, D, G, assert_like_dense, dense, examples, with_margin
+from tests.support.heads import SEED, WORLDS, D, G, assert_like_dense, dense, examples, step, with_margin
 from tests.support.worlds import run_ranks, write_files
 from xc.comm.shard import Shard
 from xc.comm.world import World
@@ -28,19 +28,6 @@ def a_head(name, num_classes, world, active, **settings):
     return kind(num_classes, D, world, active_classes=active, **settings)
 
 
-def step(head, world, num_classes, at=1):
-    """(loss, feature gradient of this rank, row gradient) of a step, with the graph or index built before it."""
-    features, labels = examples(num_classes)
-    part = Shard.of(G, world.size, world.rank)
-    mine = features[part.first : part.last].requires_grad_()
-    head.refresh(at, due=True)
-    head.select(labels[part.first : part.last], at)
-    loss = head(mine, labels[part.first : part.last], G)
-    loss.backward()
-    head.reduce()
-    return loss.detach(), mine.grad, head.row_grad
-
-
 @pytest.mark.parametrize("name", PARTIAL)
 @pytest.mark.parametrize("num_classes, sampling_correction", [(3, True), (10, False), (37, True), (37, False)])
 @pytest.mark.parametrize("world_size, model_parallel_size", WORLDS)
@@ -48,7 +35,7 @@ def test_all_classes_active_is_the_full_softmax(name, num_classes, sampling_corr
                                                 model_parallel_size):
     def body(world):
         head = a_head(name, num_classes, world, num_classes, sampling_correction=sampling_correction, logits_mb=1e-4)
-        return *step(head, world, num_classes), head.shard
+        return *step(head), head.shard
 
     ranks = run_ranks(world_size, body, model_parallel_size)
     assert_like_dense(ranks, dense(num_classes, True, 7.0, "none", 0.0))
@@ -65,7 +52,7 @@ def test_equals_the_dense_softmax_over_the_active_classes(name, sampling_correct
     def body(world):
         head = a_head(name, num_classes, world, active, sampling_correction=sampling_correction, margin=margin,
                       margin_size=size)
-        loss, feature_grad, row_grad = step(head, world, num_classes)
+        loss, feature_grad, row_grad = step(head)
         offset = torch.zeros(len(head.selection.active)) if head.selection.offset is None else head.selection.offset
         return loss, feature_grad, row_grad, head.selection.active + head.shard.first, offset
 
@@ -89,7 +76,7 @@ def test_copies_of_the_classifier_choose_alike(name):
     """Four ranks with two copies of two shards give the numbers of two ranks with one copy."""
     def body(world):
         head = a_head(name, 61, world, 23)
-        loss, _, row_grad = step(head, world, 61)
+        loss, _, row_grad = step(head)
         return loss, row_grad, head.selection.active
 
     for one, two in zip(run_ranks(2, body) * 2, run_ranks(4, body, 2), strict=True):
@@ -107,7 +94,7 @@ def test_corrected_partition_function_averages_to_the_full_one(name, world_size)
 
     def body(world):
         head = a_head(name, num_classes, world, 25)
-        step(head, world, num_classes)
+        step(head)
         candidates = head.candidates(labels) if name != "selective" else head._search(F.normalize(features), labels)
         sums = []
         for at in range(draws):
@@ -126,7 +113,7 @@ def test_corrected_partition_function_averages_to_the_full_one(name, world_size)
 def test_without_the_sampling_correction_it_never_exceeds_the_full_loss(name):
     full = dense(61, True, 7.0, "none", 0.0)[0]
     for at in range(20):
-        ranks = run_ranks(2, lambda w, at=at: step(a_head(name, 61, w, 23, sampling_correction=False), w, 61, at))
+        ranks = run_ranks(2, lambda w, at=at: step(a_head(name, 61, w, 23, sampling_correction=False), at))
         assert ranks[0][0] <= full
 
 
@@ -142,7 +129,7 @@ def test_near_classes_by_best_place(world_size):
 
     def body(world):
         head = a_head("knn", num_classes, world, 41, near_share=share)
-        step(head, world, num_classes)
+        step(head)
         here = torch.arange(head.shard.first, head.shard.last)
         right = here[torch.isin(here, labels)] - head.shard.first
         room = int(share * (head.quota - len(right)))
@@ -183,7 +170,7 @@ def test_selection_quality_counts_top_logits_and_the_gap(world_size, model_paral
 
     def body(world):
         head = a_head("knn", num_classes, world, 60, num_neighbors=20, logits_mb=1e-3)
-        step(head, world, num_classes)
+        step(head)
         part = Shard.of(G, world.size, world.rank)
         found = head.selection_quality(features[part.first : part.last].detach(), labels[part.first : part.last])
         return found, head.selection.active + head.shard.first, head.selection.offset
@@ -238,7 +225,7 @@ def test_a_graph_is_refreshed_where_an_angle_is_given():
 
 def test_with_sampling_correction_one_random_class_stays():
     head = a_head("knn", 61, World(), 30, near_share=1.0)
-    step(head, World(), 61)
+    step(head)
     assert (head.selection.offset > 0).sum() == 1
 
 
@@ -273,3 +260,5 @@ def test_a_flag_that_a_head_ignores_is_named(capsys):
     assert "warning: --neighbors has no effect with --head sampled" in capsys.readouterr().err
     build(settings(head="knn", neighbors=5, active_classes=128.0), 1000, World())
     assert not capsys.readouterr().err
+    build(settings(head="knn", select="labels", near_parts=2, active_classes=128.0), 1000, World())
+    assert "warning: --near-parts has no effect with --select labels" in capsys.readouterr().err

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.support.heads import SEED, WORLDS, D, G, assert_like_dense, dense, examples
+from tests.support.heads import SEED, WORLDS, D, G, assert_like_dense, dense, examples, step
 from tests.support.worlds import run_ranks
 from xc.comm.shard import Shard
 from xc.comm.world import World
@@ -20,20 +20,6 @@ def a_head(world, active=31, num_classes=C, **settings):
     settings = {"num_neighbors": 12, "near_share": 0.5, "graph": "exact", "near_parts": 4} | settings
     return ScoredKnnHead(num_classes, D, world, active_classes=active, seed=SEED, dtype=torch.float64, scale=SCALE,
                          **settings)
-
-
-def step(head, at=1):
-    """(loss, feature gradient of this rank, row gradient) of a step, with the graph built before it."""
-    world = head.world
-    features, labels = examples(head.num_classes)
-    part = Shard.of(G, world.size, world.rank)
-    mine = features[part.first : part.last].requires_grad_()
-    head.refresh(at, due=True)
-    head.select(labels[part.first : part.last], at)
-    loss = head(mine, labels[part.first : part.last], G)
-    loss.backward()
-    head.reduce()
-    return loss.detach(), mine.grad, head.row_grad
 
 
 def dense_offsets(head, num_examples):
@@ -91,7 +77,7 @@ def test_all_classes_active_is_the_full_softmax(num_classes, correction, world_s
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_averaged_over_draws_partition_function_and_gradients_are_the_full_ones(parts, world_size):
-    """Near 5 standard errors of the mean for every number; the gradients of a fixed partition function, since that of
+    """Every number within 5 standard errors of the mean; the gradients of a fixed partition function, since that of
     the estimated one has the bias of 1 / Z that all sampled softmax has."""
     draws = 400
     features, labels = examples(C)

@@ -55,6 +55,20 @@ def of_name(name, num_classes, world, dtype=torch.float64):
     return head(num_classes, D, world, seed=SEED, dtype=dtype, **head.settings(cfg, num_classes))
 
 
+def step(head, at=1):
+    """(loss, feature gradient of this rank, row gradient) of a step, with the graph or index built before it."""
+    world = head.world
+    features, labels = examples(head.num_classes)
+    part = Shard.of(G, world.size, world.rank)
+    mine = features[part.first : part.last].requires_grad_()
+    head.refresh(at, due=True)
+    head.select(labels[part.first : part.last], at)
+    loss = head(mine, labels[part.first : part.last], G)
+    loss.backward()
+    head.reduce()
+    return loss.detach(), mine.grad, head.row_grad
+
+
 def assert_like_dense(ranks, expected):
     """ranks: (loss, feature gradient, row gradient, shard) of every rank."""
     loss, feature_grad, row_grad = expected

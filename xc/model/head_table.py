@@ -21,15 +21,14 @@ def head_class(cfg):
     return SELECTS[cfg.select] if cfg.head == "knn" else HEADS[cfg.head]
 
 
-
 def build(cfg, num_classes, world):
     """The head of a Config; UserError where its name is not known or its settings do not fit the classes.
 
     Rank 0 warns of flags that this head does not read.
     """
     if world.rank == 0:
-        for flag in unused_flags(cfg, "head", {name: head.flags for name, head in HEADS.items()}):
-            print(f"warning: {option(flag)} has no effect with --head {cfg.head}", file=sys.stderr)
-        if cfg.select == "labels" and cfg.near_parts:
-            print("warning: --near-parts has no effect with --select labels", file=sys.stderr)
+        for choice, heads in ("head", HEADS), ("select", SELECTS):
+            for flag in unused_flags(cfg, choice, {name: head.flags for name, head in heads.items()}):
+                print(f"warning: {option(flag)} has no effect with {option(choice)} {getattr(cfg, choice)}",
+                      file=sys.stderr)
     return head_class(cfg).of(cfg, num_classes, world)

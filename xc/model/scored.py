@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 
 from xc.comm.autograd import group_logsumexp
 from xc.errors import UserError
@@ -142,9 +143,10 @@ class ScoredKnnHead(KnnHead):
         return logits.logsumexp(1) + math.log(num_rows / len(rows))
 
     def _near_and_drawn(self, candidates, scores, labels, step):
-        """near, own: lists of P tensors of local ids, ascending: near classes, … ; see `_joined` for what is returned.
+        """The classes of a micro-batch: what `_joined` takes as shared, offset, near and own.
 
-        candidates, scores  (U,), (P, U)
+        candidates, scores  (U,), (P, U)  of `_scores`
+        labels              (G,)          of all replicas
         """
         num_rows, num_parts = len(self.weight), self.near_parts
         targets = torch.unique(labels[self.shard.owns(labels)] - self.shard.first)
@@ -188,8 +190,8 @@ class ScoredKnnHead(KnnHead):
         share = (count / 2 * scores / scores.sum().clamp_(min=1e-300) + equal / 2).clamp_(max=1)
         share *= min(1.0, (count - (num_others > 0)) / share.sum().item())  # one at least is left for the others
         ends = share.cumsum(0) + generator.random()
-        drawn = some[ends.floor() > (ends - share).floor()]
-        share = share[ends.floor() > (ends - share).floor()]
+        hit = ends.floor() > (ends - share).floor()
+        drawn, share = some[hit], share[hit]
         others, sizes = self._draw(torch.cat([certain, some]).sort().values, min(num_others, count - len(drawn)),
                                    generator)
         return torch.cat([drawn, others]), torch.cat([share, 1 / sizes.double()]).to(self.compute_dtype)
@@ -222,7 +224,7 @@ class ScoredKnnHead(KnnHead):
         corrected = self.sampling_correction
         if self.near_parts == 1:
             active, order = active.sort()
-            offset = torch.nn.functional.pad(offset, (0, len(order) - len(offset)))[order]
+            offset = F.pad(offset, (0, len(order) - len(offset)))[order]
             return Selection(active, offset if corrected else None, first=self._first)
         parts, row, example = [], len(shared), 0
         for i, (near_ids, own_ids) in enumerate(zip(near, own, strict=True)):
