@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.worlds import run_ranks
 from xc.errors import UserError
+from xc.model import backbone
 
 # What tests train with whose losses, rates and places of a mistake are of SGD.
 SGD = ["--optimizer", "sgd", "--lr", 0.1, "--head-lr-scale", 40, "--weight-decay", 5e-4, "--warmup", "0.5epochs"]
@@ -45,9 +46,15 @@ def files_of(folder):
 def call_main(monkeypatch, ranks, *arguments):
     """train.main() on so many ranks, which are threads of this process; [the UserError or None] of every rank.
 
-    A model is built from torch's random generator, which threads share: its numbers are right on one rank alone.
+    A model is built from torch's random generator, which threads share, so one rank at a time builds its own.
     """
-    train, here = _import_train(), threading.local()
+    train, here, build, one_at_a_time = _import_train(), threading.local(), backbone.build, threading.Lock()
+
+    def build_alone(*args, **kwargs):
+        with one_at_a_time:
+            return build(*args, **kwargs)
+
+    monkeypatch.setattr(backbone, "build", build_alone)
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments), "--stall-seconds", "0"])
     monkeypatch.setattr(train, "open_world", lambda *_: here.world)
 
