@@ -30,6 +30,7 @@ from xc.data import loader as data
 from xc.errors import UserError
 from xc.model import backbone as backbones
 from xc.model.head import initial_rows
+from xc.model.logit_scale import logit_scale
 from xc.optim.optimizers import backbone_optimizer, set_lr
 from xc.optim.schedule import Schedule
 from xc.optim.schedule_plot import steps_of
@@ -46,6 +47,7 @@ def main():
     schedule = Schedule.of(cfg, len(packs["train"]), num_ranks=1)
     backbone = backbones.build(cfg.backbone, packs["train"].input_shape, cfg.feature_dim, cfg.seed, World())
     num_classes = packs["train"].num_classes
+    scale = logit_scale(cfg, num_classes)
     linear = nn.Linear(cfg.feature_dim, num_classes, bias=False)
     with torch.no_grad():  # both start from the same rows, so that their first losses can be compared
         linear.weight.copy_(initial_rows(Shard(0, num_classes), cfg.feature_dim, cfg.seed))
@@ -57,7 +59,7 @@ def main():
         features = backbone(images)
         if cfg.logits == "inner":
             return linear(features)
-        return cfg.scale * F.linear(F.normalize(features), F.normalize(linear.weight))
+        return scale * F.linear(F.normalize(features), F.normalize(linear.weight))
 
     start = time.perf_counter()
     batches = data.Loader(packs["train"], cfg, World()).train(0, schedule.examples, cfg.global_batch)

@@ -32,6 +32,7 @@ def test_argument_files_and_round_trip(tmp_path):
                  sampling_correction=False)
     (tmp_path / "run.args").write_text(as_arguments(cfg) + "# a comment\n\n")
     assert parse([f"@{tmp_path / 'run.args'}"]) == cfg
+    assert "--lr 0.125\n--momentum 0.9\n" in (tmp_path / "run.args").read_text()  # a recipe is whole, with its defaults
     assert parse([f"@{tmp_path / 'run.args'}", "--lr", "1"]) == dataclasses.replace(cfg, lr=1.0)
 
 
@@ -65,7 +66,7 @@ def test_old_names_of_flags_still_work(old, new):
     ([*BASE, "--global-batch", "0"], "--global-batch 0 is not allowed: give a number at least 1"),
     ([*BASE, "--warmup", "soon"], "--warmup 'soon' is not allowed: give a number and its unit"),
     ([*BASE, "--fccs-tail", "1%"], "--fccs-tail 1% is a part of --schedule fccs"),
-    ([*BASE, "--optimizer", "adamw", "--exchange", "dgc"], "give --exchange dense, or --optimizer sgd or lars"),
+    ([*BASE, "--optimizer", "adamw", "--exchange", "dgc"], "give --exchange dense, or @recipes/sgd.args"),
     ([*BASE, "--padding", "none"], "'none' is not known: give --sampling-correction"),
     (["@nowhere.args"], "nowhere.args"),
 ])

@@ -91,7 +91,8 @@ class Config:
                            "memory and rounds stochastically", choices=("float32", "bfloat16"))
     logits: str = _flag("head", "cosine", "cosine of feature and class row times --scale, or their inner product",
                         choices=("cosine", "inner"))
-    scale: float = _flag("head", 20.0, "factor of cosine logits", above=0)
+    scale: float = _flag("head", 0.0, "factor of cosine logits; 0: the log of the number of classes plus 4.6, at which "
+                         "a perfect example has the probability 0.99", least=0)
     margin: str = _flag("head", "none", "margin of the target class", choices=MARGINS)
     margin_size: float = _flag("head", 0.0, "cosface: subtracted from the cosine; arcface: added to the angle, in "
                                "radians", least=0, below=math.pi / 2)
@@ -101,16 +102,16 @@ class Config:
     steps: int = _flag("optimization", 0, "optimizer steps; 0: from --epochs", least=0)
     global_batch: int = _flag("optimization", 128, "examples per step over all ranks: the recipe does not depend on "
                               "the number of ranks", least=1)
-    optimizer: str = _flag("optimization", "sgd", "of the backbone; lars: each layer's step in proportion to its "
-                           "weights; adamw: for transformers, with a small --lr and --backbone-lr-scale",
-                           choices=("sgd", "lars", "adamw"))
-    lr: float = _flag("optimization", 0.1, "peak learning rate", above=0, most=1e30)
+    optimizer: str = _flag("optimization", "adamw", "of the backbone; lars: each layer's step in proportion to its "
+                           "weights. @recipes/sgd.args and @recipes/fccs.args have the rates of the others",
+                           choices=("adamw", "sgd", "lars"))
+    lr: float = _flag("optimization", 0.008, "peak learning rate, fit for adamw", above=0, most=1e30)
     momentum: float = _flag("optimization", 0.9, "momentum of the backbone; adamw: its first beta", least=0, below=1)
-    weight_decay: float = _flag("optimization", 5e-4, "weight decay of backbone tensors with two or more dimensions",
+    weight_decay: float = _flag("optimization", 0.01, "weight decay of backbone tensors with two or more dimensions",
                                 least=0)
     backbone_lr_scale: float = _flag("optimization", 1.0, "learning rate of the backbone, as a multiple of --lr; that "
                                      "of the class rows stays", above=0, most=1e30)
-    head_lr_scale: float = _flag("optimization", 40.0, "learning rate of the class rows, as a multiple of --lr",
+    head_lr_scale: float = _flag("optimization", 2000.0, "learning rate of the class rows, as a multiple of --lr",
                                  least=0)
     head_momentum: float = _flag("optimization", 0.0, "momentum of the class rows, for which --head-lr-scale should "
                                  "be a tenth; 0: none, and no memory for it", least=0, below=1)
@@ -118,7 +119,7 @@ class Config:
 
     schedule: str = _flag("schedule", "cosine", "learning rate after the warm-up; step: a tenth after 50 and 75 % of "
                           "the run; fccs: the batch grows, and the rate falls at the end", choices=SCHEDULES)
-    warmup: str = _flag("schedule", "0.5epochs", "linear warm-up of the learning rate, as 0.5epochs, 500steps, "
+    warmup: str = _flag("schedule", "30%", "linear warm-up of the learning rate, as 0.5epochs, 500steps, "
                         "64000examples or 5% of the run; a bare number is epochs, and a step is one of "
                         "--global-batch examples", time=True)
     max_batch: int = _flag("schedule", 0, "fccs: examples per step to which the batch grows, a multiple of "
@@ -188,7 +189,7 @@ class Config:
         self._check_schedule()
         if self.optimizer == "adamw" and "density" in FLAGS_OF_EXCHANGES[self.exchange]:
             raise UserError(f"--optimizer adamw cannot go with --exchange {self.exchange}, which has a momentum of its "
-                            "own: give --exchange dense, or --optimizer sgd or lars")
+                            "own: give --exchange dense, or @recipes/sgd.args")
         if self.logits == "inner" and self.margin != "none":
             raise UserError(f"--margin {self.margin} needs cosine logits: leave out --logits inner or --margin")
         if self.margin == "none" and self.margin_size:
@@ -217,6 +218,11 @@ class Config:
 
 _FLAGS_OF_SCHEDULES = {name: () for name in SCHEDULES} | {
     "fccs": ("max_batch", "batch_growth", "fccs_hold", "fccs_growth", "fccs_tail")}
+
+
+# What a recipe sets; run.args has all of it.
+_RECIPE = ("scale", "global_batch", "optimizer", "lr", "momentum", "weight_decay", "backbone_lr_scale", "head_lr_scale",
+           "head_momentum", "schedule", "warmup")
 
 
 def unused_flags(cfg, choice, flags_of):
@@ -331,12 +337,13 @@ def parse(arguments=None):
 
 
 def as_arguments(cfg):
-    """The text of an argument file that gives this Config back: one flag a line."""
+    """The text of an argument file that gives this Config back: one flag a line. The recipe is written in full, so that
+    a run keeps it when defaults change."""
     lines = []
     for f in dataclasses.fields(Config):
         value = getattr(cfg, f.name)
         if f.type is bool and value != f.default:
             lines.append(option(f.name if value else f"no_{f.name}") + "\n")
-        elif value != f.default:
+        elif value != f.default or f.name in _RECIPE:
             lines.append(f"{option(f.name)} {shlex.join([str(value)])}\n")
     return "".join(lines)

@@ -203,7 +203,7 @@ def test_lars_under_dgc_goes_about_as_far_as_without(size, density):
 
 def test_the_optimizer_of_a_config():
     net = nn.Linear(2, 2)
-    assert type(backbone_optimizer(net, Config(data="d", out="o"))) is torch.optim.SGD
+    assert type(backbone_optimizer(net, Config(data="d", out="o", optimizer="sgd"))) is torch.optim.SGD
     assert type(backbone_optimizer(net, Config(data="d", out="o", optimizer="lars"))) is Lars
     assert type(backbone_optimizer(net, Config(data="d", out="o", optimizer="adamw"))) is torch.optim.AdamW
 

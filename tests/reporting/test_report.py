@@ -139,7 +139,7 @@ def test_runs_are_compared(copy, tmp_path, monkeypatch):
     found = page_of(monkeypatch, tmp_path / "both.html", *folders)
     assert [row[0:2] for row in found.rows["runs"][1:]] == [["first", "finished"], ["second", "50 % saved"]]
     flags = {row[0]: row[1:] for row in found.rows["settings"][1:]}
-    assert flags["--lr"] == ["0.1", "0.01", "0.25"] and flags["--momentum"] == ["0.9", "0.9", "–"]
+    assert flags["--lr"] == ["0.008", "0.01", "0.25"] and flags["--momentum"] == ["0.9", "0.9", "–"]
     assert flags["--a <new> flag"] == ["–", "–", "<i>x</i>"]
     # The library of today does not know that flag: so there are no answers of that run, and the page says so.
     assert "second: Its checkpoint cannot be used" in found.text and "Checkpoint step-" in found.text

@@ -97,7 +97,7 @@ def test_settings_that_differ(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(settings))
     rows = differing_settings(read_runs([tmp_path / "a", tmp_path / "b"]))
-    assert rows == [("epochs", Config.epochs, [3.0, 3.0], False), ("lr", 0.1, [0.1, 0.2], True),
+    assert rows == [("epochs", Config.epochs, [3.0, 3.0], False), ("lr", Config.lr, [0.1, 0.2], True),
                     ("gone", None, [1, None], True)]
 
 

@@ -11,7 +11,8 @@ from xc.errors import UserError
 from xc.model import backbone
 
 # What tests train with whose losses, rates and places of a mistake are of SGD.
-SGD = ["--optimizer", "sgd", "--lr", 0.1, "--head-lr-scale", 40, "--weight-decay", 5e-4, "--warmup", "0.5epochs"]
+SGD = ["--optimizer", "sgd", "--lr", 0.1, "--head-lr-scale", 40, "--weight-decay", 5e-4, "--warmup", "0.5epochs",
+       "--scale", 20]
 # On synthetic vectors; every step logged.
 SYNTH = ["train.py", *SGD, "--data", "synth:classes=300,dim=16,test=50", "--feature-dim", 16, "--global-batch", 30,
          "--lr", 0.05, "--warmup", 0.01, "--log-steps", 1, "--schedule", "constant", "--device", "cpu",

@@ -37,7 +37,7 @@ def finished(tiny_packs, tmp_path_factory):
     (["--global-batch", 12, "--micro-batches", 4], "--micro-batches 4 is more than the 3 examples of a rank"),
     (["--exchange", "dgc", "--density", 0], "--density 0.0 is not allowed: give a number above 0, at most 1"),
     (["--exchange", "dgc", "--density", 1.5], "--density 1.5 is not allowed"),
-    (["--exchange", "dgc", "--global-batch", 12, "--epochs", 4], "--density-warmup 4epochs is"),
+    (["--optimizer", "sgd", "--exchange", "dgc", "--global-batch", 12, "--epochs", 4], "--density-warmup 4epochs is"),
     (["--global-batch", 12, "--schedule", "fccs", "--fccs-hold", "200steps"], "shorten one, or take a longer run"),
     (["--global-batch", 12, "--schedule", "fccs", "--max-batch", 132], "more than the 120 training examples"),
     (["--global-batch", 12, "--schedule", "fccs", "--max-batch", 24, "--batch-growth", "auto"],

@@ -19,6 +19,7 @@ from xc.data.hdf5_tables import PackError
 from xc.data.pack import open_splits
 from xc.errors import UserError
 from xc.model.backbone import resolved
+from xc.model.logit_scale import logit_scale
 from xc.run.folder import CLASSES_FILE
 
 _BLOCK_ROWS = 4096  # class rows that are mapped at once
@@ -54,7 +55,7 @@ class SavedRun:
     @property
     def scale(self):
         """Factor of the logits, as in `Head`."""
-        return self.cfg.scale if self.cfg.logits == "cosine" else 1.0
+        return logit_scale(self.cfg, self.num_classes)
 
     def directions(self, features):
         """Features or rows (N, D) as the logits use them, as in `Head`: scaled to length 1 for cosine logits."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from xc.comm.autograd import gather_rows, group_logsumexp
 from xc.comm.shard import Shard
+from xc.model.logit_scale import logit_scale
 from xc.model.margin import MARGINS
 from xc.model.softmax import ShardedSoftmax
 from xc.run import watchdog
@@ -128,8 +129,8 @@ class Head:
     @classmethod
     def of(cls, cfg, num_classes, world):
         """The head of a Config; UserError where its settings do not fit the number of classes."""
-        return cls(num_classes, cfg.feature_dim, world, cosine=cfg.logits == "cosine", scale=cfg.scale,
-                   margin=cfg.margin, margin_size=cfg.margin_size, seed=cfg.seed,
+        return cls(num_classes, cfg.feature_dim, world, cosine=cfg.logits == "cosine",
+                   scale=logit_scale(cfg, num_classes), margin=cfg.margin, margin_size=cfg.margin_size, seed=cfg.seed,
                    dtype=getattr(torch, cfg.row_dtype), **cls.settings(cfg, num_classes))
 
     @classmethod

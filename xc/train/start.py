@@ -1,6 +1,7 @@
 """What a new run starts from (--init): the weights of a file, or a trained run and its class rows, by class name."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from xc.model import start_weights
 from xc.model.head import RANDOM_LENGTH
 from xc.train.feature_rows import fill_rows
 
+_FRESH_RATES = {"adamw": Config.lr, "sgd": 0.1}  # rates for random weights
 _BLOCK = 2**20  # old classes that are looked at at once
 
 
@@ -110,7 +112,7 @@ class Start:
                             f"{saved.folder / 'backbone.safetensors'} to start from its backbone alone")
         self._length = self._set_length()
         self._say(f"init: backbone and class rows of {saved.run}, {saved.folder.name}")
-        if cfg.optimizer == "sgd" and cfg.lr >= Config.lr and self._world.rank == 0:
+        if cfg.lr >= _FRESH_RATES.get(cfg.optimizer, math.inf) and self._world.rank == 0:
             print(f"warning: --lr {cfg.lr:g} is a rate for random weights, and throws trained ones about: give a lower "
                   "one, as recipes/grow.args does", file=sys.stderr, flush=True)
 
