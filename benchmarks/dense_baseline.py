@@ -29,7 +29,7 @@ from xc.comm.world import World
 from xc.data import loader as data
 from xc.errors import UserError
 from xc.model import backbone as backbones
-from xc.model.head import initial_rows
+from xc.model.initial_rows import initial_rows
 from xc.model.logit_scale import logit_scale
 from xc.optim.optimizers import backbone_optimizer, set_lr
 from xc.optim.schedule import Schedule

@@ -10,8 +10,8 @@ from xc.comm.shard import Shard
 from xc.comm.world import World
 from xc.config import Config
 from xc.errors import UserError
-from xc.model.head import initial_rows
 from xc.model.head_table import HEADS, build
+from xc.model.initial_rows import initial_rows
 from xc.model.knn import KnnHead, num_neighbors
 from xc.model.sampled import budget
 
@@ -180,7 +180,7 @@ def test_selection_quality_counts_top_logits_and_the_gap(world_size, model_paral
     covered = torch.isin(logits.topk(100).indices, active).double().mean().item()
     gap = ((logits[:, active] + offset).logsumexp(1) - logits.logsumexp(1)).mean().item()
     for found, *_ in ranks:
-        assert found["active"] == len(active) == 60
+        assert found["active"] == found["active_per_example"] == len(active) == 60
         assert found["top100_covered"] == pytest.approx(covered, abs=1e-6)
         assert found["loss_gap"] == pytest.approx(gap, abs=1e-5)
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from tests.support.heads import SEED, WORLDS, D, G, assert_like_dense, dense, examples
 from tests.support.worlds import run_ranks
 from xc.comm.shard import Shard
-from xc.model.head import initial_rows
 from xc.model.head_table import HEADS
+from xc.model.initial_rows import initial_rows
 
 MARGINS = [("none", 0.0), ("cosface", 0.35), ("arcface", 0.5)]
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from xc.comm.shard import Shard
 from xc.config import Config
-from xc.model.head import initial_rows
 from xc.model.head_table import HEADS
+from xc.model.initial_rows import initial_rows
 
 D, G, SEED = 5, 11, 3
 # (ranks, ranks that together hold one copy of the classifier): one rank, shards, copies, copies of shards

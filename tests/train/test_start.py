@@ -22,7 +22,7 @@ from xc.data import loader as loaders
 from xc.data.augment import norm_of, prepared
 from xc.data.pack import Pack
 from xc.errors import ExitRun
-from xc.model.head import RANDOM_LENGTH, initial_rows
+from xc.model.initial_rows import RANDOM_LENGTH, initial_rows
 from xc.run import folder as run_folder
 from xc.run import signals
 from xc.train import setup

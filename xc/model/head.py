@@ -6,19 +6,16 @@ class rows; two small reductions join the softmaxes of the shards. `softmax.Shar
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from xc.comm.autograd import gather_rows, group_logsumexp
 from xc.comm.shard import Shard
+from xc.model.initial_rows import initial_rows
 from xc.model.logit_scale import logit_scale
 from xc.model.margin import MARGINS
 from xc.model.softmax import ShardedSoftmax
-from xc.run import watchdog
 
-RANDOM_LENGTH = 3**-0.5  # of random class rows, about
-_INIT_BLOCK = 4096  # class rows per random generator; a rank draws only the blocks that it owns
 _CACHE_BYTES = 2**20  # logits that a CPU works on at a time: it reads them several times, so they should stay in cache
 _TOP = 100  # highest logits of an example that `selection_quality` looks for among the active classes
 
@@ -249,6 +246,7 @@ class Head:
         features  (B, D)  of this rank, of classes that `select` was given
         labels    (B,)    global class ids
         returns   active, classes of all shards that took part; and, where some did not,
+                  active_per_example, the mean number of classes that an example is compared with;
                   top100_covered, the share of the examples' 100 highest logits over all classes that are active;
                   loss_gap, the mean loss less that of the full softmax, without margins
         """
@@ -278,10 +276,12 @@ class Head:
         best = group.all_gather(best[None]).transpose(0, 1).flatten(1)  # (G, shards * top)
         covered = group.all_gather(covered[None].byte()).transpose(0, 1).flatten(1)
         gap = group_logsumexp(active_lse, group) - group_logsumexp(full_lse, group)
-        covered_of_top = covered.gather(1, best.topk(top).indices)
-        totals = torch.stack([covered_of_top.sum() / top, gap.sum(), gap.new_tensor(len(gap))]).float()
-        share, gap, examples = self.world.replicas.all_reduce(totals).tolist()
-        return {"active": num_active, "top100_covered": share / max(1, examples), "loss_gap": gap / max(1, examples)}
+        covered = covered.gather(1, best.topk(top).indices)
+        compared = group.all_reduce((table[part_of] > -torch.inf).sum(1))
+        totals = torch.stack([compared.sum(), covered.sum() / top, gap.sum(), gap.new_tensor(len(gap))]).float()
+        *sums, examples = self.world.replicas.all_reduce(totals).tolist()
+        per_example, share, gap = (total / max(1, examples) for total in sums)
+        return {"active": num_active, "active_per_example": per_example, "top100_covered": share, "loss_gap": gap}
 
     def files(self):
         """{file name: {name: tensor}} for a checkpoint: what the choice of classes of this shard depends on."""
@@ -331,20 +331,3 @@ class Head:
             memory = torch.empty(size, dtype=self.compute_dtype, device=self.weight.device)
             self._workspace[name] = memory
         return memory[:size].view(num_rows, width)
-
-
-def initial_rows(shard, feature_dim, seed, dtype=torch.float32):
-    """Random class rows (S, D); a class gets the same row in any shard of any world.
-
-    Their length is about RANDOM_LENGTH, as in torch's nn.Linear: a step turns a longer row less.
-    """
-    rows = torch.empty(len(shard), feature_dim, dtype=dtype)
-    for block in range(shard.first // _INIT_BLOCK, -(-shard.last // _INIT_BLOCK)):
-        watchdog.heartbeat("making the class rows")
-        first = block * _INIT_BLOCK
-        # numpy's generator, since torch's uses only 32 bits of its seed
-        drawn = np.random.default_rng([seed, block]).standard_normal((_INIT_BLOCK, feature_dim), np.float32)
-        drawn = torch.from_numpy(drawn).div_((3 * feature_dim) ** 0.5)
-        start, stop = max(first, shard.first), min(first + _INIT_BLOCK, shard.last)
-        rows[start - shard.first : stop - shard.first] = drawn[start - first : stop - first]
-    return rows

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from xc.comm.shard import Shard
-from xc.model.head import initial_rows
+from xc.model.initial_rows import initial_rows
 from xc.run import watchdog
 
 _LAMBDA = 2.0

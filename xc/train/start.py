@@ -13,7 +13,7 @@ from xc.data.class_names import NAMES, labels_in, names_of
 from xc.errors import UserError, one_line
 from xc.files import replace_text
 from xc.model import start_weights
-from xc.model.head import RANDOM_LENGTH
+from xc.model.initial_rows import RANDOM_LENGTH
 from xc.train.feature_rows import fill_rows
 
 _FRESH_RATES = {"adamw": Config.lr, "sgd": 0.1}  # rates for random weights

@@ -1,0 +1,26 @@
+"""Random class rows, the same in any shard of any world."""
+
+import numpy as np
+import torch
+
+from xc.run import watchdog
+
+RANDOM_LENGTH = 3**-0.5  # of random class rows, about
+_INIT_BLOCK = 4096  # class rows per random generator; a rank draws only the blocks that it owns
+
+
+def initial_rows(shard, feature_dim, seed, dtype=torch.float32):
+    """Random class rows (S, D); a class gets the same row in any shard of any world.
+
+    Their length is about RANDOM_LENGTH, as in torch's nn.Linear: a step turns a longer row less.
+    """
+    rows = torch.empty(len(shard), feature_dim, dtype=dtype)
+    for block in range(shard.first // _INIT_BLOCK, -(-shard.last // _INIT_BLOCK)):
+        watchdog.heartbeat("making the class rows")
+        first = block * _INIT_BLOCK
+        # numpy's generator, since torch's uses only 32 bits of its seed
+        drawn = np.random.default_rng([seed, block]).standard_normal((_INIT_BLOCK, feature_dim), np.float32)
+        drawn = torch.from_numpy(drawn).div_((3 * feature_dim) ** 0.5)
+        start, stop = max(first, shard.first), min(first + _INIT_BLOCK, shard.last)
+        rows[start - shard.first : stop - shard.first] = drawn[start - first : stop - first]
+    return rows
