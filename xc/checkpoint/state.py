@@ -204,7 +204,8 @@ def _set_moments_by_name(state, moments):
     wanted = {name for name, (p, _) in known.items() if id(p) in kept}
     if moments and not wanted <= moments.keys() <= known.keys():
         raise ValueError(f"it has {len(moments)} tensors of the optimizer, this run needs {len(wanted)}, for its "
-                         "--optimizer, --momentum and --freeze: give those of its run.args")
+                         "--optimizer, --momentum and --freeze: give those of its run.args, and where that has no "
+                         "--optimizer, put @recipes/sgd.args before it")
     for name, tensor in moments.items():
         parameter, part = known[name]
         if tensor.shape != (() if part == "step" else parameter.shape):

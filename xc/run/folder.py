@@ -13,7 +13,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from xc.config import as_arguments
+from xc.config import as_arguments, option
 from xc.errors import UserError
 from xc.files import replace_text, sync
 
@@ -51,11 +51,24 @@ def create(cfg, world_size):
         "commit": _commit(),
         **versions(),
     }
+    _tell_changed(out / "config.json", cfg)
     # First: this file marks the folder as a run's.
     replace_text(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
     replace_text(out / "run.args", as_arguments(dataclasses.replace(cfg, resume="")))
     with open(out / "launches.jsonl", "a") as lines:
         lines.write(json.dumps(launch) + "\n")
+
+
+def _tell_changed(path, cfg):
+    """Print which settings are not those of the last launch: a default may have changed, or a flag been left out."""
+    try:
+        before = json.loads(path.read_text())
+        changed = [f"{option(name)} {before[name]} -> {value}" for name, value in dataclasses.asdict(cfg).items()
+                   if name not in ("out", "resume") and before.get(name, value) != value]
+    except (OSError, ValueError, AttributeError):  # a new run, or a file that is damaged and written anew
+        return
+    if changed:
+        print(f"note: settings that differ from those of the last launch: {', '.join(changed)}", flush=True)
 
 
 def keep_classes(out, index, resumed):
