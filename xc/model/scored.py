@@ -196,6 +196,9 @@ class ScoredKnnHead(KnnHead):
         equal = count / (len(some) + num_others)
         share = (count / 2 * scores / scores.sum().clamp_(min=1e-300) + equal / 2).clamp_(max=1)
         share *= min(1.0, (count - (num_others > 0)) / share.sum().item())  # one at least is left for the others
+        # The sum is rounded down or up to the number drawn: it must leave no more to the others than there are.
+        lacking = (count - num_others - share.sum()).clamp_(min=0)
+        share += (1 - share) * (lacking / (1 - share).sum().clamp_(min=1e-300))
         ends = share.cumsum(0) + generator.random()
         hit = (ends.floor() > (ends - share).floor()).nonzero().squeeze(1)
         drawn, share = classes[some[hit]], share[hit]
