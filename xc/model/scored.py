@@ -36,10 +36,12 @@ class ScoredKnnHead(KnnHead):
 
     Each micro-batch has a selection of its own. Before the first build of the graph the other classes are random.
 
-    What a rank needs of the others for it: 8 bytes for each example of the batch, in two reductions over the shards.
-    With copies of the classifier their features are gathered too, and the choice of the first copy is sent to the
-    others, so that a difference in rounding cannot part them. Shares of a shard are by its own scores, so the choice
-    depends on the number of shards as that of SampledHead does. The parts do not: they are cut by whole numbers.
+    What a rank needs of the others for it: two all-reduces over the shards, each of one number of 4 bytes for each
+    example of the batch. With copies of the classifier their features and labels are gathered too, and the choice of
+    the first copy, 12 bytes a class, is sent to the others, so that a difference in rounding cannot part them.
+
+    Shares of a shard are by its own scores, so the choice depends on the number of shards as that of SampledHead does.
+    The parts do not: they are cut by whole numbers.
     """
 
     flags = (*KnnHead.flags, "near_parts")
@@ -175,9 +177,9 @@ class ScoredKnnHead(KnnHead):
         certain = classes[certain]
         shared, order = torch.cat([certain, drawn]).sort()
         offset = torch.cat([share.new_zeros(len(certain)), -share.log()])[order]
-        own = near & ~several
-        if num_parts > 1:
-            own &= ~_places_in(shared, classes)[1]  # those of another part that were drawn
+        if num_parts == 1:  # all near classes are shared
+            return shared, offset, [], []
+        own = near & ~several & ~_places_in(shared, classes)[1]  # those of another part can have been drawn
         return shared, offset, [classes[row] for row in near], [classes[row] for row in own]
 
     def _draw_by_score(self, classes, certain, scores, count, generator):
@@ -219,18 +221,18 @@ class ScoredKnnHead(KnnHead):
             return replicas.all_gather(tensor if replicas.rank == 0 else tensor[:0], counts)
 
         ids = first(torch.cat([shared, *near, *own]), sum(lengths)).split(lengths)
-        num_parts = len(near)
-        return ids[0], first(offset, lengths[0]), ids[1 : num_parts + 1], ids[num_parts + 1 :]
+        return ids[0], first(offset, lengths[0]), ids[1 : len(near) + 1], ids[len(near) + 1 :]
 
     def _joined(self, shared, offset, near, own, part_of):
         """The Selection of these classes.
 
         shared, offset  (A,)   classes of all parts, ascending, and what is added to their logits
-        near            [(N,)] near classes of each part, whose offset is 0; those that are not shared are `own`
+        near            [(N,)] near classes of each part, whose offset is 0; an empty list, as own, for one part
+        own             [(N,)] those of them that are not shared
         part_of         (G,)   the part of each example of this replica
         """
         offset, corrected = offset.to(self.compute_dtype), self.sampling_correction
-        if self.near_parts == 1:  # all near classes are shared
+        if self.near_parts == 1:
             return Selection(shared, offset if corrected else None, first=self._first)
         parts, row, example = [], len(shared), 0
         for i, (near_ids, own_ids) in enumerate(zip(near, own, strict=True)):
