@@ -4,12 +4,14 @@ otherwise. Bytes, not times.
 
     python benchmarks/sent_bytes.py --ranks 2 3 4 8
     python benchmarks/sent_bytes.py --ranks 4 8 --ranks-per-host 2
+    python benchmarks/sent_bytes.py --ranks 2 4 --head knn
 
 Of W ranks with B examples each, G = W B, features of D numbers, a backbone of N numbers of which DGC sends n:
 
     features   all-gather of features and of labels, reduce-scatter of the features' gradients: (W-1) B D numbers of 4
                or 2 bytes each way, (W-1) (B + 1) of 8 bytes
     softmax    all-reduce of G maxima and of 2 G sums: 2 (W-1)/W 3 G numbers of 4 bytes
+               --head knn, by scores: before it, of G maxima and of G sums for the choice: 2 (W-1)/W 5 G in all
     backbone   dense: all-reduce of the gradients, 2 (W-1)/W N numbers of 4 or 2 bytes
                dgc: all-gather of values and places, (W-1) n of 8 or 6 bytes; dense where that is less: for vectors, and
                for layers of which the places would send more
@@ -42,11 +44,12 @@ from benchmarks.hosts import Hosts, link_bytes
 from xc.comm.launch import run
 from xc.comm.traffic import sent_all_gather, sent_all_reduce, sent_reduce_scatter
 from xc.comm.world import World, open_world
+from xc.config import Config
 from xc.gradients import allreduce as exchange
 from xc.gradients import dgc
 from xc.gradients.topk import message_bytes
 from xc.model import backbone as backbones
-from xc.model.head_table import HEADS
+from xc.model.head_table import head_class
 from xc.optim.schedule import StepPlan
 from xc.run.metrics import Timer
 from xc.train import pipeline
@@ -62,6 +65,7 @@ def main():
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4, 8])
     parser.add_argument("--ranks-per-host", type=int, default=1)
     parser.add_argument("--model-parallel-size", type=int, default=0, help="of train.py")
+    parser.add_argument("--head", choices=("full", "knn"), default="full", help="knn: one copy of the classifier")
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--batch-per-rank", type=int, default=32)
     parser.add_argument("--backbone", default="resnet18")
@@ -73,6 +77,8 @@ def main():
     if args.found:
         run(lambda: measure(args, settings))
         return
+    if args.head == "knn" and args.model_parallel_size:
+        raise SystemExit("error: --head knn is counted for one copy of the classifier: leave out --model-parallel-size")
     if min(args.ranks) < 2:
         raise SystemExit("error: --ranks 1 sends nothing: give 2 or more")
     if uneven := [size for size in args.ranks if size % args.ranks_per_host]:
@@ -103,7 +109,7 @@ def main():
                 rows.append((size, setting, *(f"{mb:.3f}" for mb in predicted.values()),
                              f"{sum(predicted.values()):.3f}", "-"))
     print(f"MiB a step that a rank sends, predicted and counted; {args.backbone}, {sum(map(sum, layers)):,} numbers, "
-          f"D = {args.dim}, {args.batch_per_rank} examples a rank, density {args.density}")
+          f"{args.head} head, D = {args.dim}, {args.batch_per_rank} examples a rank, density {args.density}")
     for row in [("ranks", "setting", "features", "softmax", "backbone", "rows", "sum", "link"), *rows]:
         print(f"{row[0]:>6} {row[1]:8} " + " ".join(f"{cell:>16}" for cell in row[2:]))
     print(json.dumps({key: round(value, 4) for key, value in result.items()}))
@@ -111,6 +117,14 @@ def main():
 
 def network(args, world):
     return backbones.build(args.backbone, (1, args.image_size, args.image_size), args.dim, 0, world)
+
+
+def classifier(args, world):
+    cfg = Config(data="-", out="-", head=args.head, feature_dim=args.dim, active_classes=0.5,
+                 global_batch=args.batch_per_rank * world.size)
+    head = head_class(cfg).of(cfg, CLASSES, world)
+    head.refresh(1, due=True)
+    return head
 
 
 def layers_of(net):
@@ -126,7 +140,8 @@ def predicted_mb(args, size, layers, kind, bits):
     copies = size // width
     features = 2 * sent_all_gather(width, args.batch_per_rank * args.dim * bits // 8)
     features += sent_all_gather(width, (args.batch_per_rank + 1) * 8)
-    softmax = sent_all_reduce(width, 3 * width * args.batch_per_rank * 4)
+    per_example = 5 if args.head == "knn" else 3
+    softmax = sent_all_reduce(width, per_example * width * args.batch_per_rank * 4)
     backbone = sent_all_reduce(size, (4 * args.dim + 1) * 8)
     if kind == "dense":
         backbone += sent_all_reduce(size, (sum(matrices) + sum(vectors)) * bits // 8)
@@ -159,7 +174,7 @@ def measure(args, settings):
     found = {}
     for setting, (kind, bits) in settings.items():
         net = network(args, world)
-        head = HEADS["full"](CLASSES, args.dim, world)
+        head = classifier(args, world)
         of_net = exchange.AllReduce(net, world, bits=bits) if kind == "dense" else dgc.Dgc(
             net, world, bits=bits, two_level=kind == "hier")
         images = torch.randn(count, 1, args.image_size, args.image_size)

@@ -74,9 +74,9 @@ def test_all_classes_active_is_the_full_softmax(num_classes, correction, world_s
     assert_like_dense(run_ranks(world_size, body, model_parallel_size), dense(num_classes, True, SCALE, "none", 0.0))
 
 
-@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("parts, active, near_share", [(1, 29, 0.5), (4, 29, 0.5), (1, 50, 0.2), (4, 50, 0.2)])
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_averaged_over_draws_partition_function_and_gradients_are_the_full_ones(parts, world_size):
+def test_averaged_over_draws_partition_function_and_gradients_are_the_full_ones(world_size, parts, active, near_share):
     """Every number within 5 standard errors of the mean; the gradients of a fixed partition function, since that of
     the estimated one has the bias of 1 / Z that all sampled softmax has."""
     draws = 400
@@ -87,7 +87,7 @@ def test_averaged_over_draws_partition_function_and_gradients_are_the_full_ones(
     part = full / full.sum(1, keepdim=True)
 
     def body(world):
-        head, found = a_head(world, 29, near_parts=parts), []
+        head, found = a_head(world, active, near_parts=parts, near_share=near_share), []
         for at in range(draws):
             mine = Shard.of(G, world.size, world.rank)
             if not at:
@@ -106,6 +106,21 @@ def test_averaged_over_draws_partition_function_and_gradients_are_the_full_ones(
         error = (value.mean(0) - expected).abs()
         assert (error < 5 * value.std(0) / draws**0.5 + 1e-9).all()
     assert (weights.std(0).sum(1) > 0).all()  # or the averages would prove nothing
+
+
+@pytest.mark.parametrize("active, near_share", [(29, 0.2), (50, 0.2), (50, 0.5), (59, 0.5)])
+def test_the_quota_is_filled_where_nearly_all_classes_are_candidates(active, near_share):
+    def body(world):
+        head = a_head(world, active, near_parts=1, near_share=near_share)
+        _, labels = examples(C)
+        targets = labels[head.shard.owns(labels)].unique()
+        quota = max(head.quota, min(len(head.weight), len(targets) + 1))
+        for at in range(20):
+            step(head, at)
+            assert len(head.selection.active.unique()) == len(head.selection.active) == quota
+
+    for world_size in (1, 2, 3):
+        run_ranks(world_size, body)
 
 
 @pytest.mark.parametrize("parts", [1, 4])

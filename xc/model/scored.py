@@ -36,10 +36,12 @@ class ScoredKnnHead(KnnHead):
 
     Each micro-batch has a selection of its own. Before the first build of the graph the other classes are random.
 
-    What a rank needs of the others for it: 8 bytes for each example of the batch, in two reductions over the shards.
-    With copies of the classifier their features are gathered too, and the choice of the first copy is sent to the
-    others, so that a difference in rounding cannot part them. Shares of a shard are by its own scores, so the choice
-    depends on the number of shards as that of SampledHead does. The parts do not: they are cut by whole numbers.
+    What a rank needs of the others for it: two all-reduces over the shards, each of one number of 4 bytes for each
+    example of the batch. With copies of the classifier their features and labels are gathered too, and the choice of
+    the first copy, 12 bytes a class, is sent to the others, so that a difference in rounding cannot part them.
+
+    Shares of a shard are by its own scores, so the choice depends on the number of shards as that of SampledHead does.
+    The parts do not: they are cut by whole numbers.
     """
 
     flags = (*KnnHead.flags, "near_parts")
@@ -81,119 +83,128 @@ class ScoredKnnHead(KnnHead):
             selection = self.choose(labels, step, *self.candidates(labels))
             return Selection(selection.active, selection.offset, first=self._first)
         part_of = similar_parts(features, self.near_parts)
-        found = self._near_and_drawn(*self._scores(features, labels, part_of, step), labels, step)
+        found = self._near_and_drawn(*self._scores(features, labels, part_of, step), step)
         return self._joined(*self._of_first_replica(found), part_of[own])
 
     def _scores(self, features, labels, part_of, step):
-        """Candidates (U,) of this shard, local ids, ascending, and their scores (P, U): the sum of their probabilities
-        over the examples of each part. Collective.
+        """Target classes and candidates of this shard, `classes` (U,), local ids, ascending; a mask of the target
+        classes (U,); and scores (P, U): the sum of a candidate's probabilities over the examples of each part, 0 of a
+        target class. Collective.
 
         features, labels, part_of  (G, D), (G,), (G,)  of all replicas
         """
-        examples, near, logits = self._candidates_of(features, labels)
-        owned = self.shard.owns(labels).nonzero().squeeze(1)
-        targets = labels[owned] - self.shard.first
-        known = torch.cat([examples, owned]), torch.cat([near, targets])  # pairs of an example and a class
-        known_logits = torch.cat([logits, self._products(features, owned, targets)])
-        lse = torch.logaddexp(_logsumexp_by(known[0], known_logits, len(labels)), self._far(features, *known, step))
+        examples, logits, classes, which = self._pairs(features, labels)
+        lse = torch.logaddexp(_logsumexp_by(examples, logits, len(labels)),
+                              self._far(features, examples, classes, which, step))
         probability = (logits - group_logsumexp(lse, self.world.shards)[examples]).exp_()
+        scores = probability.new_zeros(self.near_parts * len(classes))
+        scores.index_add_(0, part_of[examples] * len(classes) + which, probability)
+        targets = labels[self.shard.owns(labels)] - self.shard.first
+        is_target = torch.zeros_like(classes, dtype=torch.bool)
+        is_target[torch.searchsorted(classes, targets)] = True
+        return classes, is_target, scores.view(self.near_parts, -1).masked_fill_(is_target, 0)
 
-        candidates, which = torch.unique(near, return_inverse=True)
-        scores = probability.new_zeros(self.near_parts * len(candidates))
-        scores.index_add_(0, part_of[examples] * len(candidates) + which, probability)
-        others = ~torch.isin(candidates, targets)
-        return candidates[others], scores.view(self.near_parts, -1)[:, others]
+    def _pairs(self, features, labels):
+        """Pairs of an example and a class of this shard that is its target class or a candidate of it, each once.
 
-    def _candidates_of(self, features, labels):
-        """Pairs of an example and a candidate in this shard, each once: examples (E,), local ids (E,), logits (E,)."""
-        examples, near, _ = self.graph.lookup(labels)
-        logits = self._products(features, examples, near)
-        best = _first_of_each(examples, logits, _BEST)
+        returns  examples (E,); logits (E,); the classes of all pairs (U,), local ids, ascending; and the place (E,) of
+                 each pair's class among them
+        """
+        owned = self.shard.owns(labels).nonzero().squeeze(1)
+        of_near, near, _ = self.graph.lookup(labels)
+        examples, ids = torch.cat([owned, of_near]), torch.cat([labels[owned] - self.shard.first, near])
+        logits = self._products(features, examples, ids)
+        best = _best_of_each(of_near, logits[len(owned) :], _BEST)
         of_best, further, places = self.graph.lookup(near[best] + self.shard.first)
-        of_best, further = of_best[places < _PLACES], further[places < _PLACES]
-        pairs = torch.cat([examples * len(self.weight) + near, examples[best][of_best] * len(self.weight) + further])
-        pairs = torch.unique(pairs)
-        examples, near = pairs // max(1, len(self.weight)), pairs % max(1, len(self.weight))
-        own = labels[examples] != near + self.shard.first  # a neighbour of a neighbour can be the target class
-        examples, near = examples[own], near[own]
-        return examples, near, self._products(features, examples, near)
+        nearest = (places < _PLACES).nonzero().squeeze(1)
+        examples = torch.cat([examples, of_near[best[of_best[nearest]]]])
+        ids = torch.cat([ids, further[nearest]])
+        # Sorting is what costs here, so one sort serves the pairs and their classes. Of equal pairs, which are next to
+        # each other, the first remains: its logit may be known already.
+        pairs, order = (ids * len(labels) + examples).sort(stable=True)
+        order = order[F.pad(pairs.diff(), (1, 0), value=1).nonzero().squeeze(1)] if len(order) else order
+        new = (order >= len(logits)).nonzero().squeeze(1)
+        examples, ids = examples[order], ids[order]
+        logits = F.pad(logits, (0, len(nearest)))[order]
+        logits[new] = self._products(features, examples[new], ids[new])
+        return examples, logits, *torch.unique_consecutive(ids, return_inverse=True)
 
     def _products(self, features, examples, ids):
         """Logits (E,) of some of the features (G, D), each with one row of this shard."""
         products = []
         for of_features, of_rows in zip(examples.split(_PAIRS), ids.split(_PAIRS), strict=True):
             rows = self.weight.index_select(0, of_rows).to(self.compute_dtype)
-            length = rows.norm(dim=1).clamp_(min=1e-12) if self.cosine else 1.0
+            length = torch.linalg.vector_norm(rows, dim=1).clamp_(min=1e-12) if self.cosine else 1.0
             products.append(rows.mul_(features.index_select(0, of_features)).sum(1) / length)
         return self.scale * torch.cat(products)
 
-    def _far(self, features, examples, known, step):
-        """Log of the sum of exp(logit) over the rows of this shard (G,) that are not known of an example, estimated.
+    def _far(self, features, examples, classes, which, step):
+        """Log of the sum of exp(logit) over the rows of this shard (G,) that an example has no pair with, estimated.
 
-        examples, known  (E,), (E,)  pairs of an example and a local id that are left out
+        examples, classes, which  (E,), (U,), (E,)  of `_pairs`
         """
         num_rows = len(self.weight)
         if not num_rows:
             return features.new_full((len(features),), -torch.inf)
-        rows, _ = self._draw(known[:0], min(_FAR_ROWS, num_rows), self._generator(step, 1))
+        rows, _ = self._draw(classes[:0], min(_FAR_ROWS, num_rows), self._generator(step, 1))
         logits = self.scale * features @ self._unit(self.weight[rows]).T  # (G, R)
-        place = torch.searchsorted(rows, known).clamp_(max=len(rows) - 1)
-        hit = rows[place] == known
-        logits[examples[hit], place[hit]] = -torch.inf
+        place, found = _places_in(rows, classes)
+        paired = found[which].nonzero().squeeze(1)
+        logits[examples[paired], place[which[paired]]] = -torch.inf
         return logits.logsumexp(1) + math.log(num_rows / len(rows))
 
-    def _near_and_drawn(self, candidates, scores, labels, step):
+    def _near_and_drawn(self, classes, is_target, scores, step):
         """The classes of a micro-batch: what `_joined` takes as shared, offset, near and own.
 
-        candidates, scores  (U,), (P, U)  of `_scores`
-        labels              (G,)          of all replicas
+        classes, is_target, scores  (U,), (U,), (P, U)  of `_scores`
         """
-        num_rows, num_parts = len(self.weight), self.near_parts
-        targets = torch.unique(labels[self.shard.owns(labels)] - self.shard.first)
-        quota = max(self.quota, min(num_rows, len(targets) + self.sampling_correction))
-        room = quota - len(targets)
+        num_rows, num_parts, num_targets = len(self.weight), self.near_parts, int(is_target.sum())
+        quota = max(self.quota, min(num_rows, num_targets + self.sampling_correction))
+        room = quota - num_targets
         one_random = self.sampling_correction and quota < num_rows  # at least one, which stands for the others
-        num_near = min(int(self.near_share * room), room - one_random, len(candidates))
+        num_near = min(int(self.near_share * room), room - one_random, len(classes) - num_targets)
         num_near *= quota < num_rows  # else all rows are drawn, for all parts
-        order = scores.topk(max(0, num_near), dim=1).indices
         while True:
-            near = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order[:, :num_near], True)  # (P, U)
-            near &= scores > 0
+            best = scores.topk(max(0, num_near), dim=1, sorted=False).indices
+            near = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True) & (scores > 0)  # (P, U)
             several = near.sum(0) >= min(2, num_parts)  # active for all parts, so that no row is there twice
             num_drawn = room - int((near | several).sum(1).max())
             if num_drawn >= one_random or not num_near:
                 break
             num_near //= 2  # parts share so many that they would exceed the quota
-        generator = self._generator(step)
-        certain = torch.cat([targets, candidates[several]]).sort().values
-        drawn, share = self._draw_by_score(certain, candidates, (scores * ~near).sum(0), several, num_drawn, generator)
+        certain = is_target | several
+        drawn, share = self._draw_by_score(classes, certain, (scores * ~near).sum(0), num_drawn, self._generator(step))
+        certain = classes[certain]
         shared, order = torch.cat([certain, drawn]).sort()
         offset = torch.cat([share.new_zeros(len(certain)), -share.log()])[order]
-        near_ids = [candidates[row] for row in near]
-        own = [ids[~torch.isin(ids, shared)] for ids in near_ids]
-        return shared, offset, near_ids, own
+        if num_parts == 1:  # all near classes are shared
+            return shared, offset, [], []
+        own = near & ~several & ~_places_in(shared, classes)[1]  # those of another part can have been drawn
+        return shared, offset, [classes[row] for row in near], [classes[row] for row in own]
 
-    def _draw_by_score(self, certain, candidates, scores, left_out, count, generator):
+    def _draw_by_score(self, classes, certain, scores, count, generator):
         """`count` classes that are not certain, drawn at random: local ids (R,) and their probabilities π (R,).
 
-        certain                       (N,)        sorted
-        candidates, scores, left_out  (U,)        left_out: a mask of the candidates that are certain
+        classes, scores  (U,), (U,)  of `_scores`, of all parts
+        certain          (U,)        a mask of the classes that are active anyway
         """
-        some = candidates[~left_out]
-        num_others = len(self.weight) - len(certain) - len(some)
+        some = (~certain).nonzero().squeeze(1)
+        num_others = len(self.weight) - len(classes)
         all_drawn = count == len(some) + num_others
         if all_drawn or not self.sampling_correction or count < _LEAST_FAR or not len(some):
-            drawn, sizes = self._draw(certain, count, generator)
+            drawn, sizes = self._draw(classes[certain], count, generator)
             return drawn, 1 / sizes.to(scores.dtype)
-        scores = scores[~left_out].double()
+        scores = scores[some].double()
         equal = count / (len(some) + num_others)
         share = (count / 2 * scores / scores.sum().clamp_(min=1e-300) + equal / 2).clamp_(max=1)
         share *= min(1.0, (count - (num_others > 0)) / share.sum().item())  # one at least is left for the others
+        # The sum is rounded down or up to the number drawn: it must leave no more to the others than there are.
+        lacking = (count - num_others - share.sum()).clamp_(min=0)
+        share += (1 - share) * (lacking / (1 - share).sum().clamp_(min=1e-300))
         ends = share.cumsum(0) + generator.random()
-        hit = ends.floor() > (ends - share).floor()
-        drawn, share = some[hit], share[hit]
-        others, sizes = self._draw(torch.cat([certain, some]).sort().values, min(num_others, count - len(drawn)),
-                                   generator)
+        hit = (ends.floor() > (ends - share).floor()).nonzero().squeeze(1)
+        drawn, share = classes[some[hit]], share[hit]
+        others, sizes = self._draw(classes, min(num_others, count - len(hit)), generator)
         return torch.cat([drawn, others]), torch.cat([share, 1 / sizes.double()]).to(self.compute_dtype)
 
     def _of_first_replica(self, found):
@@ -210,29 +221,26 @@ class ScoredKnnHead(KnnHead):
             return replicas.all_gather(tensor if replicas.rank == 0 else tensor[:0], counts)
 
         ids = first(torch.cat([shared, *near, *own]), sum(lengths)).split(lengths)
-        num_parts = len(near)
-        return ids[0], first(offset, lengths[0]), ids[1 : num_parts + 1], ids[num_parts + 1 :]
+        return ids[0], first(offset, lengths[0]), ids[1 : len(near) + 1], ids[len(near) + 1 :]
 
     def _joined(self, shared, offset, near, own, part_of):
         """The Selection of these classes.
 
         shared, offset  (A,)   classes of all parts, ascending, and what is added to their logits
-        near            [(N,)] near classes of each part, whose offset is 0; those that are not shared are `own`
+        near            [(N,)] near classes of each part, whose offset is 0; an empty list, as own, for one part
+        own             [(N,)] those of them that are not shared
         part_of         (G,)   the part of each example of this replica
         """
-        active, offset = torch.cat([shared, *own]), offset.to(self.compute_dtype)
-        corrected = self.sampling_correction
+        offset, corrected = offset.to(self.compute_dtype), self.sampling_correction
         if self.near_parts == 1:
-            active, order = active.sort()
-            offset = F.pad(offset, (0, len(order) - len(offset)))[order]
-            return Selection(active, offset if corrected else None, first=self._first)
+            return Selection(shared, offset if corrected else None, first=self._first)
         parts, row, example = [], len(shared), 0
         for i, (near_ids, own_ids) in enumerate(zip(near, own, strict=True)):
-            of_part = torch.where(torch.isin(shared, near_ids), torch.zeros_like(offset), offset) if corrected else None
+            of_part = offset.masked_fill(_places_in(near_ids, shared)[1], 0) if corrected else None
             num_examples = int((part_of == i).sum())
             parts.append(Part(slice(example, example + num_examples), slice(row, row + len(own_ids)), of_part))
             row, example = row + len(own_ids), example + num_examples
-        return Selection(active, None, tuple(parts), part_of.argsort(stable=True), self._first)
+        return Selection(torch.cat([shared, *own]), None, tuple(parts), part_of.argsort(stable=True), self._first)
 
 
 def similar_parts(features, num_parts):
@@ -241,6 +249,8 @@ def similar_parts(features, num_parts):
     A part is halved at the median along the line between two features that are far from each other. Features are
     rounded to 8 bits, and float64 sums of whole numbers are exact, so every rank cuts alike.
     """
+    if num_parts == 1:
+        return torch.zeros(len(features), dtype=torch.int64, device=features.device)
     codes = (features.double() * (127 / features.abs().max().clamp_(min=1e-30))).round_() if len(features) else features
     parts = [torch.arange(len(features), device=features.device)]
     while len(parts) < num_parts:
@@ -283,10 +293,19 @@ def _logsumexp_by(index, values, size):
     return total.log_() + top
 
 
-def _first_of_each(index, values, count):
-    """Positions of the `count` highest of the values (E,) with each index (E,)."""
-    order = values.argsort(descending=True, stable=True)
-    order = order[index[order].argsort(stable=True)]
-    sorted_index = index[order]
-    begins = torch.searchsorted(sorted_index, sorted_index)
-    return order[torch.arange(len(order), device=order.device) - begins < count]
+def _best_of_each(index, values, count):
+    """Positions of the `count` highest of the values (E,) with each index (E,), which ascends."""
+    if not len(index):
+        return index
+    counts = index.bincount()
+    begins = counts.cumsum(0) - counts
+    table = values.new_full((len(counts), int(counts.max())), -torch.inf)
+    table[index, torch.arange(len(index), device=index.device) - begins[index]] = values
+    best = table.topk(min(count, table.shape[1]), dim=1).indices
+    return (begins[:, None] + best)[best < counts[:, None]]
+
+
+def _places_in(ids, wanted):
+    """Where each of the wanted (N,) would stand among ids (E,) that ascend, and whether it does: (N,), (N,)."""
+    places = torch.searchsorted(ids, wanted)
+    return places, F.pad(ids, (0, 1), value=-1)[places] == wanted
