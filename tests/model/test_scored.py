@@ -24,9 +24,8 @@ def a_head(world, active=31, num_classes=C, **settings):
 
 def dense_offsets(head, num_examples):
     """(num_examples, S) of this replica: what is added to the logit of each row; -inf: it is left out."""
-    selection = head.selection
-    table = torch.full((len(selection.offset_table(torch.float64)), len(head.weight)), -torch.inf, dtype=torch.float64)
-    table[:, selection.active] = selection.offset_table(torch.float64)
+    selection = head.selections[0]
+    table = selection.offsets(slice(0, len(head.weight)), torch.float64)
     part_of = torch.zeros(len(selection.order) if selection.parts else num_examples, dtype=torch.int64)
     for i, part in enumerate(selection.parts):
         part_of[selection.order[part.examples]] = i

@@ -26,25 +26,21 @@ class Part:
 
     examples  slice of `Selection.order`
     rows      slice of `Selection.active`: the rows of these examples alone
-    offset    (A,)  added to the logits of these examples with the shared rows, as in Selection
+    offset    (R,)  added to the logits of these examples with these rows; None: nothing is added
     """
 
     examples: slice
     rows: slice
     offset: torch.Tensor | None
 
-    def owns(self, block):
-        """Whether a block of active rows, which does not cross the bounds of parts, is of this part alone."""
-        return self.rows.start <= block.start < self.rows.stop
-
 
 @dataclass(frozen=True)
 class Selection:
     """The classes of this shard that take part in a step, or in one accumulation step or micro-batch of it.
 
-    active     (A,)  unique local ids, sorted; with parts, first those that all examples share, sorted, which all target
-                     classes are among, then those of each part, sorted; None: all S classes
-    offset     (A,)  added to the logits, 0 for target classes; None: nothing is added
+    active     (A,)  unique local ids, sorted; with parts, first the target classes, sorted, which all examples share,
+                     then those of each part, sorted, and two parts can have the same; None: all S classes
+    offset     (A,)  added to the logits, 0 for target classes; None: nothing is added; with parts they have it
     parts            [Part], of the examples of all replicas that are in this replica's order; empty: all are alike
     order      (G,)  the examples of a batch, those of a part side by side; None: as they come
     first            of the batch: the first example of this rank
@@ -66,13 +62,26 @@ class Selection:
         """Where the rows of the parts begin among the active rows."""
         return [part.rows.start for part in self.parts]
 
-    def offset_table(self, dtype):
-        """Offsets (P, A) of each of P parts, at least one: -inf for the rows of other parts."""
-        table = torch.full((max(1, len(self.parts)), len(self.active)), -torch.inf, dtype=dtype,
-                           device=self.active.device)
-        for row, part in zip(table, self.parts or [Part(slice(0, 0), slice(0, 0), self.offset)], strict=True):
-            row[: self.num_shared] = 0.0 if part.offset is None else part.offset[: self.num_shared]
-            row[part.rows] = 0.0
+    def uses_of(self, block):
+        """(examples, offset) of a slice of active rows that crosses no end of a part: the slice of the examples that
+        are compared with these rows, and what is added to the logits, (A,) or None."""
+        for part in self.parts:
+            if part.rows.start <= block.start < part.rows.stop:
+                first = part.rows.start
+                offset = None if part.offset is None else part.offset[block.start - first : block.stop - first]
+                return part.examples, offset
+        return slice(None), None if self.offset is None else self.offset[block]
+
+    def offsets(self, block, dtype):
+        """What is added to the logits of a slice of all rows, (P, rows) of P parts, at least one; -inf: not active."""
+        size = block.stop - block.start
+        table = torch.full((max(1, len(self.parts)), size), -torch.inf, dtype=dtype, device=self.active.device)
+        bounds = torch.tensor([block.start, block.stop], device=self.active.device)
+        of_parts = [(part.rows, part.offset, table[i]) for i, part in enumerate(self.parts)]
+        for rows, offset, places in [(slice(0, self.num_shared), self.offset, table), *of_parts]:
+            ids = self.active[rows]
+            inside = slice(*torch.searchsorted(ids, bounds).tolist())
+            places[..., ids[inside] - block.start] = 0.0 if offset is None else offset[inside].to(dtype)
         return table
 
     def parts_of_examples(self, count):
@@ -258,18 +267,16 @@ class Head:
         features, labels, _ = self._gathered(features, labels)
         part_of = group.all_gather(part_of, self.gather_labels(self._own_labels)[0])
         top = min(_TOP, self.num_classes)
-        place = torch.full((len(self.weight),), -1, device=labels.device)  # of each row among the active ones
-        place[selection.active] = torch.arange(len(selection.active), device=labels.device)
-        table = F.pad(selection.offset_table(features.dtype), (0, 1), value=-torch.inf)
 
         full_lse = features.new_full((len(labels),), -torch.inf)
         active_lse = full_lse.clone()
         best = features.new_full((len(labels), top), -torch.inf)  # highest logits so far, and whether they are active
-        covered = torch.zeros_like(best, dtype=torch.bool)
+        covered, compared = torch.zeros_like(best, dtype=torch.bool), torch.zeros_like(labels)
         for block in self.blocks(len(self.weight), len(labels)):
             logits = self.scale * features @ self._unit(self.weight[block]).T  # (G, block)
             full_lse = torch.logaddexp(full_lse, logits.logsumexp(1))
-            offset = table[:, place[block]][part_of]  # (G, block)
+            offset = selection.offsets(block, features.dtype)[part_of]  # (G, block)
+            compared += (offset > -torch.inf).sum(1)
             active_lse = torch.logaddexp(active_lse, (logits + offset).logsumexp(1))
             best, indices = torch.cat([best, logits], 1).topk(top)
             covered = torch.cat([covered, offset > -torch.inf], 1).gather(1, indices)
@@ -277,8 +284,8 @@ class Head:
         covered = group.all_gather(covered[None].byte()).transpose(0, 1).flatten(1)
         gap = group_logsumexp(active_lse, group) - group_logsumexp(full_lse, group)
         covered = covered.gather(1, best.topk(top).indices)
-        compared = group.all_reduce((table[part_of] > -torch.inf).sum(1))
-        totals = torch.stack([compared.sum(), covered.sum() / top, gap.sum(), gap.new_tensor(len(gap))]).float()
+        totals = [group.all_reduce(compared).sum(), covered.sum() / top, gap.sum(), gap.new_tensor(len(gap))]
+        totals = torch.stack(totals).float()
         *sums, examples = self.world.replicas.all_reduce(totals).tolist()
         per_example, share, gap = (total / max(1, examples) for total in sums)
         return {"active": num_active, "active_per_example": per_example, "top100_covered": share, "loss_gap": gap}

@@ -89,7 +89,7 @@ class SampledHead(Head):
         self.row_grad = None
 
     def reduce_async(self):
-        if len(self.selections) > 1:
+        if len(self.selections) > 1 or self.selection.parts:  # a row of several parts has several gradients
             self._add_row_gradients()
             self.selection, self.row_grad = Selection(self._summed), self._sum
         super().reduce_async()

@@ -23,16 +23,17 @@ class ScoredKnnHead(KnnHead):
 
     Song et al. 2020 take neighbours by their place in the graph. This choice (ours) asks the features:
 
-    1. Candidates of an example are the K neighbours of its target class. Their logits are exact. The rest of the
-       partition function comes from a few random rows. That gives the probability of every candidate, estimated.
-    2. The batch is cut into `near_parts` parts of similar examples. Near classes of a part are the candidates with the
-       highest sum of probabilities over its examples, at most `near_share` of the quota that the target classes leave.
-       They are scored against the examples of their part alone, so an example is still compared with M classes, while
-       up to near_parts times as many different classes take part in the step.
-    3. The rest of the quota is drawn, for all parts together: candidates with a probability π that is a mix, half and
-       half, of their scores and of equal shares; the others from strata, as in SampledHead. -log π is added to the
-       logit of a drawn class, and 0 where it is near: the expected partition function of every part is the full one.
-       Candidates are drawn by systematic sampling (Madow 1949).
+    1. Candidates of an example are the K neighbours of its target class, and the nearest neighbours of the best of
+       them. Their logits are exact. The rest of the partition function comes from a few random rows. That gives the
+       probability of every candidate, estimated.
+    2. The batch is cut into `near_parts` parts of similar examples. Each part has active classes of its own beside the
+       target classes of the whole batch. So an example is compared with M classes, while up to near_parts times as
+       many different classes take part in the step.
+    3. Near classes of a part are the candidates with the highest sum of probabilities over its examples, at most
+       `near_share` of the quota that the target classes leave.
+    4. The rest of its quota is drawn: candidates with a probability π that is a mix, half and half, of their scores and
+       of equal shares, by systematic sampling (Madow 1949); the others from strata, as in SampledHead. -log π is added
+       to the logit of a drawn class: the expected partition function of every part is the full one.
 
     Each micro-batch has a selection of its own. Before the first build of the graph the other classes are random.
 
@@ -79,12 +80,12 @@ class ScoredKnnHead(KnnHead):
         features, labels = replicas.all_gather(features, counts), replicas.all_gather(labels, counts)
         step, number = divmod(self._current, self._per_accumulation_step)
         step = self.step + step + (number << 32)
-        if self.graph is None:
-            selection = self.choose(labels, step, *self.candidates(labels))
-            return Selection(selection.active, selection.offset, first=self._first)
         part_of = similar_parts(features, self.near_parts)
-        found = self._near_and_drawn(*self._scores(features, labels, part_of, step), step)
-        return self._joined(*self._of_first_replica(found), part_of[own])
+        classes, is_target, scores = self._scores(features, labels, part_of, step)
+        generator = self._generator(step)
+        chosen = [self._near_and_drawn(classes, is_target, of_part, generator) for of_part in scores]
+        targets, chosen = self._of_first_replica(classes[is_target], chosen)
+        return self._joined(targets, chosen, part_of[own])
 
     def _scores(self, features, labels, part_of, step):
         """Target classes and candidates of this shard, `classes` (U,), local ids, ascending; a mask of the target
@@ -111,11 +112,11 @@ class ScoredKnnHead(KnnHead):
                  each pair's class among them
         """
         owned = self.shard.owns(labels).nonzero().squeeze(1)
-        of_near, near, _ = self.graph.lookup(labels)
+        of_near, near, _ = self._neighbors(labels)
         examples, ids = torch.cat([owned, of_near]), torch.cat([labels[owned] - self.shard.first, near])
         logits = self._products(features, examples, ids)
         best = _best_of_each(of_near, logits[len(owned) :], _BEST)
-        of_best, further, places = self.graph.lookup(near[best] + self.shard.first)
+        of_best, further, places = self._neighbors(near[best] + self.shard.first)
         nearest = (places < _PLACES).nonzero().squeeze(1)
         examples = torch.cat([examples, of_near[best[of_best[nearest]]]])
         ids = torch.cat([ids, further[nearest]])
@@ -129,14 +130,21 @@ class ScoredKnnHead(KnnHead):
         logits[new] = self._products(features, examples[new], ids[new])
         return examples, logits, *torch.unique_consecutive(ids, return_inverse=True)
 
+    def _neighbors(self, labels):
+        """As KnnGraph.lookup; no neighbours before the first build."""
+        none = labels.new_zeros(0)
+        return self.graph.lookup(labels) if self.graph else (none, none, none)
+
     def _products(self, features, examples, ids):
         """Logits (E,) of some of the features (G, D), each with one row of this shard."""
-        products = []
-        for of_features, of_rows in zip(examples.split(_PAIRS), ids.split(_PAIRS), strict=True):
-            rows = self.weight.index_select(0, of_rows).to(self.compute_dtype)
-            length = torch.linalg.vector_norm(rows, dim=1).clamp_(min=1e-12) if self.cosine else 1.0
-            products.append(rows.mul_(features.index_select(0, of_features)).sum(1) / length)
-        return self.scale * torch.cat(products)
+        products, length = features.new_empty(2, len(ids)).unbind()
+        for first in range(0, len(ids), _PAIRS):
+            part = slice(first, first + _PAIRS)
+            rows = self.weight.index_select(0, ids[part]).to(self.compute_dtype)
+            if self.cosine:
+                torch.linalg.vector_norm(rows, dim=1, out=length[part])
+            torch.sum(rows.mul_(features.index_select(0, examples[part])), 1, out=products[part])
+        return self.scale * (products / length.clamp_(min=1e-12) if self.cosine else products)
 
     def _far(self, features, examples, classes, which, step):
         """Log of the sum of exp(logit) over the rows of this shard (G,) that an example has no pair with, estimated.
@@ -153,39 +161,27 @@ class ScoredKnnHead(KnnHead):
         logits[examples[paired], place[which[paired]]] = -torch.inf
         return logits.logsumexp(1) + math.log(num_rows / len(rows))
 
-    def _near_and_drawn(self, classes, is_target, scores, step):
-        """The classes of a micro-batch: what `_joined` takes as shared, offset, near and own.
+    def _near_and_drawn(self, classes, is_target, scores, generator):
+        """The classes of a part, beside the target classes: local ids (R,) and what is added to their logits (R,).
 
-        classes, is_target, scores  (U,), (U,), (P, U)  of `_scores`
+        classes, is_target, scores  (U,), (U,), (U,)  of `_scores`, of this part
         """
-        num_rows, num_parts, num_targets = len(self.weight), self.near_parts, int(is_target.sum())
+        num_rows, num_targets = len(self.weight), int(is_target.sum())
         quota = max(self.quota, min(num_rows, num_targets + self.sampling_correction))
         room = quota - num_targets
         one_random = self.sampling_correction and quota < num_rows  # at least one, which stands for the others
         num_near = min(int(self.near_share * room), room - one_random, len(classes) - num_targets)
-        num_near *= quota < num_rows  # else all rows are drawn, for all parts
-        while True:
-            best = scores.topk(max(0, num_near), dim=1, sorted=False).indices
-            near = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True) & (scores > 0)  # (P, U)
-            several = near.sum(0) >= min(2, num_parts)  # active for all parts, so that no row is there twice
-            num_drawn = room - int((near | several).sum(1).max())
-            if num_drawn >= one_random or not num_near:
-                break
-            num_near //= 2  # parts share so many that they would exceed the quota
-        certain = is_target | several
-        drawn, share = self._draw_by_score(classes, certain, (scores * ~near).sum(0), num_drawn, self._generator(step))
-        certain = classes[certain]
-        shared, order = torch.cat([certain, drawn]).sort()
-        offset = torch.cat([share.new_zeros(len(certain)), -share.log()])[order]
-        if num_parts == 1:  # all near classes are shared
-            return shared, offset, [], []
-        own = near & ~several & ~_places_in(shared, classes)[1]  # those of another part can have been drawn
-        return shared, offset, [classes[row] for row in near], [classes[row] for row in own]
+        near = scores.topk(max(0, num_near), sorted=False).indices
+        near = near[scores[near] > 0]
+        certain = is_target.index_fill(0, near, True)
+        drawn, share = self._draw_by_score(classes, certain, scores, room - len(near), generator)
+        offset = torch.cat([share.new_zeros(len(near)), -share.log()])
+        return torch.cat([classes[near], drawn]), offset.to(self.compute_dtype)
 
     def _draw_by_score(self, classes, certain, scores, count, generator):
         """`count` classes that are not certain, drawn at random: local ids (R,) and their probabilities π (R,).
 
-        classes, scores  (U,), (U,)  of `_scores`, of all parts
+        classes, scores  (U,), (U,)  of `_scores`, of one part
         certain          (U,)        a mask of the classes that are active anyway
         """
         some = (~certain).nonzero().squeeze(1)
@@ -207,40 +203,43 @@ class ScoredKnnHead(KnnHead):
         others, sizes = self._draw(classes, min(num_others, count - len(hit)), generator)
         return torch.cat([drawn, others]), torch.cat([share, 1 / sizes.double()]).to(self.compute_dtype)
 
-    def _of_first_replica(self, found):
-        """What the first replica of this shard found, of `_near_and_drawn`. Collective."""
+    def _of_first_replica(self, targets, chosen):
+        """Target classes and [(ids, offsets), …] of the parts, as the first replica of this shard found. Collective."""
         replicas = self.world.replicas
         if replicas.size == 1:
-            return found
-        shared, offset, near, own = found
-        lengths = torch.tensor([len(shared), *map(len, near), *map(len, own)], device=shared.device)
+            return targets, chosen
+        lengths = torch.tensor([len(targets), *(len(ids) for ids, _ in chosen)], device=targets.device)
         lengths = replicas.all_gather(lengths[None])[0].tolist()
 
         def first(tensor, length):
             counts = [length] + [0] * (replicas.size - 1)
             return replicas.all_gather(tensor if replicas.rank == 0 else tensor[:0], counts)
 
-        ids = first(torch.cat([shared, *near, *own]), sum(lengths)).split(lengths)
-        return ids[0], first(offset, lengths[0]), ids[1 : len(near) + 1], ids[len(near) + 1 :]
+        ids = first(torch.cat([targets, *(ids for ids, _ in chosen)]), sum(lengths)).split(lengths)
+        offsets = first(torch.cat([offset for _, offset in chosen]), sum(lengths[1:])).split(lengths[1:])
+        return ids[0], list(zip(ids[1:], offsets, strict=True))
 
-    def _joined(self, shared, offset, near, own, part_of):
+    def _joined(self, targets, chosen, part_of):
         """The Selection of these classes.
 
-        shared, offset  (A,)   classes of all parts, ascending, and what is added to their logits
-        near            [(N,)] near classes of each part, whose offset is 0; an empty list, as own, for one part
-        own             [(N,)] those of them that are not shared
-        part_of         (G,)   the part of each example of this replica
+        targets  (N,)                active for all parts, ascending
+        chosen   [((R,), (R,)), …]   the other classes of each part, and what is added to their logits
+        part_of  (G,)                the part of each example of this replica
         """
-        offset, corrected = offset.to(self.compute_dtype), self.sampling_correction
         if self.near_parts == 1:
-            return Selection(shared, offset if corrected else None, first=self._first)
-        parts, row, example = [], len(shared), 0
-        for i, (near_ids, own_ids) in enumerate(zip(near, own, strict=True)):
-            of_part = offset.masked_fill(_places_in(near_ids, shared)[1], 0) if corrected else None
+            (ids, offset), = chosen
+            active, order = torch.cat([targets, ids]).sort()
+            offset = F.pad(offset, (len(targets), 0))[order]
+            return Selection(active, offset if self.sampling_correction else None, first=self._first)
+        parts, all_ids, row, example = [], [targets], len(targets), 0
+        for i, (ids, offset) in enumerate(chosen):
+            ids, order = ids.sort()
             num_examples = int((part_of == i).sum())
-            parts.append(Part(slice(example, example + num_examples), slice(row, row + len(own_ids)), of_part))
-            row, example = row + len(own_ids), example + num_examples
-        return Selection(torch.cat([shared, *own]), None, tuple(parts), part_of.argsort(stable=True), self._first)
+            parts.append(Part(slice(example, example + num_examples), slice(row, row + len(ids)),
+                              offset[order] if self.sampling_correction else None))
+            all_ids.append(ids)
+            row, example = row + len(ids), example + num_examples
+        return Selection(torch.cat(all_ids), None, tuple(parts), part_of.argsort(stable=True), self._first)
 
 
 def similar_parts(features, num_parts):

@@ -41,16 +41,16 @@ class ShardedSoftmax(torch.autograd.Function):
             head.row_grad = head.memory("row_grad", head.num_active, head.feature_dim)
         for i, block in enumerate(pieces.rows.blocks):
             rows_grad = head.row_grad[block]
-            for j, (examples, _) in enumerate(pieces.parts_of(block)):
-                if (i, j) in kept:
-                    rows, length, share, top, target, slope = kept[i, j]
-                    error = share.mul_((top - lse[examples, None]).exp_())  # softmax
-                else:
-                    rows, length, logits, target, slope = pieces.logits(i, j)
-                    error = logits.sub_(lse[examples, None]).exp_()
-                error[target] = (error[target] - 1) * slope
-                feature_grad[examples].addmm_(error, rows)
-                torch.addmm(rows_grad, error.T, scaled_mean[examples], beta=0 if first and j == 0 else 1, out=rows_grad)
+            examples, _ = head.selection.uses_of(block)
+            if i in kept:
+                rows, length, share, top, target, slope = kept[i]
+                error = share.mul_((top - lse[examples, None]).exp_())  # softmax
+            else:
+                rows, length, logits, target, slope = pieces.logits(i)
+                error = logits.sub_(lse[examples, None]).exp_()
+            error[target] = (error[target] - 1) * slope
+            feature_grad[examples].addmm_(error, rows)
+            torch.addmm(rows_grad, error.T, scaled_mean[examples], beta=0 if first else 1, out=rows_grad)
             if head.cosine and last:  # the length of a row changes no logit: drop the gradient along the row
                 rows_grad.sub_(rows * (rows * rows_grad).sum(1, keepdim=True)).div_(length)
         feature_grad.mul_(head.scale / global_batch)
@@ -65,69 +65,59 @@ class ShardedSoftmax(torch.autograd.Function):
 
 
 def _log_sum_exp(pieces):
-    """Log-sum-exp (G,) and target logits (G,) of this shard; {(i, j): (rows, length, share, top, target, slope)} of the
+    """Log-sum-exp (G,) and target logits (G,) of this shard; {i: (rows, length, share, top, target, slope)} of the
     pieces whose logits are kept. share (N, A) is exp(logits - top), top (N, 1) the highest logit of the piece."""
     scaled, num_kept = pieces.scaled, pieces.rows.num_kept
     lse = scaled.new_full((len(scaled),), -torch.inf)
     target_logit = scaled.new_zeros(len(scaled))
     kept = {}
     for i, block in enumerate(pieces.rows.blocks):
-        for j, (examples, _) in enumerate(pieces.parts_of(block)):
-            rows, length, logits, target, slope = pieces.logits(i, j)
-            target_logit[examples][target[0]] = logits[target]
-            top = logits.amax(1, keepdim=True)
-            share = logits.sub_(top).exp_()
-            lse[examples] = torch.logaddexp(lse[examples], share.sum(1).log_().add_(top[:, 0]))
-            if block.stop <= num_kept:
-                kept[i, j] = rows, length, share, top, target, slope
+        examples, _ = pieces.selection.uses_of(block)
+        rows, length, logits, target, slope = pieces.logits(i)
+        target_logit[examples][target[0]] = logits[target]
+        top = logits.amax(1, keepdim=True)
+        share = logits.sub_(top).exp_()
+        lse[examples] = torch.logaddexp(lse[examples], share.sum(1).log_().add_(top[:, 0]))
+        if block.stop <= num_kept:
+            kept[i] = rows, length, share, top, target, slope
     return lse, target_logit, kept
 
 
 class _Pieces:
     """The logits of a batch, in pieces: some examples against a block of the active rows.
 
-    Rows that all examples share are scored against all of them, a part of the examples at a time where each part has
-    offsets of its own. The other rows are scored against the examples of their part alone.
+    Rows that all examples share are scored against all of them, the rows of a part against its examples alone.
 
     scaled  (G, D)  features times the scale of the logits, in the order of the selection
     rows            ActiveRows of the head's selection
     """
 
     def __init__(self, scaled, labels, head):
-        self.scaled, self._head, selection = scaled, head, head.selection
+        self.scaled, self._head, self.selection = scaled, head, head.selection
         owned = head.shard.owns(labels)
         self._columns = torch.where(owned, labels - head.shard.first, -1)  # target classes among the active rows, or -1
-        if selection.active is not None:
-            shared = selection.active[: selection.num_shared]
+        if self.selection.active is not None:
+            shared = self.selection.active[: self.selection.num_shared]
             self._columns[owned] = torch.searchsorted(shared, self._columns[owned])
         if head.active_row_cache is None:
             head.active_row_cache = ActiveRows(head, len(labels))
         self.rows = head.active_row_cache
-        self._whole = [(slice(0, len(labels)), selection.offset)]
 
-    def parts_of(self, block):
-        """[(examples, offset), …] that a block of rows is scored against; offset (A,) of all active rows, or None."""
-        parts = self._head.selection.parts
-        if not parts:
-            return self._whole
-        return [(part.examples, part.offset) for part in parts
-                if block.start < self._head.selection.num_shared or part.owns(block)]
-
-    def logits(self, i, j):
-        """Of block i and the j-th part that it is scored against: rows (A, D), their lengths (A, 1), logits (N, A) with
-        the margin, the target logits' indices (examples, columns), and the slope of the margin at these."""
+    def logits(self, i):
+        """Of block i: rows (A, D), their lengths (A, 1), logits (N, A) with the margin, the target logits' indices
+        (examples, columns), and the slope of the margin at these."""
         head, block = self._head, self.rows.blocks[i]
         rows, length = self.rows.block(i)
-        examples, offset = self.parts_of(block)[j]
+        examples, offset = self.selection.uses_of(block)
         scaled = self.scaled[examples]
         logits = None
         if block.stop <= self.rows.num_kept:
             memory = head.memory("logits", self.rows.num_kept, len(self.scaled))
-            logits = memory[block].view(len(self.scaled), len(rows))[examples]
-        if offset is None or block.start >= head.selection.num_shared:
+            logits = memory[block].view(len(self.scaled), len(rows))[: len(scaled)]
+        if offset is None:
             logits = torch.mm(scaled, rows.T, out=logits)
         else:
-            logits = torch.addmm(offset[block], scaled, rows.T, out=logits)
+            logits = torch.addmm(offset, scaled, rows.T, out=logits)
         columns = self._columns[examples]
         here = ((columns >= block.start) & (columns < block.stop)).nonzero().squeeze(1)
         target = here, columns[here] - block.start
