@@ -131,12 +131,14 @@ class ScoredKnnHead(KnnHead):
 
     def _products(self, features, examples, ids):
         """Logits (E,) of some of the features (G, D), each with one row of this shard."""
-        products = []
-        for of_features, of_rows in zip(examples.split(_PAIRS), ids.split(_PAIRS), strict=True):
-            rows = self.weight.index_select(0, of_rows).to(self.compute_dtype)
-            length = torch.linalg.vector_norm(rows, dim=1).clamp_(min=1e-12) if self.cosine else 1.0
-            products.append(rows.mul_(features.index_select(0, of_features)).sum(1) / length)
-        return self.scale * torch.cat(products)
+        products, length = features.new_empty(2, len(ids)).unbind()
+        for first in range(0, len(ids), _PAIRS):
+            part = slice(first, first + _PAIRS)
+            rows = self.weight.index_select(0, ids[part]).to(self.compute_dtype)
+            if self.cosine:
+                torch.linalg.vector_norm(rows, dim=1, out=length[part])
+            torch.sum(rows.mul_(features.index_select(0, examples[part])), 1, out=products[part])
+        return self.scale * (products / length.clamp_(min=1e-12) if self.cosine else products)
 
     def _far(self, features, examples, classes, which, step):
         """Log of the sum of exp(logit) over the rows of this shard (G,) that an example has no pair with, estimated.
