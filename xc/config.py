@@ -73,7 +73,7 @@ class Config:
                         "probability (scores), or the nearest neighbours of the target classes, the paper's rule "
                         "(labels)", choices=SELECTS)
     near_parts: int = _flag("head", 0, "knn by scores: parts of similar examples into which a batch is cut, each with "
-                            "near classes of its own, a power of two; 0: from --active-classes and --global-batch",
+                            "active classes of its own, a power of two; 0: from --active-classes and --global-batch",
                             least=0, most=1024)
     near_share: float = _flag("head", 0.5, "knn, selective: share of the active classes, beside the target classes, "
                               "that are near; the rest is random", least=0, most=1)

@@ -41,7 +41,9 @@ def test_equals_the_dense_softmax_over_the_classes_of_each_part(world_size, mode
         loss, feature_grad, row_grad = step(head)
         rows = torch.zeros_like(head.weight).index_copy_(0, head.selection.active, row_grad)
         num_examples = sum(len(Shard.of(G, world.size, r)) for r in world.shard_ranks)
-        return loss, feature_grad, rows, dense_offsets(head, num_examples), len(head.selection.active)
+        mine = Shard.of(G, world.size, world.rank)
+        quality = head.selection_quality(*(given[mine.first : mine.last] for given in examples(C)))
+        return loss, feature_grad, rows, dense_offsets(head, num_examples), len(head.selection.active), quality
 
     ranks = run_ranks(world_size, body, model_parallel_size)
     copies = [ranks[i : i + model_parallel_size] for i in range(0, world_size, model_parallel_size)]
@@ -57,6 +59,9 @@ def test_equals_the_dense_softmax_over_the_classes_of_each_part(world_size, mode
     torch.testing.assert_close(torch.cat([r[2] for r in copies[0]]), rows.grad, rtol=1e-9, atol=1e-11)
     per_example = (offsets > -torch.inf).sum(1)
     assert (per_example <= 31 + world_size).all() and (parts == 1 or ranks[0][4] * world_size > 31)
+    assert ranks[0][5]["active_per_example"] == pytest.approx(per_example.double().mean().item())
+    gap = torch.logsumexp(logits + offsets, 1) - torch.logsumexp(logits, 1)
+    assert ranks[0][5]["loss_gap"] == pytest.approx(gap.mean().item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("num_classes, correction", [(3, True), (37, True), (37, False)])
@@ -175,7 +180,7 @@ def test_parts_of_a_config():
         return near_parts(Config(data="d", out="o", head="knn", **flags), 5000)
 
     assert of(near_parts=2) == 2
-    assert of(active_classes=1.0) == 1 and of(active_classes=0.1, global_batch=64) == 4
-    assert of(active_classes=0.1, global_batch=64, micro_batches=2) == 2
+    assert of(active_classes=1.0) == 1 and of(active_classes=0.1, global_batch=64) == 8
+    assert of(active_classes=0.1, global_batch=64, micro_batches=2) == 4
     with pytest.raises(UserError, match="--near-parts 3"):
         of(near_parts=3)

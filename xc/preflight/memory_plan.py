@@ -130,7 +130,8 @@ class _HeadSize:
     cfg: object
     num_shards: int
     num_rows: int  # S
-    num_active: int  # A
+    num_active: int  # A, rows of several parts as often
+    num_parts: int  # of a batch, with active rows of their own
     num_classes: int
     num_neighbors: int
 
@@ -139,10 +140,8 @@ class _HeadSize:
         settings = heads.head_class(cfg).settings(cfg, num_classes)
         num_rows = len(Shard.of(num_classes, num_shards, 0))
         quota = len(Shard.of(settings.get("active_classes", num_classes), num_shards, 0))
-        near_of_parts = math.ceil((settings.get("near_parts", 1) - 1) * settings.get("near_share", 0) * quota)
-        return cls(cfg, num_shards, num_rows,
-                   min(num_rows, quota + near_of_parts), num_classes,
-                   settings.get("num_neighbors", 0))
+        parts = settings.get("near_parts", 1)
+        return cls(cfg, num_shards, num_rows, quota * parts, parts, num_classes, settings.get("num_neighbors", 0))
 
     @property
     def table(self):
@@ -153,10 +152,10 @@ class _HeadSize:
         return self.table if self.cfg.head_momentum else 0
 
     def gradients(self, max_accumulation_steps):
-        """In float32. With several accumulation steps, the gradients of all their active classes are kept, too."""
+        """In float32. With several accumulation steps or parts, the sum over them of all their rows is kept, too."""
         by_scores = self.cfg.head == "knn" and self.cfg.select == "scores"  # has a selection for each micro-batch
         max_accumulation_steps *= self.cfg.micro_batches if by_scores else 1
-        several = max_accumulation_steps > 1
+        several = max_accumulation_steps > 1 or self.num_parts > 1
         accumulated = min(self.num_rows, max_accumulation_steps * self.num_active) if several else 0
         return 4 * self.cfg.feature_dim * (self.num_active + accumulated)
 
