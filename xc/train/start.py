@@ -113,8 +113,8 @@ class Start:
         self._length = self._set_length()
         self._say(f"init: backbone and class rows of {saved.run}, {saved.folder.name}")
         if cfg.lr >= _FRESH_RATES.get(cfg.optimizer, math.inf) and self._world.rank == 0:
-            print(f"warning: --lr {cfg.lr:g} is a rate for random weights, and throws trained ones about: give a lower "
-                  "one, as recipes/grow.args does", file=sys.stderr, flush=True)
+            print(f"warning: --lr {cfg.lr:g} is a rate for random weights, and throws trained ones about: give "
+                  "@recipes/grow.args, or a lower one", file=sys.stderr, flush=True)
 
     def _list_gone(self, path):
         """Write the names of the old classes that are in no shard; returns their number."""
