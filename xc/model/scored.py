@@ -15,6 +15,7 @@ _FAR_ROWS = 64  # random rows that stand for all that are no candidates in an ex
 _BEST, _PLACES = 3, 12  # of an example's candidates the best, whose nearest neighbours are candidates as well
 _PAIRS = 512  # candidates that are scored at a time, so that their rows stay in the cache
 _NEAR_OF_EXAMPLE, _LEAST_EXAMPLES = 32, 8  # near classes for each example that parts aim at; examples of a part
+_NO_CLASS = 2**62  # fills up rows of local ids
 _LEAST_FAR = 4  # drawn classes of a shard from which on candidates are drawn by their scores
 
 
@@ -81,35 +82,33 @@ class ScoredKnnHead(KnnHead):
         step, number = divmod(self._current, self._per_accumulation_step)
         step = self.step + step + (number << 32)
         part_of = similar_parts(features, self.near_parts)
-        classes, is_target, scores = self._scores(features, labels, part_of, step)
-        generator = self._generator(step)
-        chosen = [self._near_and_drawn(classes, is_target, of_part, generator) for of_part in scores]
-        targets, chosen = self._of_first_replica(classes[is_target], chosen)
+        targets, candidates, scores = self._scores(features, labels, part_of, step)
+        chosen = self._near_and_drawn(targets, candidates, scores, step)
+        targets, chosen = self._of_first_replica(targets, chosen)
         return self._joined(targets, chosen, part_of[own])
 
     def _scores(self, features, labels, part_of, step):
-        """Target classes and candidates of this shard, `classes` (U,), local ids, ascending; a mask of the target
-        classes (U,); and scores (P, U): the sum of a candidate's probabilities over the examples of each part, 0 of a
-        target class. Collective.
+        """Target classes (T,) of this shard, local ids, ascending; the candidates (P, K) of each part that are none,
+        ascending, filled up with _NO_CLASS; and their scores (P, K), the sums of their probabilities over the examples
+        of the part. Collective.
 
         features, labels, part_of  (G, D), (G,), (G,)  of all replicas
         """
-        examples, logits, classes, which = self._pairs(features, labels)
+        examples, logits, parts, classes, which = self._pairs(features, labels, part_of)
         lse = torch.logaddexp(_logsumexp_by(examples, logits, len(labels)),
                               self._far(features, examples, classes, which, step))
         probability = (logits - group_logsumexp(lse, self.world.shards)[examples]).exp_()
-        scores = probability.new_zeros(self.near_parts * len(classes))
-        scores.index_add_(0, part_of[examples] * len(classes) + which, probability)
-        targets = labels[self.shard.owns(labels)] - self.shard.first
-        is_target = torch.zeros_like(classes, dtype=torch.bool)
-        is_target[torch.searchsorted(classes, targets)] = True
-        return classes, is_target, scores.view(self.near_parts, -1).masked_fill_(is_target, 0)
+        scores = probability.new_zeros(len(classes)).index_add_(0, which, probability)
+        targets = torch.unique(labels[self.shard.owns(labels)] - self.shard.first)
+        others = (~_places_in(targets, classes)[1]).nonzero().squeeze(1)
+        candidates, scores = _padded(parts[others], self.near_parts, (classes[others], _NO_CLASS), (scores[others], 0))
+        return targets, candidates, scores
 
-    def _pairs(self, features, labels):
+    def _pairs(self, features, labels, part_of):
         """Pairs of an example and a class of this shard that is its target class or a candidate of it, each once.
 
-        returns  examples (E,); logits (E,); the classes of all pairs (U,), local ids, ascending; and the place (E,) of
-                 each pair's class among them
+        returns  examples (E,); logits (E,); parts (U,) and classes (U,), local ids, of all pairs of the examples of a
+                 part, ascending; and the place (E,) of each pair's part and class among them
         """
         owned = self.shard.owns(labels).nonzero().squeeze(1)
         of_near, near, _ = self._neighbors(labels)
@@ -122,13 +121,15 @@ class ScoredKnnHead(KnnHead):
         ids = torch.cat([ids, further[nearest]])
         # Sorting is what costs here, so one sort serves the pairs and their classes. Of equal pairs, which are next to
         # each other, the first remains: its logit may be known already.
-        pairs, order = (ids * len(labels) + examples).sort(stable=True)
+        num_rows = len(self.weight)
+        pairs, order = ((part_of[examples] * num_rows + ids) * len(labels) + examples).sort(stable=True)
         order = order[F.pad(pairs.diff(), (1, 0), value=1).nonzero().squeeze(1)] if len(order) else order
         new = (order >= len(logits)).nonzero().squeeze(1)
         examples, ids = examples[order], ids[order]
         logits = F.pad(logits, (0, len(nearest)))[order]
         logits[new] = self._products(features, examples[new], ids[new])
-        return examples, logits, *torch.unique_consecutive(ids, return_inverse=True)
+        classes, which = torch.unique_consecutive(part_of[examples] * num_rows + ids, return_inverse=True)
+        return examples, logits, classes // max(1, num_rows), classes % max(1, num_rows), which
 
     def _neighbors(self, labels):
         """As KnnGraph.lookup; no neighbours before the first build."""
@@ -161,47 +162,57 @@ class ScoredKnnHead(KnnHead):
         logits[examples[paired], place[which[paired]]] = -torch.inf
         return logits.logsumexp(1) + math.log(num_rows / len(rows))
 
-    def _near_and_drawn(self, classes, is_target, scores, generator):
-        """The classes of a part, beside the target classes: local ids (R,) and what is added to their logits (R,).
+    def _near_and_drawn(self, targets, candidates, scores, step):
+        """[(local ids (R,), what is added to their logits (R,)), …] of each part, beside the target classes.
 
-        classes, is_target, scores  (U,), (U,), (U,)  of `_scores`, of this part
+        targets, candidates, scores  (T,), (P, K), (P, K)  of `_scores`
         """
-        num_rows, num_targets = len(self.weight), int(is_target.sum())
-        quota = max(self.quota, min(num_rows, num_targets + self.sampling_correction))
-        room = quota - num_targets
+        num_rows = len(self.weight)
+        quota = max(self.quota, min(num_rows, len(targets) + self.sampling_correction))
+        room = quota - len(targets)
         one_random = self.sampling_correction and quota < num_rows  # at least one, which stands for the others
-        num_near = min(int(self.near_share * room), room - one_random, len(classes) - num_targets)
-        near = scores.topk(max(0, num_near), sorted=False).indices
-        near = near[scores[near] > 0]
-        certain = is_target.index_fill(0, near, True)
-        drawn, share = self._draw_by_score(classes, certain, scores, room - len(near), generator)
-        offset = torch.cat([share.new_zeros(len(near)), -share.log()])
-        return torch.cat([classes[near], drawn]), offset.to(self.compute_dtype)
+        num_near = min(int(self.near_share * room), room - one_random, candidates.shape[1])
+        best = scores.topk(max(0, num_near), dim=1, sorted=False).indices
+        near = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True) & (scores > 0)
+        counts, generator = room - near.sum(1), self._generator(step)
+        if self.sampling_correction and quota < num_rows and counts.min() >= _LEAST_FAR:
+            return self._drawn_by_score(targets, candidates, near, scores, counts, generator)
+        chosen = []
+        for ids, count in zip((of_part[mask] for of_part, mask in zip(candidates, near, strict=True)), counts.tolist(),
+                              strict=True):
+            drawn, sizes = self._draw(torch.cat([targets, ids]).sort().values, count, generator)
+            chosen.append((torch.cat([ids, drawn]), F.pad(sizes.to(self.compute_dtype).log(), (len(ids), 0))))
+        return chosen
 
-    def _draw_by_score(self, classes, certain, scores, count, generator):
-        """`count` classes that are not certain, drawn at random: local ids (R,) and their probabilities π (R,).
+    def _drawn_by_score(self, targets, candidates, near, scores, counts, generator):
+        """What `_near_and_drawn` returns, with candidates drawn by their scores.
 
-        classes, scores  (U,), (U,)  of `_scores`, of one part
-        certain          (U,)        a mask of the classes that are active anyway
+        near    (P, K)  mask of the near classes of each part
+        counts  (P,)    classes to draw for each part
         """
-        some = (~certain).nonzero().squeeze(1)
-        num_others = len(self.weight) - len(classes)
-        all_drawn = count == len(some) + num_others
-        if all_drawn or not self.sampling_correction or count < _LEAST_FAR or not len(some):
-            drawn, sizes = self._draw(classes[certain], count, generator)
-            return drawn, 1 / sizes.to(scores.dtype)
-        scores = scores[some].double()
-        equal = count / (len(some) + num_others)
-        share = (count / 2 * scores / scores.sum().clamp_(min=1e-300) + equal / 2).clamp_(max=1)
-        share *= min(1.0, (count - (num_others > 0)) / share.sum().item())  # one at least is left for the others
-        # The sum is rounded down or up to the number drawn: it must leave no more to the others than there are.
-        lacking = (count - num_others - share.sum()).clamp_(min=0)
-        share += (1 - share) * (lacking / (1 - share).sum().clamp_(min=1e-300))
-        ends = share.cumsum(0) + generator.random()
-        hit = (ends.floor() > (ends - share).floor()).nonzero().squeeze(1)
-        drawn, share = classes[some[hit]], share[hit]
-        others, sizes = self._draw(classes, min(num_others, count - len(hit)), generator)
-        return torch.cat([drawn, others]), torch.cat([share, 1 / sizes.double()]).to(self.compute_dtype)
+        exists = candidates < _NO_CLASS
+        some = exists & ~near  # candidates that can be drawn
+        num_others = len(self.weight) - len(targets) - exists.sum(1, keepdim=True)  # (P, 1)
+        scores, counts = (scores * some).double(), counts[:, None].double()
+        equal = counts / (some.sum(1, keepdim=True) + num_others)
+        share = some * (counts / 2 * scores / scores.sum(1, keepdim=True).clamp_(min=1e-300) + equal / 2).clamp_(max=1)
+        # One at least is left for the others. The sum is rounded down or up to the number drawn: it must leave no more
+        # to the others than there are.
+        most, total = counts - num_others.clamp(max=1), share.sum(1, keepdim=True).clamp_(min=1e-300)
+        share *= (most / total).clamp_(max=1)
+        lacking = (counts - num_others - share.sum(1, keepdim=True)).clamp_(min=0)
+        share += some * (1 - share) * (lacking / (some * (1 - share)).sum(1, keepdim=True).clamp_(min=1e-300))
+        ends = share.cumsum(1) + torch.from_numpy(generator.random((len(share), 1))).to(share.device)
+        hit = ends.floor() > (ends - share).floor()
+        counts = torch.minimum((counts - hit.sum(1, keepdim=True)).long(), num_others)
+        known = torch.cat([targets.expand(len(share), -1), candidates], 1).sort(1).values
+        others, sizes = _from_strata(known, counts, num_others, generator)
+        share[near] = 1
+        taken, chosen = near | hit, []
+        for i, count in enumerate(counts[:, 0].tolist()):
+            offset = torch.cat([-share[i, taken[i]].log(), sizes[i, :count].double().log()]).to(self.compute_dtype)
+            chosen.append((torch.cat([candidates[i, taken[i]], others[i, :count]]), offset))
+        return chosen
 
     def _of_first_replica(self, targets, chosen):
         """Target classes and [(ids, offsets), …] of the parts, as the first replica of this shard found. Collective."""
@@ -296,12 +307,35 @@ def _best_of_each(index, values, count):
     """Positions of the `count` highest of the values (E,) with each index (E,), which ascends."""
     if not len(index):
         return index
+    (table,) = _padded(index, int(index[-1]) + 1, (values, -torch.inf))
     counts = index.bincount()
-    begins = counts.cumsum(0) - counts
-    table = values.new_full((len(counts), int(counts.max())), -torch.inf)
-    table[index, torch.arange(len(index), device=index.device) - begins[index]] = values
     best = table.topk(min(count, table.shape[1]), dim=1).indices
-    return (begins[:, None] + best)[best < counts[:, None]]
+    return ((counts.cumsum(0) - counts)[:, None] + best)[best < counts[:, None]]
+
+
+def _padded(index, size, *columns):
+    """Of each (values (E,), fill): a table (size, K) with the values of each index, which ascends, in a row, in their
+    order, filled up to the longest row."""
+    counts = index.bincount(minlength=size)
+    place = torch.arange(len(index), device=index.device) - (counts.cumsum(0) - counts)[index]
+    tables = [values.new_full((size, int(counts.max())), fill) for values, fill in columns]
+    for table, (values, _) in zip(tables, columns, strict=True):
+        table[index, place] = values
+    return tables
+
+
+def _from_strata(known, counts, num_others, generator):
+    """As SampledHead._draw, for P parts at once: local ids (P, R), ascending, and the sizes of their strata (P, R).
+
+    known               (P, N)  ascending, the classes that are not drawn, filled up with _NO_CLASS
+    counts, num_others  (P, 1)  classes to draw; beyond the count of a part, a row means nothing. And those to draw from
+    """
+    edges = torch.arange(int(counts.max()) + 1, device=counts.device) * num_others // counts.clamp(min=1)
+    sizes = edges.diff()
+    uniform = torch.from_numpy(generator.random(tuple(sizes.shape))).to(sizes.device)
+    index = edges[:, :-1] + (uniform * sizes).long()  # among the classes that are not known
+    before = torch.searchsorted(known - torch.arange(known.shape[1], device=known.device), index, right=True)
+    return index + before, sizes
 
 
 def _places_in(ids, wanted):

@@ -48,7 +48,8 @@ class ShardedSoftmax(torch.autograd.Function):
             else:
                 rows, length, logits, target, slope = pieces.logits(i)
                 error = logits.sub_(lse[examples, None]).exp_()
-            error[target] = (error[target] - 1) * slope
+            if len(slope):
+                error[target] = (error[target] - 1) * slope
             feature_grad[examples].addmm_(error, rows)
             torch.addmm(rows_grad, error.T, scaled_mean[examples], beta=0 if first else 1, out=rows_grad)
             if head.cosine and last:  # the length of a row changes no logit: drop the gradient along the row
@@ -74,7 +75,8 @@ def _log_sum_exp(pieces):
     for i, block in enumerate(pieces.rows.blocks):
         examples, _ = pieces.selection.uses_of(block)
         rows, length, logits, target, slope = pieces.logits(i)
-        target_logit[examples][target[0]] = logits[target]
+        if len(slope):
+            target_logit[examples][target[0]] = logits[target]
         top = logits.amax(1, keepdim=True)
         share = logits.sub_(top).exp_()
         lse[examples] = torch.logaddexp(lse[examples], share.sum(1).log_().add_(top[:, 0]))
@@ -119,6 +121,8 @@ class _Pieces:
         else:
             logits = torch.addmm(offset, scaled, rows.T, out=logits)
         columns = self._columns[examples]
+        if self.selection.parts and block.start >= self.selection.num_shared:  # no target class is there
+            return rows, length, logits, (columns[:0], columns[:0]), logits[:0, 0]
         here = ((columns >= block.start) & (columns < block.stop)).nonzero().squeeze(1)
         target = here, columns[here] - block.start
         logits[target], slope = head.with_margin(logits[target])
