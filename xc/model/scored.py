@@ -178,8 +178,8 @@ class ScoredKnnHead(KnnHead):
         if self.sampling_correction and quota < num_rows and counts.min() >= _LEAST_FAR:
             return self._drawn_by_score(targets, candidates, near, scores, counts, generator)
         chosen = []
-        for ids, count in zip((of_part[mask] for of_part, mask in zip(candidates, near, strict=True)), counts.tolist(),
-                              strict=True):
+        for of_part, its_near, count in zip(candidates, near, counts.tolist(), strict=True):
+            ids = of_part[its_near]
             drawn, sizes = self._draw(torch.cat([targets, ids]).sort().values, count, generator)
             chosen.append((torch.cat([ids, drawn]), F.pad(sizes.to(self.compute_dtype).log(), (len(ids), 0))))
         return chosen
