@@ -59,6 +59,7 @@ def test_equals_the_dense_softmax_over_the_classes_of_each_part(world_size, mode
     torch.testing.assert_close(torch.cat([r[2] for r in copies[0]]), rows.grad, rtol=1e-9, atol=1e-11)
     per_example = (offsets > -torch.inf).sum(1)
     assert (per_example <= 31 + world_size).all() and (parts == 1 or ranks[0][4] * world_size > 31)
+    assert ranks[0][5]["active"] == (offsets > -torch.inf).any(0).sum() or model_parallel_size < world_size
     assert ranks[0][5]["active_per_example"] == pytest.approx(per_example.double().mean().item())
     gap = torch.logsumexp(logits + offsets, 1) - torch.logsumexp(logits, 1)
     assert ranks[0][5]["loss_gap"] == pytest.approx(gap.mean().item(), abs=1e-6)

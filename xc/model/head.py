@@ -260,7 +260,8 @@ class Head:
                   loss_gap, the mean loss less that of the full softmax, without margins
         """
         group, selection = self.world.shards, self.selections[0]
-        num_active = group.all_reduce(torch.tensor([self._num_active(selection)], device=labels.device)).item()
+        num_active = len(torch.unique(selection.active)) if selection.parts else self._num_active(selection)
+        num_active = group.all_reduce(torch.tensor([num_active], device=labels.device)).item()
         if selection.active is None:
             return {"active": num_active}
         part_of = selection.parts_of_examples(len(labels))
