@@ -184,3 +184,5 @@ def test_parts_of_a_config():
     assert of(active_classes=0.1, global_batch=64, micro_batches=2) == 4
     with pytest.raises(UserError, match="--near-parts 3"):
         of(near_parts=3)
+    with pytest.raises(UserError, match="--near-parts 64 is not allowed: a micro-batch has 32 examples"):
+        of(near_parts=64, global_batch=64, micro_batches=2)

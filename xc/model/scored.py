@@ -269,13 +269,16 @@ def similar_parts(features, num_parts):
 
 
 def near_parts(cfg, num_classes):
-    """P of a Config; UserError where it is no power of two."""
+    """P of a Config; UserError where it is no power of two, or more than a micro-batch has examples."""
     if cfg.near_parts & (cfg.near_parts - 1):
         raise UserError(f"--near-parts {cfg.near_parts} is not allowed: give 1, 2, 4, 8, … or 0 for a choice by "
                         "--active-classes and --global-batch")
+    batch = cfg.global_batch // cfg.micro_batches
+    if cfg.near_parts > batch:
+        raise UserError(f"--near-parts {cfg.near_parts} is not allowed: a micro-batch has {batch} examples, and a part "
+                        "without any costs as much as another")
     if cfg.near_parts:
         return cfg.near_parts
-    batch = cfg.global_batch // cfg.micro_batches
     active, parts = budget(cfg, num_classes), 1
     if active == num_classes:
         return 1
