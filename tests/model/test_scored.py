@@ -60,6 +60,7 @@ def test_equals_the_dense_softmax_over_the_classes_of_each_part(world_size, mode
     per_example = (offsets > -torch.inf).sum(1)
     assert (per_example <= 31 + world_size).all() and (parts == 1 or ranks[0][4] * world_size > 31)
     assert ranks[0][5]["active_per_example"] == pytest.approx(per_example.double().mean().item())
+    assert ranks[0][5]["active"] == sum(r[4] for r in copies[0]) <= C  # a class of two parts counts once
     gap = torch.logsumexp(logits + offsets, 1) - torch.logsumexp(logits, 1)
     assert ranks[0][5]["loss_gap"] == pytest.approx(gap.mean().item(), abs=1e-6)
 

@@ -260,7 +260,9 @@ class Head:
                   loss_gap, the mean loss less that of the full softmax, without margins
         """
         group, selection = self.world.shards, self.selections[0]
-        num_active = group.all_reduce(torch.tensor([self._num_active(selection)], device=labels.device)).item()
+        # Two parts of a batch can have the same class: it counts once.
+        own = self._num_active(selection) if not selection.parts else len(selection.active.unique())
+        num_active = group.all_reduce(torch.tensor([own], device=labels.device)).item()
         if selection.active is None:
             return {"active": num_active}
         part_of = selection.parts_of_examples(len(labels))
