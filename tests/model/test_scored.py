@@ -165,6 +165,15 @@ def test_near_classes_have_the_highest_probabilities_of_the_examples_of_their_pa
             assert (offsets[part_of == part][:, best] == 0).all()
 
 
+def test_few_examples_of_a_part_have_large_blocks():
+    """Logits of 13 numbers at most: one row for 11 examples, two for those of a part, since D is 5."""
+    head = a_head(World(), near_parts=8, logits_mb=1e-4)
+    step(head)
+    num_shared = head.selections[0].num_shared
+    sizes = {(block.stop <= num_shared, block.stop - block.start) for block in head.active_row_cache.blocks}
+    assert (False, 2) in sizes and {size for shared, size in sizes if shared} == {1}
+
+
 def test_parts_are_near_equal_similar_and_the_same_in_any_type():
     features = F.normalize(torch.randn(37, 16, generator=torch.Generator().manual_seed(1)))
     part_of = similar_parts(features, 4)
