@@ -148,6 +148,20 @@ def test_copies_of_the_classifier_choose_alike(parts):
         torch.testing.assert_close(one[:2], two[:2], rtol=1e-10, atol=1e-12)
 
 
+def test_the_first_copy_decides_where_rounding_parts_them():
+    def body(world):
+        head = a_head(world)
+        if world.replicas.rank == 1:
+            of_class = head._scores
+            head._scores = lambda *given: (*(found := of_class(*given))[:2], found[2].flip(1))
+        _, _, row_grad = step(head)
+        return head.selection.active, row_grad
+
+    ranks = run_ranks(4, body, 2)
+    for one, two in zip(ranks[:2], ranks[2:], strict=True):
+        assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+
+
 def test_near_classes_have_the_highest_probabilities_of_the_examples_of_their_part():
     """Where every class is a candidate, with one part and several, against the dense softmax."""
     features, labels = examples(C)
@@ -163,6 +177,80 @@ def test_near_classes_have_the_highest_probabilities_of_the_examples_of_their_pa
         for part in range(parts):
             best = probability[part_of == part].sum(0).topk(near).indices
             assert (offsets[part_of == part][:, best] == 0).all()
+
+
+@pytest.mark.parametrize("world_size, model_parallel_size", WORLDS)
+def test_scores_are_sums_of_the_probabilities_of_the_dense_softmax(world_size, model_parallel_size):
+    """A shard has fewer rows than stand for all that are no candidates, so nothing is estimated."""
+    features, labels = examples(C)
+    unit = F.normalize(features)
+    rows = F.normalize(initial_rows(Shard(0, C), D, SEED, torch.float64))
+    probability, part_of = (SCALE * unit @ rows.T).softmax(1), similar_parts(unit, 2)
+
+    def body(world):
+        head = a_head(world, near_parts=2, num_neighbors=5)
+        head.refresh(0, due=True)
+        classes, is_target, scores = head._scores(unit, labels, part_of, 0)
+        pairs, _, _, which = head._pairs(unit, labels)
+        ids = classes[which] + head.shard.first
+        expected = torch.zeros_like(scores).index_put_((part_of[pairs], which), probability[pairs, ids], accumulate=True)
+        assert torch.equal(is_target, torch.isin(classes + head.shard.first, labels))
+        torch.testing.assert_close(scores, expected.masked_fill(is_target, 0), rtol=1e-9, atol=1e-12)
+
+    run_ranks(world_size, body, model_parallel_size)
+
+
+def test_candidates_are_neighbours_and_the_nearest_neighbours_of_the_best_three():
+    features, labels = examples(C)
+    head = a_head(World(), num_neighbors=14)
+    head.refresh(0, due=True)
+    unit = F.normalize(features)
+    logits = unit @ F.normalize(head.weight).T
+    near = head.graph.lookup(torch.arange(C))[1].view(C, 14)  # the nearest first
+    pairs, found, classes, which = head._pairs(unit, labels)
+    for i, label in enumerate(labels):
+        best = near[label][logits[i, near[label]].topk(3).indices]
+        expected = torch.cat([label[None], near[label], near[best, :12].flatten()]).unique()
+        assert torch.equal(classes[which[pairs == i]], expected)
+        torch.testing.assert_close(found[pairs == i], SCALE * logits[i, expected])
+
+
+def test_random_rows_stand_for_the_others():
+    """The mean over draws of 64 rows of 300 is the sum over all rows that an example has no pair with."""
+    unit, labels = F.normalize(examples(300)[0]), examples(300)[1]
+    head = a_head(World(), 100, 300)
+    head.refresh(0, due=True)
+    pairs, _, classes, which = head._pairs(unit, labels)
+    full = (SCALE * unit @ F.normalize(head.weight).T).exp()
+    full[pairs, classes[which]] = 0
+    found = torch.stack([head._far(unit, pairs, classes, which, at) for at in range(400)]).exp()
+    assert ((found.mean(0) - full.sum(1)).abs() < 5 * found.std(0) / 20).all()
+
+
+def test_probabilities_of_drawn_classes_follow_their_scores():
+    """Half by scores, half evenly; each class comes as often as its π says."""
+    head, draws, scores = a_head(World()), 2000, torch.arange(1.0, 21, dtype=torch.float64)
+    classes, certain = torch.arange(20), torch.zeros(20, dtype=torch.bool)
+    expected = 12 / 2 * scores / scores.sum() + 12 / C / 2
+    times = torch.zeros(20, dtype=torch.float64)
+    for at in range(draws):
+        drawn, share = head._draw_by_score(classes, certain, scores, 12, head._generator(at))
+        assert len(drawn) == 12
+        drawn, share = drawn[drawn < 20], share[drawn < 20]
+        torch.testing.assert_close(share, expected[drawn])
+        times[drawn] += 1
+    assert ((times / draws - expected).abs() < 5 * (expected * (1 - expected) / draws).sqrt()).all()
+
+
+def test_micro_batches_draw_other_classes():
+    features, labels = examples(C)
+    head = a_head(World(), near_parts=1)
+    head.select(labels.repeat(2), 0, micro_batches=2)
+    for i in range(2):
+        head.use_selection(i)
+        head(features, labels, 2 * G)
+    one, two = head.selections
+    assert not torch.equal(one.active, two.active)
 
 
 def test_few_examples_of_a_part_have_large_blocks():
