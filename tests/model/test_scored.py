@@ -59,8 +59,8 @@ def test_equals_the_dense_softmax_over_the_classes_of_each_part(world_size, mode
     torch.testing.assert_close(torch.cat([r[2] for r in copies[0]]), rows.grad, rtol=1e-9, atol=1e-11)
     per_example = (offsets > -torch.inf).sum(1)
     assert (per_example <= 31 + world_size).all() and (parts == 1 or ranks[0][4] * world_size > 31)
-    assert ranks[0][5]["active"] == (offsets > -torch.inf).any(0).sum() or model_parallel_size < world_size
     assert ranks[0][5]["active_per_example"] == pytest.approx(per_example.double().mean().item())
+    assert ranks[0][5]["active"] == sum(r[4] for r in copies[0]) <= C  # a class of two parts counts once
     gap = torch.logsumexp(logits + offsets, 1) - torch.logsumexp(logits, 1)
     assert ranks[0][5]["loss_gap"] == pytest.approx(gap.mean().item(), abs=1e-6)
 
@@ -148,6 +148,20 @@ def test_copies_of_the_classifier_choose_alike(parts):
         torch.testing.assert_close(one[:2], two[:2], rtol=1e-10, atol=1e-12)
 
 
+def test_the_first_copy_decides_where_rounding_parts_them():
+    def body(world):
+        head = a_head(world)
+        if world.replicas.rank == 1:
+            of_class = head._scores
+            head._scores = lambda *given: (*(found := of_class(*given))[:2], found[2].flip(0))
+        _, _, row_grad = step(head)
+        return head.selection.active, row_grad
+
+    ranks = run_ranks(4, body, 2)
+    for one, two in zip(ranks[:2], ranks[2:], strict=True):
+        assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+
+
 def test_near_classes_have_the_highest_probabilities_of_the_examples_of_their_part():
     """Where every class is a candidate, with one part and several, against the dense softmax."""
     features, labels = examples(C)
@@ -163,6 +177,102 @@ def test_near_classes_have_the_highest_probabilities_of_the_examples_of_their_pa
         for part in range(parts):
             best = probability[part_of == part].sum(0).topk(near).indices
             assert (offsets[part_of == part][:, best] == 0).all()
+
+
+@pytest.mark.parametrize("world_size, model_parallel_size", WORLDS)
+def test_scores_are_sums_of_the_probabilities_of_the_dense_softmax(world_size, model_parallel_size):
+    """A shard has fewer rows than stand for all that are no candidates, so nothing is estimated."""
+    features, labels = examples(C)
+    unit = F.normalize(features)
+    rows = F.normalize(initial_rows(Shard(0, C), D, SEED, torch.float64))
+    probability, part_of = (SCALE * unit @ rows.T).softmax(1), similar_parts(unit, 2)
+
+    def body(world):
+        head = a_head(world, near_parts=2, num_neighbors=5)
+        head.refresh(0, due=True)
+        targets, candidates, scores = head._scores(unit, labels, part_of, 0)
+        assert torch.equal(targets + head.shard.first, labels[head.shard.owns(labels)].unique())
+        pairs, _, parts, classes, which = head._pairs(unit, labels, part_of)
+        assert torch.equal(part_of[pairs], parts[which])
+        expected = torch.zeros(2, len(head.weight), dtype=torch.float64).index_put_(
+            (parts[which], classes[which]), probability[pairs, classes[which] + head.shard.first], accumulate=True)
+        expected[:, targets] = 0
+        for of_part, ids, its_scores in zip(expected, candidates, scores, strict=True):
+            exists = ids < len(head.weight)
+            found = torch.zeros_like(of_part).index_put_((ids[exists],), its_scores[exists])
+            assert (ids[exists].diff() > 0).all() and (its_scores[~exists] == 0).all()
+            torch.testing.assert_close(found, of_part, rtol=1e-9, atol=1e-12)
+
+    run_ranks(world_size, body, model_parallel_size)
+
+
+def test_candidates_are_neighbours_and_the_nearest_neighbours_of_the_best_three():
+    features, labels = examples(C)
+    head = a_head(World(), num_neighbors=14)
+    head.refresh(0, due=True)
+    unit = F.normalize(features)
+    logits = unit @ F.normalize(head.weight).T
+    near = head.graph.lookup(torch.arange(C))[1].view(C, 14)  # the nearest first
+    pairs, found, _, classes, which = head._pairs(unit, labels, torch.zeros_like(labels))
+    for i, label in enumerate(labels):
+        best = near[label][logits[i, near[label]].topk(3).indices]
+        expected = torch.cat([label[None], near[label], near[best, :12].flatten()]).unique()
+        assert torch.equal(classes[which[pairs == i]], expected)
+        torch.testing.assert_close(found[pairs == i], SCALE * logits[i, expected])
+
+
+def test_random_rows_stand_for_the_others():
+    """The mean over draws of 64 rows of 300 is the sum over all rows that an example has no pair with."""
+    unit, labels = F.normalize(examples(300)[0]), examples(300)[1]
+    head = a_head(World(), 100, 300)
+    head.refresh(0, due=True)
+    pairs, _, _, classes, which = head._pairs(unit, labels, similar_parts(unit, 4))
+    full = (SCALE * unit @ F.normalize(head.weight).T).exp()
+    full[pairs, classes[which]] = 0
+    found = torch.stack([head._far(unit, pairs, classes, which, at) for at in range(400)]).exp()
+    assert ((found.mean(0) - full.sum(1)).abs() < 5 * found.std(0) / 20).all()
+
+
+def test_probabilities_of_drawn_classes_follow_their_scores():
+    """Half by scores, half evenly; a class of a part comes as often as its π says. One part has fewer candidates."""
+    head, draws, targets = a_head(World()), 2000, torch.tensor([3, 30])
+    candidates = torch.stack([torch.arange(4, 24), torch.arange(31, 51)])
+    candidates[1, 15:] = 2**62
+    scores = torch.arange(1.0, 41, dtype=torch.float64).view(2, 20) * (candidates < C)
+    expected = 12 / 2 * scores / scores.sum(1, keepdim=True) + 12 / (C - 2) / 2
+    times = torch.zeros(2, C, dtype=torch.float64)
+    for at in range(draws):
+        chosen = head._drawn_by_score(targets, candidates, candidates < 0, scores, torch.tensor([12, 12]),
+                                      head._generator(at))
+        for i, (drawn, offset) in enumerate(chosen):
+            assert len(drawn) == len(drawn.unique()) == 12 and not torch.isin(targets, drawn).any()
+            times[i, drawn] += 1
+            place = torch.searchsorted(candidates[i], drawn).clamp(max=19)
+            known = candidates[i][place] == drawn
+            torch.testing.assert_close(offset[known], -expected[i, place[known]].log())
+    for i, ids in enumerate(candidates):
+        share, found = expected[i, ids < C], times[i, ids[ids < C]] / draws
+        assert ((found - share).abs() < 5 * (share * (1 - share) / draws).sqrt()).all()
+
+
+def test_micro_batches_draw_other_classes():
+    features, labels = examples(C)
+    head = a_head(World(), near_parts=1)
+    head.select(labels.repeat(2), 0, micro_batches=2)
+    for i in range(2):
+        head.use_selection(i)
+        head(features, labels, 2 * G)
+    one, two = head.selections
+    assert not torch.equal(one.active, two.active)
+
+
+def test_few_examples_of_a_part_have_large_blocks():
+    """Logits of 13 numbers at most: one row for 11 examples, two for those of a part, since D is 5."""
+    head = a_head(World(), near_parts=8, logits_mb=1e-4)
+    step(head)
+    num_shared = head.selections[0].num_shared
+    sizes = {(block.stop <= num_shared, block.stop - block.start) for block in head.active_row_cache.blocks}
+    assert (False, 2) in sizes and {size for shared, size in sizes if shared} == {1}
 
 
 def test_parts_are_near_equal_similar_and_the_same_in_any_type():
@@ -185,3 +295,5 @@ def test_parts_of_a_config():
     assert of(active_classes=0.1, global_batch=64, micro_batches=2) == 4
     with pytest.raises(UserError, match="--near-parts 3"):
         of(near_parts=3)
+    with pytest.raises(UserError, match="--near-parts 64 is not allowed: a micro-batch has 32 examples"):
+        of(near_parts=64, global_batch=64, micro_batches=2)

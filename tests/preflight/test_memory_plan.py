@@ -56,9 +56,8 @@ def test_tables_are_as_planned(num_ranks, width, settings):
         head.select(labels, 0)
         head(features, labels, G)
         head.reduce()
-        parts = getattr(head, "parts", [head])
-        kept = sum(m.nbytes for part in parts for name, m in part._workspace.items() if name in ("rows", "logits"))
-        grads = sum(part._workspace["row_grad"].nbytes for part in parts) + (len(parts) > 1) * head.row_grad.nbytes
+        kept = sum(m.nbytes for name, m in head._workspace.items() if name in ("rows", "logits"))
+        grads = head._workspace["row_grad"].nbytes
         graph = 0
         if cfg.head == "knn":
             graph = sum(t.nbytes for t in (head.graph.offsets, head.graph.neighbors, head.graph.places))
@@ -70,7 +69,7 @@ def test_tables_are_as_planned(num_ranks, width, settings):
     assert plan.parts["class rows"] == rows[0] == max(rows)
     assert plan.parts.get("row momentum", 0) == momentum[0] == max(momentum)
     assert 0 < max(kept) <= plan.parts["logits and active rows"]
-    if cfg.head in ("full", "mach"):
+    if cfg.head == "full":
         assert plan.parts["row gradients"] == grads[0] == max(grads)
     if cfg.head == "knn":
         shards = width or num_ranks
@@ -85,6 +84,22 @@ def test_a_partial_step_has_the_gradients_planned():
     head.select(torch.arange(G), 0)
     head(torch.randn(G, D).requires_grad_(), torch.arange(G), G)
     assert head.row_grad.nbytes == planned(cfg, 1).parts["row gradients"] == 40 * D * 4
+
+
+def test_a_choice_by_scores_has_the_memory_planned(monkeypatch):
+    """Scores by part, and the sums of row gradients of micro-batches that choose for themselves."""
+    cfg = config(head="knn", active_classes=0.5, neighbors=7, near_parts=4, micro_batches=3)
+    head, scores = heads.build(cfg, C, World()), []
+    head.refresh(0, due=True)
+    monkeypatch.setattr(head, "_scores", lambda *given: scores.append(type(head)._scores(head, *given)) or scores[-1])
+    head.select(torch.arange(G), 0, micro_batches=3)
+    for i in range(3):
+        head.use_selection(i)
+        head(torch.randn(G // 3, D).requires_grad_(), torch.arange(G)[i::3], G)
+    head.reduce()
+    plan, sums = planned(cfg, 1), head._workspace["sum"].nbytes + head.row_grad.nbytes
+    assert head._workspace["row_grad"].nbytes + sums <= plan.parts["row gradients"]
+    assert len(scores) == 3 and max(found.nbytes for *_, found in scores) <= plan.parts["candidates"]
 
 
 @pytest.mark.parametrize("head", ["full", "knn", "sampled", "selective"])

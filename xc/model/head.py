@@ -57,10 +57,13 @@ class Selection:
         """Active rows that all examples share."""
         return self.parts[0].rows.start if self.parts else len(self.active)
 
-    @property
-    def ends(self):
-        """Where the rows of the parts begin among the active rows."""
-        return [part.rows.start for part in self.parts]
+    def spans(self, num_active, num_examples):
+        """[(slice of the `num_active` active rows, number of examples that are compared with them), …]; a batch has
+        num_examples."""
+        if not self.parts:
+            return [(slice(0, num_active), num_examples)]
+        of_parts = [(part.rows, part.examples.stop - part.examples.start) for part in self.parts]
+        return [(slice(0, self.num_shared), num_examples), *of_parts]
 
     def uses_of(self, block):
         """(examples, offset) of a slice of active rows that crosses no end of a part: the slice of the examples that
@@ -260,8 +263,9 @@ class Head:
                   loss_gap, the mean loss less that of the full softmax, without margins
         """
         group, selection = self.world.shards, self.selections[0]
-        num_active = len(torch.unique(selection.active)) if selection.parts else self._num_active(selection)
-        num_active = group.all_reduce(torch.tensor([num_active], device=labels.device)).item()
+        # Two parts of a batch can have the same class: it counts once.
+        own = self._num_active(selection) if not selection.parts else len(selection.active.unique())
+        num_active = group.all_reduce(torch.tensor([own], device=labels.device)).item()
         if selection.active is None:
             return {"active": num_active}
         part_of = selection.parts_of_examples(len(labels))

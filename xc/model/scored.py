@@ -13,6 +13,7 @@ from xc.model.sampled import budget
 
 _FAR_ROWS = 64  # random rows that stand for all that are no candidates in an example's partition function
 _BEST, _PLACES = 3, 12  # of an example's candidates the best, whose nearest neighbours are candidates as well
+NUM_FURTHER = _BEST * _PLACES  # candidates of an example beside the K neighbours of its target class, at most
 _PAIRS = 512  # candidates that are scored at a time, so that their rows stay in the cache
 _NEAR_OF_EXAMPLE, _LEAST_EXAMPLES = 32, 8  # near classes for each example that parts aim at; examples of a part
 _NO_CLASS = 2**62  # fills up rows of local ids
@@ -280,13 +281,16 @@ def similar_parts(features, num_parts):
 
 
 def near_parts(cfg, num_classes):
-    """P of a Config; UserError where it is no power of two."""
+    """P of a Config; UserError where it is no power of two, or more than a micro-batch has examples."""
     if cfg.near_parts & (cfg.near_parts - 1):
         raise UserError(f"--near-parts {cfg.near_parts} is not allowed: give 1, 2, 4, 8, … or 0 for a choice by "
                         "--active-classes and --global-batch")
+    batch = cfg.global_batch // cfg.micro_batches
+    if cfg.near_parts > batch:
+        raise UserError(f"--near-parts {cfg.near_parts} is not allowed: a micro-batch has {batch} examples, and a part "
+                        "without any costs as much as another")
     if cfg.near_parts:
         return cfg.near_parts
-    batch = cfg.global_batch // cfg.micro_batches
     active, parts = budget(cfg, num_classes), 1
     if active == num_classes:
         return 1

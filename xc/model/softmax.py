@@ -4,6 +4,8 @@ Hybrid parallel (Song et al. 2020): the features of the shard group are gathered
 own class rows, and two small reductions join the softmaxes of the shards.
 """
 
+from itertools import accumulate
+
 import torch
 
 from xc.comm.autograd import group_logsumexp
@@ -103,7 +105,11 @@ class _Pieces:
             self._columns[owned] = torch.searchsorted(shared, self._columns[owned])
         if head.active_row_cache is None:
             head.active_row_cache = ActiveRows(head, len(labels))
-        self.rows = head.active_row_cache
+        self.rows, self._places = head.active_row_cache, [0]  # of each kept block in the memory for logits, and the end
+        for block in self.rows.blocks:
+            if block.stop <= self.rows.num_kept:
+                num_examples = len(self.scaled[self.selection.uses_of(block)[0]])
+                self._places.append(self._places[-1] + num_examples * (block.stop - block.start))
 
     def logits(self, i):
         """Of block i: rows (A, D), their lengths (A, 1), logits (N, A) with the margin, the target logits' indices
@@ -114,8 +120,8 @@ class _Pieces:
         scaled = self.scaled[examples]
         logits = None
         if block.stop <= self.rows.num_kept:
-            memory = head.memory("logits", self.rows.num_kept, len(self.scaled))
-            logits = memory[block].view(len(self.scaled), len(rows))[: len(scaled)]
+            first, last = self._places[i : i + 2]
+            logits = head.memory("logits", self._places[-1], 1)[first:last].view(len(scaled), len(rows))
         if offset is None:
             logits = torch.mm(scaled, rows.T, out=logits)
         else:
@@ -140,14 +146,15 @@ class ActiveRows:
     """
 
     def __init__(self, head, num_examples):
-        self._head, self.blocks, first = head, [], 0
-        for last in [*head.selection.ends, head.num_active]:
-            blocks = head.blocks(last - first, num_examples)
-            self.blocks += [slice(first + block.start, first + block.stop) for block in blocks]
-            first = last
-        rows = max((block.stop - block.start for block in self.blocks), default=1)
-        block_bytes = rows * (num_examples + head.feature_dim) * head.compute_dtype.itemsize
-        kept = self.blocks[: max(1, int(head.memory_bytes / max(1, block_bytes)))]
+        self._head, self.blocks, num_bytes = head, [], []
+        for span, count in head.selection.spans(head.num_active, num_examples):
+            # A part has few examples: then it is its rows that must fit the cache, beside their logits.
+            widest = max(count, min(num_examples, head.feature_dim))
+            for block in head.blocks(span.stop - span.start, widest):
+                self.blocks.append(slice(span.start + block.start, span.start + block.stop))
+                num_bytes.append((block.stop - block.start) * (count + head.feature_dim) * head.compute_dtype.itemsize)
+        num_fitting = sum(total <= head.memory_bytes for total in accumulate(num_bytes))
+        kept = self.blocks[: max(1, num_fitting)]
         self.num_kept = kept[-1].stop if kept else 0
         self._memory, self._kept = head.memory("rows", self.num_kept, head.feature_dim), {}
 

@@ -21,11 +21,13 @@ from xc.data.augment import PIECE
 from xc.data.loader import PREFETCH
 from xc.model import backbone as backbones
 from xc.model import head_table as heads
+from xc.model.scored import NUM_FURTHER
 
 ON_HOST = ("batches", "checkpoint copy", "libraries")  # parts in host memory if the run uses a GPU
 _LIBRARIES = 160 * 2**20  # what torch imports for its optimizers (80 MiB), and what the allocators of threads hold
 _SEARCH_BYTES = 2**27  # query rows of a block in the search for neighbours
 _EDGE_BYTES = 112  # temporaries for each edge of such a block
+_PAIR_BYTES = 150  # temporaries for each pair of an example and a candidate in the choice by scores
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ class MemoryPlan:
             "residuals": 2 * sparse, "activations": (2 * in_flight + 1) * num_examples * backbone.activations // 2,
             "class rows": head.table, "row momentum": head.momentum,
             "row gradients": head.gradients(max_accumulation_steps),
-            "logits and active rows": head.logits(group, on_cpu), "graph": head.graph, "index": head.index,
+            "logits and active rows": head.logits(group, on_cpu), "candidates": head.candidates(micro_batch),
+            "graph": head.graph, "index": head.index,
             "building graph or index": head.building, "features": 6 * in_flight * group * cfg.feature_dim * 4,
             "batches": (num_parts + max(num_parts, PREFETCH) + 4 * cfg.loader_threads) * batch + order_bytes,
             "inputs": 0 if on_cpu else num_parts * batch + 6 * min(batch, 4 * PIECE["cuda"]),
@@ -151,13 +154,27 @@ class _HeadSize:
     def momentum(self):
         return self.table if self.cfg.head_momentum else 0
 
+    @property
+    def _by_scores(self):
+        """Whether each micro-batch has a selection of its own."""
+        return self.cfg.head == "knn" and self.cfg.select == "scores"
+
     def gradients(self, max_accumulation_steps):
-        """In float32. With several accumulation steps or parts, the sum over them of all their rows is kept, too."""
-        by_scores = self.cfg.head == "knn" and self.cfg.select == "scores"  # has a selection for each micro-batch
-        max_accumulation_steps *= self.cfg.micro_batches if by_scores else 1
+        """In float32. With several accumulation steps or parts, the sum over them of all their rows is kept, too. By
+        scores its rows are not known before: the sum of the first selection, the last one and the one before."""
+        max_accumulation_steps *= self.cfg.micro_batches if self._by_scores else 1
         several = max_accumulation_steps > 1 or self.num_parts > 1
         accumulated = min(self.num_rows, max_accumulation_steps * self.num_active) if several else 0
+        if self._by_scores and max_accumulation_steps > 1:
+            accumulated = min(self.num_rows, self.num_active) + 2 * accumulated
         return 4 * self.cfg.feature_dim * (self.num_active + accumulated)
+
+    def candidates(self, batch):
+        """The choice by scores: pairs of an example and a candidate of this shard; each candidate's score by part."""
+        if not self._by_scores:
+            return 0
+        pairs = -(-batch * (self.num_neighbors + NUM_FURTHER + 1) // self.num_shards)
+        return _PAIR_BYTES * pairs + 4 * self.num_parts * min(self.num_rows, pairs)
 
     def logits(self, group, on_cpu):
         """Logits and rows that the softmax keeps within its memory limit, at least one block; and one block more."""
