@@ -193,7 +193,8 @@ def test_scores_are_sums_of_the_probabilities_of_the_dense_softmax(world_size, m
         classes, is_target, scores = head._scores(unit, labels, part_of, 0)
         pairs, _, _, which = head._pairs(unit, labels)
         ids = classes[which] + head.shard.first
-        expected = torch.zeros_like(scores).index_put_((part_of[pairs], which), probability[pairs, ids], accumulate=True)
+        expected = torch.zeros_like(scores)
+        expected.index_put_((part_of[pairs], which), probability[pairs, ids], accumulate=True)
         assert torch.equal(is_target, torch.isin(classes + head.shard.first, labels))
         torch.testing.assert_close(scores, expected.masked_fill(is_target, 0), rtol=1e-9, atol=1e-12)
 
@@ -245,7 +246,7 @@ def test_probabilities_of_drawn_classes_follow_their_scores():
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("copies", [1, 2])
 def test_row_gradients_of_micro_batches_are_summed(copies, parts):
-    """Three micro-batches on each of one or two copies of the classifier, of which each takes other classes, against the dense softmax."""
+    """Three micro-batches on each copy of the classifier, of which each takes other classes, against dense softmax."""
     features = torch.randn(copies, 3, 4, D, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     labels = torch.arange(12 * copies).view(copies, 3, 4)
 
