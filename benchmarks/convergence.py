@@ -135,7 +135,7 @@ class Runs:
     def flags(self, arm, schedule, rates):
         """{flag: value} of a run."""
         times_batch, times, more = ARMS.get(arm, (1, 1, f"schedule={schedule}"))
-        flags = {"optimizer": "sgd", "weight_decay": 5e-4, "warmup": "0.5epochs", "lr": times * rates[0],
+        flags = {"optimizer": "sgd", "scale": 20, "weight_decay": 5e-4, "warmup": "0.5epochs", "lr": times * rates[0],
                  "global_batch": times_batch * self.set["batch"], "save_every": 0, "log_steps": 20}
         for text in self.set["flags"], more.replace("{4}", str(4 * self.set["batch"])):
             flags |= dict(flag.split("=") for flag in text.split(","))

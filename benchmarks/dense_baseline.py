@@ -1,5 +1,5 @@
 """The yardstick for train.py: the same network, data order, augmentation and schedule in one process, with torch's own
-nn.Linear, CrossEntropyLoss and SGD in place of the sharded head, its row optimizer and the exchange.
+nn.Linear, CrossEntropyLoss and SGD for the rows in place of the sharded head, its row optimizer and the exchange.
 
     python benchmarks/dense_baseline.py --data data/glyphs.pack [--plain-adamw RATE] [the flags of train.py]
 

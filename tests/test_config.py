@@ -67,6 +67,7 @@ def test_old_names_of_flags_still_work(old, new):
     ([*BASE, "--warmup", "soon"], "--warmup 'soon' is not allowed: give a number and its unit"),
     ([*BASE, "--fccs-tail", "1%"], "--fccs-tail 1% is a part of --schedule fccs"),
     ([*BASE, "--optimizer", "adamw", "--exchange", "dgc"], "give --exchange dense, or @recipes/sgd.args"),
+    ([*BASE, "--optimizer", "lars"], "--optimizer lars needs rates of its own"),
     ([*BASE, "--padding", "none"], "'none' is not known: give --sampling-correction"),
     (["@nowhere.args"], "nowhere.args"),
 ])

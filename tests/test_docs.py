@@ -31,7 +31,7 @@ FOREIGN_FLAGS = set("""
 PROGRAM = re.compile(r"train\.py|xc\.(?:predict|embed|index|export|report)\b|"
                      r"data_tools\.\w+|tests\.support\.\w+|benchmarks/\w+\.py|slurm/\w+\.sbatch(?: \w+)?")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
-PATH = re.compile(r"(?<![\w/.{-])(?:xc|data_tools|benchmarks|tests|slurm|docs|\.ci)/(?!logs)[\w/.-]*\w/?")
+PATH = re.compile(r"(?<![\w/.{-])(?:xc|data_tools|benchmarks|recipes|tests|slurm|docs|\.ci)/(?!logs)[\w/.-]*\w/?")
 
 
 def code_of(page):

@@ -73,7 +73,7 @@ class Config:
                         "probability (scores), or the nearest neighbours of the target classes, the paper's rule "
                         "(labels)", choices=SELECTS)
     near_parts: int = _flag("head", 0, "knn by scores: parts of similar examples into which a batch is cut, each with "
-                            "active classes of its own, a power of two; 0: from --active-classes and --global-batch",
+                            "active classes of its own, a power of two; 0: as many as a small budget needs",
                             least=0, most=1024)
     near_share: float = _flag("head", 0.5, "knn, selective: share of the active classes, beside the target classes, "
                               "that are near; the rest is random", least=0, most=1)
@@ -187,9 +187,12 @@ class Config:
         if not interval(self.graph_every)[0]:
             raise UserError(f"--graph-every {self.graph_every} is not allowed: give a time above 0")
         self._check_schedule()
+        if self.optimizer != "adamw" and (self.lr, self.head_lr_scale) == (Config.lr, Config.head_lr_scale):
+            raise UserError(f"--optimizer {self.optimizer} needs rates of its own: give --lr and --head-lr-scale, or "
+                            "@recipes/sgd.args or @recipes/fccs.args")
         if self.optimizer == "adamw" and "density" in FLAGS_OF_EXCHANGES[self.exchange]:
-            raise UserError(f"--optimizer adamw cannot go with --exchange {self.exchange}, which has a momentum of its "
-                            "own: give --exchange dense, or @recipes/sgd.args")
+            raise UserError(f"--exchange {self.exchange} has a momentum of its own and cannot go with AdamW: give "
+                            "--exchange dense, or @recipes/sgd.args")
         if self.logits == "inner" and self.margin != "none":
             raise UserError(f"--margin {self.margin} needs cosine logits: leave out --logits inner or --margin")
         if self.margin == "none" and self.margin_size:
@@ -219,10 +222,8 @@ class Config:
 _FLAGS_OF_SCHEDULES = {name: () for name in SCHEDULES} | {
     "fccs": ("max_batch", "batch_growth", "fccs_hold", "fccs_growth", "fccs_tail")}
 
-
-# What a recipe sets; run.args has all of it.
 _RECIPE = ("scale", "global_batch", "optimizer", "lr", "momentum", "weight_decay", "backbone_lr_scale", "head_lr_scale",
-           "head_momentum", "schedule", "warmup")
+           "head_momentum", "schedule", "warmup")  # what a recipe sets
 
 
 def unused_flags(cfg, choice, flags_of):

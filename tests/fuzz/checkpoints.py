@@ -31,7 +31,7 @@ SETTINGS = {
     "knn": ("--head", "knn", "--neighbors", "3"),
     "refresh": ("--head", "knn", "--neighbors", "3", "--graph", "approx", "--graph-refresh-angle", "5"),
     "selective": ("--head", "selective"),
-    "dgc": ("--exchange", "dgc", "--optimizer", "sgd"),
+    "dgc": ("--exchange", "dgc", "--optimizer", "sgd", "--lr", "0.1"),
 }
 
 

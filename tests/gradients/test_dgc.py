@@ -169,7 +169,7 @@ def test_residuals_are_summed_on_another_number_of_ranks(before, after, tmp_path
 
 @pytest.mark.parametrize("size, per_host, warned", [(1, 0, "on one rank"), (2, 2, "on one host"), (2, 1, "")])
 def test_nothing_sparse_inside_one_host(size, per_host, warned, capsys):
-    cfg = Config(data="x", out="y", optimizer="sgd", exchange="dgc-hier" if per_host else "dgc")
+    cfg = Config(data="x", out="y", optimizer="sgd", lr=0.1, exchange="dgc-hier" if per_host else "dgc")
 
     def body(world):
         exchange = build(copy.deepcopy(NET), world, cfg)

@@ -255,6 +255,36 @@ def test_probabilities_of_drawn_classes_follow_their_scores():
         assert ((found - share).abs() < 5 * (share * (1 - share) / draws).sqrt()).all()
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_row_gradients_of_micro_batches_are_summed(copies, parts):
+    """Three micro-batches on each copy of the classifier, of which each takes other classes, against dense softmax."""
+    features = torch.randn(copies, 3, 4, D, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    labels = torch.arange(12 * copies).view(copies, 3, 4)
+
+    def body(world):
+        head = a_head(world, 25, near_parts=parts)
+        head.select(labels[world.rank].flatten(), 1, micro_batches=3)
+        offsets = []
+        for i in range(3):
+            head.use_selection(i)
+            head(features[world.rank, i].clone().requires_grad_(), labels[world.rank, i], labels.numel())
+            selection = head.selections[i]
+            table = selection.offsets(slice(0, len(head.weight)), torch.float64)
+            offsets.append(table[selection.parts_of_examples(4)])
+        head.reduce()
+        return torch.stack(offsets), torch.zeros_like(head.weight).index_copy_(0, head.selection.active, head.row_grad)
+
+    ranks = run_ranks(copies, body, 1)
+    rows = initial_rows(Shard(0, C), D, SEED, torch.float64).requires_grad_()
+    loss = 0
+    for rank in range(copies):
+        logits = SCALE * F.normalize(features[rank], dim=2) @ F.normalize(rows).T + ranks[rank][0]
+        loss = loss + F.cross_entropy(logits.flatten(0, 1), labels[rank].flatten(), reduction="sum") / labels.numel()
+    loss.backward()
+    torch.testing.assert_close(ranks[0][1], rows.grad, rtol=1e-9, atol=1e-11)
+
+
 def test_micro_batches_draw_other_classes():
     features, labels = examples(C)
     head = a_head(World(), near_parts=1)

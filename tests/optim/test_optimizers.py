@@ -203,8 +203,8 @@ def test_lars_under_dgc_goes_about_as_far_as_without(size, density):
 
 def test_the_optimizer_of_a_config():
     net = nn.Linear(2, 2)
-    assert type(backbone_optimizer(net, Config(data="d", out="o", optimizer="sgd"))) is torch.optim.SGD
-    assert type(backbone_optimizer(net, Config(data="d", out="o", optimizer="lars"))) is Lars
+    assert type(backbone_optimizer(net, Config(data="d", out="o", optimizer="sgd", lr=0.1))) is torch.optim.SGD
+    assert type(backbone_optimizer(net, Config(data="d", out="o", optimizer="lars", lr=5.0))) is Lars
     assert type(backbone_optimizer(net, Config(data="d", out="o", optimizer="adamw"))) is torch.optim.AdamW
 
 
@@ -226,5 +226,5 @@ def test_what_is_frozen_is_not_in_the_optimizer():
     net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     net[0].requires_grad_(False)
     for name in "sgd", "lars", "adamw":
-        groups = backbone_optimizer(net, Config(data="d", out="o", optimizer=name)).param_groups
+        groups = backbone_optimizer(net, Config(data="d", out="o", optimizer=name, lr=0.1)).param_groups
         assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in net[1].parameters()}

@@ -22,6 +22,15 @@ def test_a_launch_names_the_settings_that_changed(tmp_path, capsys):
         "note: settings that differ from those of the last launch: --scale 20.0 -> 0.0, --epochs 3.0 -> 4.0\n")
 
 
+def test_a_launch_names_a_choice_that_was_no_flag_before(tmp_path, capsys):
+    cfg = Config(data="d", out=str(tmp_path / "run"), head="knn")
+    launch(cfg)
+    path = tmp_path / "run" / "config.json"
+    path.write_text(path.read_text().replace(' "select": "scores",\n', ""))
+    launch(cfg)
+    assert "--select labels -> scores" in capsys.readouterr().out
+
+
 def test_damaged_settings_are_written_anew(tmp_path, capsys):
     cfg = Config(data="d", out=str(tmp_path / "run"))
     launch(cfg)

@@ -57,31 +57,21 @@ class Selection:
         """Active rows that all examples share."""
         return self.parts[0].rows.start if self.parts else len(self.active)
 
-    def spans(self, num_active, num_examples):
-        """[(slice of the `num_active` active rows, number of examples that are compared with them), …]; a batch has
-        num_examples."""
+    def spans(self, num_active):
+        """[(rows, examples, offset), …]: slices of the `num_active` active rows, the slice of the examples that are
+        compared with them, and what is added to their logits, (rows,) or None."""
         if not self.parts:
-            return [(slice(0, num_active), num_examples)]
-        of_parts = [(part.rows, part.examples.stop - part.examples.start) for part in self.parts]
-        return [(slice(0, self.num_shared), num_examples), *of_parts]
-
-    def uses_of(self, block):
-        """(examples, offset) of a slice of active rows that crosses no end of a part: the slice of the examples that
-        are compared with these rows, and what is added to the logits, (A,) or None."""
-        for part in self.parts:
-            if part.rows.start <= block.start < part.rows.stop:
-                first = part.rows.start
-                offset = None if part.offset is None else part.offset[block.start - first : block.stop - first]
-                return part.examples, offset
-        return slice(None), None if self.offset is None else self.offset[block]
+            return [(slice(0, num_active), slice(None), self.offset)]
+        of_parts = [(part.rows, part.examples, part.offset) for part in self.parts]
+        return [(slice(0, self.num_shared), slice(None), None), *of_parts]
 
     def offsets(self, block, dtype):
         """What is added to the logits of a slice of all rows, (P, rows) of P parts, at least one; -inf: not active."""
         size = block.stop - block.start
         table = torch.full((max(1, len(self.parts)), size), -torch.inf, dtype=dtype, device=self.active.device)
         bounds = torch.tensor([block.start, block.stop], device=self.active.device)
-        of_parts = [(part.rows, part.offset, table[i]) for i, part in enumerate(self.parts)]
-        for rows, offset, places in [(slice(0, self.num_shared), self.offset, table), *of_parts]:
+        for i, (rows, _, offset) in enumerate(self.spans(len(self.active))):
+            places = table[i - 1] if i else table  # the first rows are of all parts
             ids = self.active[rows]
             inside = slice(*torch.searchsorted(ids, bounds).tolist())
             places[..., ids[inside] - block.start] = 0.0 if offset is None else offset[inside].to(dtype)

@@ -26,8 +26,8 @@ class ScoredKnnHead(KnnHead):
     Song et al. 2020 take neighbours by their place in the graph. This choice (ours) asks the features:
 
     1. Candidates of an example are the K neighbours of its target class, and the nearest neighbours of the best of
-       them. Their logits are exact. The rest of the partition function comes from a few random rows. That gives the
-       probability of every candidate, estimated.
+       them; a shard takes the best of its own. Their logits are exact. The rest of the partition function comes from a
+       few random rows. That gives the probability of every candidate, estimated.
     2. The batch is cut into `near_parts` parts of similar examples. Each part has active classes of its own beside the
        target classes of the whole batch. So an example is compared with M classes, while up to near_parts times as
        many different classes take part in the step.
@@ -43,8 +43,8 @@ class ScoredKnnHead(KnnHead):
     example of the batch. With copies of the classifier their features and labels are gathered too, and the choice of
     the first copy, 12 bytes a class, is sent to the others, so that a difference in rounding cannot part them.
 
-    Shares of a shard are by its own scores, so the choice depends on the number of shards as that of SampledHead does.
-    The parts do not: they are cut by whole numbers.
+    A shard chooses by its own scores and fills its own quota. So the choice depends on the number of shards, as that of
+    SampledHead does. The parts do not: they are cut by whole numbers.
     """
 
     flags = (*KnnHead.flags, "near_parts")

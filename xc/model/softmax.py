@@ -43,7 +43,7 @@ class ShardedSoftmax(torch.autograd.Function):
             head.row_grad = head.memory("row_grad", head.num_active, head.feature_dim)
         for i, block in enumerate(pieces.rows.blocks):
             rows_grad = head.row_grad[block]
-            examples, _ = head.selection.uses_of(block)
+            examples, _ = pieces.rows.uses[i]
             if i in kept:
                 rows, length, share, top, target, slope = kept[i]
                 error = share.mul_((top - lse[examples, None]).exp_())  # softmax
@@ -75,7 +75,7 @@ def _log_sum_exp(pieces):
     target_logit = scaled.new_zeros(len(scaled))
     kept = {}
     for i, block in enumerate(pieces.rows.blocks):
-        examples, _ = pieces.selection.uses_of(block)
+        examples, _ = pieces.rows.uses[i]
         rows, length, logits, target, slope = pieces.logits(i)
         if len(slope):
             target_logit[examples][target[0]] = logits[target]
@@ -106,17 +106,16 @@ class _Pieces:
         if head.active_row_cache is None:
             head.active_row_cache = ActiveRows(head, len(labels))
         self.rows, self._places = head.active_row_cache, [0]  # of each kept block in the memory for logits, and the end
-        for block in self.rows.blocks:
+        for block, (examples, _) in zip(self.rows.blocks, self.rows.uses, strict=True):
             if block.stop <= self.rows.num_kept:
-                num_examples = len(self.scaled[self.selection.uses_of(block)[0]])
-                self._places.append(self._places[-1] + num_examples * (block.stop - block.start))
+                self._places.append(self._places[-1] + len(scaled[examples]) * (block.stop - block.start))
 
     def logits(self, i):
         """Of block i: rows (A, D), their lengths (A, 1), logits (N, A) with the margin, the target logits' indices
         (examples, columns), and the slope of the margin at these."""
         head, block = self._head, self.rows.blocks[i]
         rows, length = self.rows.block(i)
-        examples, offset = self.selection.uses_of(block)
+        examples, offset = self.rows.uses[i]
         scaled = self.scaled[examples]
         logits = None
         if block.stop <= self.rows.num_kept:
@@ -142,16 +141,20 @@ class ActiveRows:
     micro-batches of the selection.
 
     blocks    slices of the active rows; none has both shared rows and rows of one part of the examples
+    uses      (examples, offset) of each block: the slice of the examples that are compared with it, and what is added
+              to the logits, (A,) or None
     num_kept  rows in the blocks that are kept
     """
 
     def __init__(self, head, num_examples):
-        self._head, self.blocks, num_bytes = head, [], []
-        for span, count in head.selection.spans(head.num_active, num_examples):
+        self._head, self.blocks, self.uses, num_bytes = head, [], [], []
+        for span, examples, offset in head.selection.spans(head.num_active):
+            count = len(range(num_examples)[examples])
             # A part has few examples: then it is its rows that must fit the cache, beside their logits.
             widest = max(count, min(num_examples, head.feature_dim))
             for block in head.blocks(span.stop - span.start, widest):
                 self.blocks.append(slice(span.start + block.start, span.start + block.stop))
+                self.uses.append((examples, None if offset is None else offset[block]))
                 num_bytes.append((block.stop - block.start) * (count + head.feature_dim) * head.compute_dtype.itemsize)
         num_fitting = sum(total <= head.memory_bytes for total in accumulate(num_bytes))
         kept = self.blocks[: max(1, num_fitting)]

@@ -63,12 +63,18 @@ def _tell_changed(path, cfg):
     """Print which settings are not those of the last launch: a default may have changed, or a flag been left out."""
     try:
         before = json.loads(path.read_text())
-        changed = [f"{option(name)} {before[name]} -> {value}" for name, value in dataclasses.asdict(cfg).items()
-                   if name not in ("out", "resume") and before.get(name, value) != value]
+        changed = [f"{option(name)} {before.get(name, _before(name, value))} -> {value}"
+                   for name, value in dataclasses.asdict(cfg).items()
+                   if name not in ("out", "resume") and before.get(name, _before(name, value)) != value]
     except (OSError, ValueError, AttributeError):  # a new run, or a file that is damaged and written anew
         return
     if changed:
         print(f"note: settings that differ from those of the last launch: {', '.join(changed)}", flush=True)
+
+
+def _before(name, value):
+    """What a setting was before its flag was there, where that was another value than its default."""
+    return {"select": "labels"}.get(name, value)
 
 
 def keep_classes(out, index, resumed):
