@@ -10,7 +10,7 @@ def logit_scale(cfg, num_classes):
 
     At scale s an example that points at its own class row, at right angles to the C - 1 others, has the probability
     exp(s) / (exp(s) + C - 1). The scale is where that is 0.99. Lower scales cannot become certain; higher ones
-    push against classes that are far already, and trained worse (docs/results.md). The bound is that of
+    push against classes that are far already, and trained worse (docs/experiments.md). The bound is that of
     CosFace (Wang et al. 2018, equation 6).
     """
     if cfg.logits == "inner":

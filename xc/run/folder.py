@@ -22,6 +22,8 @@ CLASSES_FILE = "classes.h5"  # the names of the classes, as the index of the pac
 _locks = []  # open files: closing one would release its lock
 _PACKAGES = ("torch", "horovod", "mpi4py", "h5py", "numpy", "safetensors")
 
+_BEFORE_ITS_FLAG = {"select": "labels"}  # what a setting was before it was a flag, where that is not its default
+
 
 def check(cfg):
     """UserError where --out cannot be the folder of this run. Changes nothing."""
@@ -63,18 +65,13 @@ def _tell_changed(path, cfg):
     """Print which settings are not those of the last launch: a default may have changed, or a flag been left out."""
     try:
         before = json.loads(path.read_text())
-        changed = [f"{option(name)} {before.get(name, _before(name, value))} -> {value}"
-                   for name, value in dataclasses.asdict(cfg).items()
-                   if name not in ("out", "resume") and before.get(name, _before(name, value)) != value]
-    except (OSError, ValueError, AttributeError):  # a new run, or a file that is damaged and written anew
+        before = dataclasses.asdict(cfg) | _BEFORE_ITS_FLAG | dict(before)
+    except (OSError, ValueError, TypeError, RecursionError):  # a new run, or a damaged file, which is written anew
         return
+    changed = [f"{option(name)} {before[name]} -> {value}" for name, value in dataclasses.asdict(cfg).items()
+               if name not in ("out", "resume") and before[name] != value]
     if changed:
         print(f"note: settings that differ from those of the last launch: {', '.join(changed)}", flush=True)
-
-
-def _before(name, value):
-    """What a setting was before its flag was there, where that was another value than its default."""
-    return {"select": "labels"}.get(name, value)
 
 
 def keep_classes(out, index, resumed):
