@@ -164,8 +164,13 @@ class SampledHead(Head):
         sizes = edges.diff()
         uniform = torch.from_numpy(generator.random(count))
         index = (edges[:-1] + (uniform * sizes).long()).to(chosen.device)  # among the classes not chosen
-        before = torch.searchsorted(chosen - torch.arange(len(chosen), device=chosen.device), index, right=True)
-        return index + before, sizes.to(chosen.device)
+        return skip(chosen, index), sizes.to(chosen.device)
+
+
+def skip(left_out, index):
+    """The numbers at each index (…, R) among those from 0 on without some (…, N), which ascend."""
+    before = torch.arange(left_out.shape[-1], device=index.device)
+    return index + torch.searchsorted(left_out - before, index, right=True)
 
 
 def budget(cfg, num_classes):

@@ -9,7 +9,7 @@ from xc.comm.autograd import group_logsumexp
 from xc.errors import UserError
 from xc.model.head import Part, Selection
 from xc.model.knn import KnnHead, num_neighbors
-from xc.model.sampled import budget
+from xc.model.sampled import budget, skip
 
 _FAR_ROWS = 64  # random rows that stand for all that are no candidates in an example's partition function
 _BEST, _PLACES = 3, 12  # of an example's candidates the best, whose nearest neighbours are candidates as well
@@ -206,8 +206,7 @@ class ScoredKnnHead(KnnHead):
         ends = share.cumsum(1) + torch.from_numpy(generator.random((len(share), 1))).to(share.device)
         hit = ends.floor() > (ends - share).floor()
         counts = torch.minimum((counts - hit.sum(1, keepdim=True)).long(), num_others)
-        known = torch.cat([targets.expand(len(share), -1), candidates], 1).sort(1).values
-        others, sizes = _from_strata(known, counts, num_others, generator)
+        others, sizes = _from_strata(targets, candidates, counts, num_others, generator)
         share[near] = 1
         taken, chosen = near | hit, []
         for i, count in enumerate(counts[:, 0].tolist()):
@@ -328,18 +327,19 @@ def _padded(index, size, *columns):
     return tables
 
 
-def _from_strata(known, counts, num_others, generator):
+def _from_strata(targets, candidates, counts, num_others, generator):
     """As SampledHead._draw, for P parts at once: local ids (P, R), ascending, and the sizes of their strata (P, R).
 
-    known               (P, N)  ascending, the classes that are not drawn, filled up with _NO_CLASS
-    counts, num_others  (P, 1)  classes to draw; beyond the count of a part, a row means nothing. And those to draw from
+    targets, candidates  (T,), (P, K)  the classes that are not drawn, as in `ScoredKnnHead._scores`
+    counts, num_others   (P, 1)        classes to draw; beyond the count of a part, a row means nothing. And those to
+                                       draw from
     """
     edges = torch.arange(int(counts.max()) + 1, device=counts.device) * num_others // counts.clamp(min=1)
     sizes = edges.diff()
     uniform = torch.from_numpy(generator.random(tuple(sizes.shape))).to(sizes.device)
-    index = edges[:, :-1] + (uniform * sizes).long()  # among the classes that are not known
-    before = torch.searchsorted(known - torch.arange(known.shape[1], device=known.device), index, right=True)
-    return index + before, sizes
+    index = edges[:, :-1] + (uniform * sizes).long()  # among the others
+    index = skip(candidates - torch.searchsorted(targets, candidates), index)  # among all that are no targets
+    return skip(targets, index), sizes
 
 
 def _places_in(ids, wanted):

@@ -27,7 +27,7 @@ ON_HOST = ("batches", "checkpoint copy", "libraries")  # parts in host memory if
 _LIBRARIES = 160 * 2**20  # what torch imports for its optimizers (80 MiB), and what the allocators of threads hold
 _SEARCH_BYTES = 2**27  # query rows of a block in the search for neighbours
 _EDGE_BYTES = 112  # temporaries for each edge of such a block
-_PAIR_BYTES = 150  # temporaries for each pair of an example and a candidate in the choice by scores
+_PAIR_BYTES = 220  # temporaries for each pair of an example and a candidate in the choice by scores, with its tables
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,10 @@ class _HeadSize:
         return 4 * self.cfg.feature_dim * (self.num_active + accumulated)
 
     def candidates(self, batch):
-        """The choice by scores: pairs of an example and a candidate of this shard; each candidate's score by part."""
+        """The choice by scores: pairs of an example and a candidate of this shard, and tables of them by part."""
         if not self._by_scores:
             return 0
-        pairs = -(-batch * (self.num_neighbors + NUM_FURTHER + 1) // self.num_shards)
-        return _PAIR_BYTES * pairs + 4 * self.num_parts * min(self.num_rows, pairs)
+        return _PAIR_BYTES * -(-batch * (self.num_neighbors + NUM_FURTHER + 1) // self.num_shards)
 
     def logits(self, group, on_cpu):
         """Logits and rows that the softmax keeps within its memory limit, at least one block; and one block more."""
