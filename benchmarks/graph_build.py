@@ -1,4 +1,4 @@
-"""Time and recall of the KNN graph: exact build, approximate build, refresh.
+"""Time and recall of the KNN graph: exact and approximate build.
 
     mpirun -np 2 python benchmarks/graph_build.py --exact 50000 --approx 1000000
 
@@ -6,12 +6,10 @@ exact_seconds    an exact build of --exact classes
 gemm_share       time of that build's GEMM alone, at the speed measured right before and after, over exact_seconds
 approx_seconds   an approximate build of --approx classes
 speedup          what an exact build of --approx classes would take at the rate of the one measured, over approx_seconds
-recall           of the approximate graph, on sampled rows
-refresh_seconds  after 5 % of the rows turned by 0.3 radians and all others by 0.02; median of three
-refresh_speedup  approx_seconds over refresh_seconds
-cpu_speedup      the same of CPU seconds, of the busiest rank; for machines on which others compute too
-refresh_recall   of the graph after that, on sampled rows
-requeried        share of rows whose neighbours were searched for
+again_seconds    the next build, after 5 % of the rows turned by 0.3 radians and all others by 0.02
+cells_kept       1 where that build kept the cells of the one before
+…_cpu_seconds    of the busiest rank, for machines on which others compute too
+…_recall         on sampled rows; …_probes: cells searched for a row
 bytes_per_class  of the graph that a rank keeps, per class of all
 
 Rows are clustered, as those of trained classes are: 50 classes on average round a centre, 40 centres round a centre of
@@ -19,7 +17,6 @@ their own; cosines of 0.61 within a cluster, 0.22 between those of one parent. C
 """
 
 import argparse
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -34,7 +31,7 @@ from xc.comm.launch import run
 from xc.comm.shard import Shard
 from xc.comm.world import open_world
 from xc.errors import UserError
-from xc.knn.build import build, refresh
+from xc.knn.build import build
 from xc.run.metrics import peak_rss_mb
 
 
@@ -80,7 +77,7 @@ def main():
     parser.add_argument("--approx", type=int, default=0, help="classes of the approximate build; 0: none")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--neighbors", type=int, default=16)
-    parser.add_argument("--moved", type=float, default=0.05, help="share of rows that move before the refresh")
+    parser.add_argument("--moved", type=float, default=0.05, help="share of rows that turn far before the second build")
     args = parser.parse_args()
     if min(args.exact, args.dim) < 1 or args.approx < 0 or not 0 <= args.moved <= 1:
         raise UserError("--exact and --dim must be at least 1, --approx at least 0, --moved a share")
@@ -99,25 +96,18 @@ def main():
     if args.approx:
         shard = Shard.of(args.approx, group.size, group.rank)
         rows = trained_like(args.approx, dim, shard)
-        cpu = [time.process_time()]
-        graph, stats = build(rows, shard, args.approx, neighbors, group, "approx")
-        cpu.append(time.process_time())
-        values |= {"approx_classes": args.approx, "approx_seconds": stats["graph_seconds"],
-                   "speedup": seconds * (args.approx / args.exact) ** 2 / stats["graph_seconds"],
-                   "recall": stats["graph_recall"], "probes": graph.indexed.probes}
-        rows = turned(rows, args.moved, shard)
-        times = []
-        for _ in range(3):
-            cpu.append(time.process_time())
-            _, again = refresh(graph, rows, shard, group, angle=0.1)
-            cpu.append(time.process_time())
-            times.append(again["graph_seconds"])
-        spent = torch.tensor([stop - start for start, stop in zip(cpu[::2], cpu[1::2], strict=True)])
-        build_cpu, *refresh_cpu = world.all_ranks.all_reduce(spent, "max").tolist()
-        values |= {"refresh_seconds": statistics.median(times),
-                   "refresh_speedup": stats["graph_seconds"] / statistics.median(times),
-                   "cpu_speedup": build_cpu / statistics.median(refresh_cpu),
-                   "refresh_recall": again["graph_recall"], "requeried": again["graph_requeried"]}
+        cells = None
+        for name in "approx", "again":
+            before = time.process_time()
+            graph, stats = build(rows, shard, args.approx, neighbors, group, "approx", cells=cells)
+            cpu = torch.tensor([time.process_time() - before])
+            values |= {f"{name}_seconds": stats["graph_seconds"], f"{name}_recall": stats["graph_recall"],
+                       f"{name}_cpu_seconds": world.all_ranks.all_reduce(cpu, "max").item(),
+                       f"{name}_probes": stats["graph_probes"]}
+            cells, rows = graph.cells, turned(rows, args.moved, shard)
+            del graph
+        values |= {"approx_classes": args.approx, "cells_kept": stats["graph_cells_kept"],
+                   "speedup": seconds * (args.approx / args.exact) ** 2 / values["approx_seconds"]}
     values |= {"bytes_per_class": stats["graph_bytes_per_class"],
                "peak_rss_mb": world.all_ranks.all_reduce(torch.tensor([peak_rss_mb()]), "max").item()}
     if world.rank == 0:

@@ -31,7 +31,7 @@ from xc.comm.shard import Shard
 from xc.comm.world import open_world
 from xc.config import SELECTS, Config
 from xc.errors import UserError
-from xc.knn.graph import Indexed, KnnGraph
+from xc.knn.graph import EdgeTable, place_type
 from xc.model.head_table import HEADS, head_class
 from xc.optim.optimizers import RowSGD
 from xc.run.metrics import peak_rss_mb
@@ -111,10 +111,12 @@ def random_graph(head):
     part of the K neighbours in every shard."""
     group, K = head.world.shards, head.num_neighbors
     here = len(Shard.of(K, group.size, group.rank))
-    places = torch.arange(group.rank, K, group.size)[:here].to(torch.uint8 if K <= 256 else torch.int16)
-    neighbors = torch.randint(len(head.shard), (head.num_classes * here,), dtype=torch.int32)
-    return KnnGraph(head.shard, K, torch.arange(0, len(neighbors) + 1, here, dtype=torch.int32), neighbors,
-                    places.repeat(head.num_classes), Indexed(torch.empty(len(head.shard), 0, dtype=torch.int8)))
+    places = torch.arange(group.rank, K, group.size)[:here].to(place_type(K))
+    table = EdgeTable(head.shard, head.num_classes, K, [here * head.num_classes], "cpu")
+    for classes in torch.arange(head.num_classes).split(2**16):
+        neighbors = torch.randint(len(head.shard), (len(classes) * here,), dtype=torch.int32)
+        table.add(0, classes.repeat_interleave(here), neighbors, places.repeat(len(classes)))
+    return table.graph()
 
 
 def roofline_ms(rows, global_batch, args):

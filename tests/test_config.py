@@ -38,7 +38,7 @@ def test_argument_files_and_round_trip(tmp_path):
 
 @pytest.mark.parametrize("old, new", [
     ("--timeline-steps 5", "--trace-steps 5"), ("--keep 3", "--keep-checkpoints 3"),
-    ("--graph-angle 2", "--graph-refresh-angle 2"), ("--padding plain", "--no-sampling-correction"),
+    ("--padding plain", "--no-sampling-correction"),
     ("--padding corrected", "--sampling-correction"),
     ("--schedule fccs --max-batch 512 --hold 5% --tail 10% --growth 20%",
      "--schedule fccs --max-batch 512 --fccs-hold 5% --fccs-tail 10% --fccs-growth 20%"),

@@ -24,7 +24,7 @@ WITH_DATA_TOOLS = {"use", "predict", "embed", "index", "export", "report"}
 # What of the trainer the commands may use: how packs and checkpoints lie in files.
 FOR_DATA_TOOLS = {"xc.errors", "xc.files", "xc.data.pack", "xc.data.images", "xc.data.image_types",
                   "xc.data.hdf5_tables", "xc.data.class_names",
-                  "xc.checkpoint.layout", "xc.checkpoint.tensor_file"}
+                  "xc.checkpoint.layout", "xc.checkpoint.tensor_file", "xc.comm.shard", "xc.knn.graph_file"}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 350, 60
 LONG_FUNCTIONS = {("train.py", "main")}  # a page that reads top to bottom
 

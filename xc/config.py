@@ -85,8 +85,6 @@ class Config:
                        choices=("auto", "exact", "approx"))
     graph_every: str = _flag("head", "1epochs", "knn, selective: time between two builds of the graph or index; "
                              "before the first one the classes are random", time=True)
-    graph_refresh_angle: float = _flag("head", 0.0, "knn: degrees; above 0 a graph is only refreshed, for rows that "
-                                       "turned further", least=0, below=180, alias="graph_angle")
     row_dtype: str = _flag("head", "float32", "type of the class rows and of their momentum; bfloat16 halves the "
                            "memory and rounds stochastically", choices=("float32", "bfloat16"))
     logits: str = _flag("head", "cosine", "cosine of feature and class row times --scale, or their inner product",
@@ -330,6 +328,8 @@ def parse(arguments=None):
     except UnicodeDecodeError as e:
         raise UserError(f"an argument file is not a text in UTF-8 ({e})") from e
     if unknown:
+        if unknown[0].partition("=")[0] in ("--graph-refresh-angle", "--graph-angle"):
+            raise UserError(f"{unknown[0]} is gone, since a build takes less time than a refresh did: leave it out")
         flags = [option(f.name) for f in dataclasses.fields(Config)]
         near = difflib.get_close_matches(unknown[0], flags, n=1)
         meant = f"; did you mean {near[0]}?" if near else ""

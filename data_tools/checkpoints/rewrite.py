@@ -11,7 +11,9 @@ from data_tools.checkpoints import ranges
 from data_tools.checkpoints.contents import class_rows, faults, raise_first, read, read_valid
 from xc.checkpoint import layout as checkpoint
 from xc.checkpoint import tensor_file
+from xc.comm.shard import Shard
 from xc.files import sync
+from xc.knn.graph_file import read_graph
 
 
 def merge(folder, out):
@@ -38,11 +40,12 @@ def reshard(folder, out, num_files):
     out.mkdir()
     files = {}
     for kind, found in kinds.items():
-        cls = ranges.GraphTables if kind == "neighbors" else ranges.RangedTables
-        source = cls(folder, kind, found, num_rows)
-        for first, last in ranges.near_equal(num_rows, num_files):
-            path = out / ranges.name_of(kind, first, last)
-            files[path.name] = tensor_file.write(path, source.tensors(first, last))
+        source = _Graph if kind == "neighbors" else ranges.RangedTables
+        tables = source(folder, kind, found, num_rows)
+        for part in range(num_files):
+            shard = Shard.of(num_rows, num_files, part)  # as of a rank of so many
+            path = out / ranges.name_of(kind, shard.first, shard.last)
+            files[path.name] = tensor_file.write(path, tables.tensors(shard.first, shard.last))
     ranged_files = {ranges.name_of(kind, *of_file) for kind, found in kinds.items() for of_file in found}
     for name in sorted(meta["files"].keys() - ranged_files):
         shutil.copyfile(folder / name, out / name)
@@ -51,6 +54,17 @@ def reshard(folder, out, num_files):
     checkpoint.write_meta(out, meta | {"rows": checkpoint.rows_among(files), "files": files})
     sync(out / "meta.json")
     return f"{len(files)} files; train.py resumes from it by --resume"
+
+
+class _Graph:
+    """The files of a KNN graph. The part of a range of rows is in memory, as on a rank of a run."""
+
+    def __init__(self, folder, kind, found, num_rows):
+        self._paths, self._num_rows = [folder / ranges.name_of(kind, *of_file) for of_file in found], num_rows
+
+    def tensors(self, first, last):
+        graph = read_graph(self._paths, Shard(first, last), self._num_rows)
+        return {name: tensor_file.pieces_of(tensor) for name, tensor in graph.tables().items()}
 
 
 def slice_rows(folder, out, intervals):

@@ -63,7 +63,7 @@ def test_reshard_writes_what_that_many_ranks_write(ranks, files, head, made, tmp
 
 @pytest.mark.parametrize("num_classes, block", [(61, 16), (61, 2**20)])
 def test_edges_of_the_graph_are_resharded_in_pieces(num_classes, block, made, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_tools.checkpoints.ranges._EDGES", block)
+    monkeypatch.setattr("xc.knn.graph_file._EDGES", block)
     monkeypatch.setattr("xc.checkpoint.tensor_file.PIECE", 2 * block)
     folder = made(3, head="knn", num_classes=num_classes)
     call(main, "reshard", folder, tmp_path / "out", "--files", 5)
@@ -251,7 +251,7 @@ def test_a_hostile_checkpoint_is_one_line(what, made, tmp_path, capsys):
     ("offsets", torch.zeros(C, dtype=torch.int32)), ("neighbors", None), ("places", None),
     ("shape", torch.tensor([0, 4, C, 2**62, 0])), ("shape", torch.tensor([1, 4, C, 3, 0])),
     ("shape", torch.tensor([0, 4])), ("places", torch.zeros(1, 1, dtype=torch.uint8)),
-    ("codes", torch.zeros(3, D).char())])
+    ("lows", torch.full((1,), 255, dtype=torch.uint8))])
 def test_a_hostile_graph_is_one_line(name, table, made, tmp_path, capsys):
     folder = made(head="knn")
     file = FIRST.replace("rows", "neighbors")

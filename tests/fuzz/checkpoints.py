@@ -29,7 +29,7 @@ IDENTITY = {"seed": 0, "classes_digest": "abc"}
 SETTINGS = {
     "full": ("--head-momentum", "0.9"),
     "knn": ("--head", "knn", "--neighbors", "3"),
-    "refresh": ("--head", "knn", "--neighbors", "3", "--graph", "approx", "--graph-refresh-angle", "5"),
+    "approximate": ("--head", "knn", "--neighbors", "3", "--graph", "approx"),
     "selective": ("--head", "selective"),
     "dgc": ("--exchange", "dgc", "--optimizer", "sgd", "--lr", "0.1"),
 }

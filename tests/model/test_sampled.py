@@ -212,17 +212,6 @@ def test_a_saved_graph_names_the_same_classes_to_any_ranks(before, after, tmp_pa
     assert of_all(run_ranks(after, read)) == written
 
 
-def test_a_graph_is_refreshed_where_an_angle_is_given():
-    def body(world, angle):
-        head = a_head("knn", 200, world, 60, num_neighbors=9, graph_refresh_angle=angle)
-        head.refresh(1, due=True)
-        head.weight[:5] += 0.3
-        return head.refresh(2, due=True)["graph_requeried"]
-
-    assert 0 < run_ranks(2, lambda w: body(w, 5.0))[0] < 1
-    assert run_ranks(2, lambda w: body(w, 0.0))[0] == 1
-
-
 def test_with_sampling_correction_one_random_class_stays():
     head = a_head("knn", 61, World(), 30, near_share=1.0)
     step(head)

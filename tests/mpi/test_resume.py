@@ -36,7 +36,7 @@ def last_files(run_folder):
 @pytest.mark.parametrize("ranks, stop, flags", [
     (2, 30, ["--steps", 60, "--head", "sampled", *FEW[:2], "--margin", "cosface", "--margin-size", 0.1,
              "--head-momentum", 0.9, "--head-lr-scale", 4, "--exchange", "dgc", *DGC]),
-    (3, 30, ["--steps", 60, "--head", "knn", *FEW, "--graph", "approx", "--graph-refresh-angle", 3,
+    (3, 30, ["--steps", 60, "--head", "knn", *FEW, "--graph", "approx",
              "--row-dtype", "bfloat16", "--head-momentum", 0.9, "--head-lr-scale", 4,
              "--exchange", "dgc-hier", *DGC, "--gradient-bits", 16,
              "--feature-bits", 16]),
@@ -136,7 +136,7 @@ def test_a_test_at_the_end_that_is_interrupted_is_made_up_for(unbroken, tmp_path
 
 def test_a_resharded_checkpoint_is_gone_on_from_bit_for_bit(tmp_path):
     """From a folder elsewhere, into another run, with rows and graph in other files than any rank wrote."""
-    base = [*RUN, "--steps", 40, "--head", "knn", *FEW, "--graph-refresh-angle", 3, "--exchange", "dgc", *DGC]
+    base = [*RUN, "--steps", 40, "--head", "knn", *FEW, "--exchange", "dgc", *DGC]
     mpirun(2, "train.py", *base, "--save-every", "20steps", "--out", tmp_path / "whole")
     run(sys.executable, "-m", "data_tools.checkpoint", "reshard", tmp_path / "whole/checkpoints/step-00000020",
         tmp_path / "five", "--files", 5)

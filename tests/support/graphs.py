@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from tests.support.worlds import run_ranks
 from xc.comm.shard import Shard
-from xc.knn.build import build, refresh
+from xc.knn.build import build
 
 GRIDS = [(1, 1), (3, 3), (4, 2)]
 
@@ -43,14 +43,6 @@ def built(rows, num_neighbors, ranks, width=None, **options):
         return build(rows[shard.first : shard.last], shard, len(rows), num_neighbors, world.shards, **options)
 
     return run_ranks(ranks, body, width or 0)[: width or ranks]
-
-
-def refreshed(graphs, rows, ranks, **options):
-    def body(world):
-        graph = graphs[world.shards.rank]
-        return refresh(graph, rows[graph.shard.first : graph.shard.last], graph.shard, world.shards, **options)
-
-    return run_ranks(ranks, body)
 
 
 def whole(graphs):

@@ -1,224 +1,166 @@
-"""Build and refresh the graph of the K nearest classes of every class, by the cosine of their rows.
+"""Build the graph of the K nearest classes of every class, by the cosine of their rows.
 
-    1. Each rank finds the K nearest rows in all shards for its own rows, block by block (search.py).
-    2. Each edge of a block goes to the rank that owns the neighbour. That rank stores it by class (graph.py).
+    1. The ranks find the K nearest rows of all rows: exactly (exact_search.py), or nearly, by cells (cell_search.py).
+    2. Each edge goes to the rank that owns the neighbour. That rank stores it by class (graph.py).
 
-A build searches for all rows, a refresh for some. No rank ever holds the whole graph. The ring that builds the graph is
-from Song et al. 2020.
+No rank ever holds the whole graph, and no copy of the rows is made for an approximate one.
 """
 
 import time
+from collections import deque
 
 import torch
-import torch.nn.functional as F
 
 from xc.comm.shard import Shard
-from xc.knn.graph import Indexed, KnnGraph, blocks, code_of, join, place_type
-from xc.knn.search import EMPTY, RingSearch, cells_of, ids_of, unit
+from xc.knn.cell_search import search_cells
+from xc.knn.cells import Cells
+from xc.knn.exact_search import ExactSearch, neighbors_of_few
+from xc.knn.graph import EdgeTable
 from xc.run import watchdog
 
-_SAMPLE = 256  # rows whose exact neighbours are searched to measure recall
+_SAMPLE = 256  # rows whose exact neighbours are searched: so many to choose P, and as many to measure recall
 _MIN_RECALL = 0.965  # of the sample that decides P
-_SAMPLES_PER_CELL, _KMEANS_ITERATIONS = 32, 5
+_MOST_PROBES = 128
+_MOST_GROWTH = 2  # of P, since cells were found anew
 _AUTO_SECONDS = 30  # `auto` builds an exact graph if that is predicted to take less
 _FLOPS_PER_SECOND = {"cpu": 4e10, "cuda": 4e13}  # of one rank: one core, or one GPU in 16 bits
-_MAX_MOVED, _MAX_RECALL_LOSS = 1 / 3, 0.02  # beyond either, a refresh becomes a build
+_BLOCK_NUMBERS, _EDGES = 2**23, 2**20  # ids in a block of found neighbours: 32 MiB; edges that are sent at a time
 
 
-def build(weight, shard, num_classes, num_neighbors, group, method="exact", seed=0):
+def build(weight, shard, num_classes, num_neighbors, group, method="exact", seed=0, cells=None):
     """Build the graph of all classes. Collective.
 
     weight   (S, D)  rows of this shard, of any length, float32 or bfloat16
     group    of the shards; rank r owns Shard.of(num_classes, group.size, r)
     method   exact | approx | auto (exact if that is predicted to take less than half a minute)
-    returns  KnnGraph, {graph_seconds, graph_recall, graph_requeried, graph_bytes_per_class, method}
+    cells    of an earlier graph of these classes, which follow the rows; None: they are found anew, as they are where
+             the old ones serve the rows no longer
+    returns  KnnGraph, {graph_seconds, graph_recall, graph_bytes_per_class, graph_probes, graph_cells_kept, method}
     raises   ValueError if there are not that many other classes
     """
     start = time.perf_counter()
     if not 0 < num_neighbors < num_classes:
         raise ValueError(f"{num_neighbors} neighbours of {num_classes} classes: take 1 to {num_classes - 1}")
-    weight = weight.detach()
-    if method == "auto":
-        # Constants instead of a measurement, so that all copies and all runs of a recipe decide alike.
-        flops = 2 * num_classes**2 * weight.shape[1] / group.size
-        method = "exact" if flops < _AUTO_SECONDS * _FLOPS_PER_SECOND[weight.device.type] else "approx"
-    indexed = Indexed.of(weight)
+    weight, where, device = weight.detach(), (shard, num_classes), weight.device
+    method = method_of(method, num_classes, weight.shape[1], group.size, device.type)
+    recall, probes, kept = 1.0, 0, False
+    if method == "exact":
+        cells, found = None, ExactSearch(weight, shard, num_neighbors, group).search()
+    else:
+        classes = torch.randint(num_classes, (2 * _SAMPLE,), generator=torch.Generator().manual_seed(seed + 1))
+        classes = classes.to(device)
+        truth = neighbors_of_few(weight, shard, classes, num_neighbors, group)
+        to_choose = *where, classes[:_SAMPLE], truth[:_SAMPLE], group
+        most = cells and _most_probes(len(cells), num_classes, num_neighbors)
+        kept = cells is not None and cells.probes < most
+        if kept:
+            first_probes, cells = cells.probes, cells.followed(weight, group)
+            probes = _choose_probes(cells, *to_choose)
+            kept = probes <= _MOST_GROWTH * first_probes and probes < most
+        if not kept:
+            cells = Cells.found(weight, *where, group, seed)
+            probes = cells.probes = _choose_probes(cells, *to_choose)
+        found = search_cells(weight, *where, cells, probes, num_neighbors, group)
+    graph = _distribute(_in_blocks(found, len(weight), num_neighbors, device), *where, num_neighbors, group, device)
+    graph.cells = cells
     if method == "approx":
-        indexed.centroids = _kmeans(weight, shard, num_classes, group, seed)
-        indexed.cells = torch.empty(len(shard), dtype=torch.int32, device=weight.device)
-        for block in blocks(*weight.shape):
-            indexed.cells[block] = cells_of(unit(weight[block]), indexed.centroids)
-    search = RingSearch(weight, shard, indexed, num_neighbors, group)
-    if method == "approx":
-        indexed.probes = search.probes = _choose_probes(search, num_classes, seed)
-    edges = _Edges(num_classes, search)
-    for keys, classes in search.search(torch.arange(len(shard), device=weight.device)):
-        edges.add(keys, classes)
-    graph = KnnGraph(shard, num_neighbors, *join([edges.tensors()]), indexed)
-    stats = _stats(graph, search, method, num_classes, start, seed)
-    indexed.recall = stats["graph_recall"]
-    return graph, stats
+        recall = _recall(graph, classes[_SAMPLE:], truth[_SAMPLE:], group)
+    mine = torch.tensor([time.perf_counter() - start, graph.bytes_per_class], device=device)
+    seconds, size = group.all_reduce(mine, "max").tolist()
+    return graph, {"graph_seconds": seconds, "graph_recall": recall, "graph_bytes_per_class": size,
+                   "graph_probes": probes, "graph_cells_kept": float(kept), "method": method}
 
 
-def refresh(graph, weight, shard, group, angle=0.1, seed=0):
-    """Make a new graph from an old one. Collective.
+def method_of(method, num_classes, feature_dim, num_shards, device_type):
+    """exact or approx, also where the method is auto. By constants instead of a measurement, so that all copies and all
+    runs of a recipe decide alike."""
+    seconds = 2 * num_classes**2 * feature_dim / num_shards / _FLOPS_PER_SECOND[device_type]
+    return ("exact" if seconds < _AUTO_SECONDS else "approx") if method == "auto" else method
 
-    It searches again for the rows that moved, and for the rows that had or now have a moved row as a neighbour.
 
-    A build replaces it if more than a third of the rows moved, or if recall fell by more than 0.02 since the last
-    build. Recall falls because rows leave their cells, and the number of cells to search was chosen for the rows of
-    that build.
+def _choose_probes(cells, shard, num_classes, classes, truth, group):
+    """P of 2, 3, 4, 6, 8, 12, …, the smallest that reaches enough neighbours of sampled classes. Collective.
 
-    angle    radians: a row has moved if it turned this far since it was indexed. Indexed rows have 8 bits. So below
-             0.02, rows that did not move may count as moved
-    returns  as `build`
+    classes, truth  (N,), (N, K)  and their exact neighbours, global ids
     """
-    start = time.perf_counter()
-    weight, num_classes = weight.detach(), graph.num_classes
-    assert graph.refreshable(weight)
-    moved = graph.indexed.angles(weight) >= angle
-
-    def rebuild():
-        method = "approx" if graph.indexed.probes else "exact"
-        built, stats = build(weight, shard, num_classes, graph.num_neighbors, group, method, seed)
-        return built, stats | {"graph_seconds": time.perf_counter() - start}
-
-    if group.all_reduce(moved.sum()).item() > _MAX_MOVED * num_classes:
-        return rebuild()
-    indexed = _index_again(graph.indexed, weight, moved)
-    search = RingSearch(weight, shard, indexed, graph.num_neighbors, group, graph)
-    search.probes = -(-indexed.probes // 2)
-    affected = _has_neighbor_in(graph, moved)  # (C,) 2: moved; 1: had or has a moved neighbour, or is one's neighbour
-    edges_of_moved, edges_of_affected = _Edges(num_classes, search), _Edges(num_classes, search)
-    for keys, classes in search.search(moved.nonzero().squeeze(1)):
-        edges_of_moved.add(keys, classes)
-        affected[ids_of(keys[keys > EMPTY])] = 1
-    affected[shard.first : shard.last][moved] = 2
-    group.all_reduce(affected, "max")
-    search.probes = -(-indexed.probes // 16)  # few, since their former neighbours are candidates, too
-    for keys, classes in search.search((affected[shard.first : shard.last] == 1).nonzero().squeeze(1)):
-        edges_of_affected.add(keys, classes)
-    unaffected = affected == 0
-    counts = graph.offsets.diff()
-    mask = unaffected.repeat_interleave(counts)
-    old_edges = counts * unaffected, graph.neighbors[mask], graph.places[mask]
-    joined = join([old_edges, edges_of_moved.tensors(), edges_of_affected.tensors()])
-    new = KnnGraph(shard, graph.num_neighbors, *joined, indexed)
-    stats = _stats(new, search, "refresh", num_classes, start, seed)
-    if stats["graph_recall"] < indexed.recall - _MAX_RECALL_LOSS:
-        return rebuild()
-    return new, stats | {"graph_requeried": 1 - unaffected.float().mean().item()}
+    wanted = torch.cat([classes[:, None], truth], 1)
+    own = shard.owns(wanted)
+    cell = torch.zeros_like(wanted)
+    cell[own] = cells.of_row[wanted[own] - shard.first].long()
+    cell = group.all_reduce(cell)
+    # How many cells are nearer to the cell of a class than that of its neighbour is.
+    products = cells.centroids[cell[:, 0]] @ cells.centroids.T  # (N, number of cells)
+    nearer = torch.stack([(products > products.gather(1, of_place[:, None])).sum(1) for of_place in cell.T[1:]], 1)
+    nearer[cell[:, 1:] == cell[:, :1]] = 0
+    most = _most_probes(len(cells), num_classes, truth.shape[1])
+    candidates = sorted(factor * 2**e for e in range(31) for factor in (2, 3))
+    return next(min(probes, most) for probes in candidates
+                if probes >= most or (nearer < probes).double().mean() >= _MIN_RECALL)
 
 
-def _has_neighbor_in(graph, rows):
-    """(C,) uint8: 1 for the classes with a neighbour among these rows of the shard, a mask (S,)."""
-    hits = F.pad(rows[graph.neighbors].cumsum(0, dtype=torch.int32), (1, 0))
-    return (hits[graph.offsets[1:]] > hits[graph.offsets[:-1]]).to(torch.uint8)
+def _most_probes(num_cells, num_classes, num_neighbors):
+    """The largest P: 128, a sixteenth of the cells, 8, or the number of cells that hold 4 K rows, all of them at most.
 
-
-class _Edges:
-    """Collects the edges that end in this shard. Each rank adds each class once, in ascending order."""
-
-    def __init__(self, num_classes, search):
-        self.group, self.shard = search.group, search.shard
-        self.shard_ends = torch.tensor([Shard.of(num_classes, self.group.size, r).last for r in range(self.group.size)],
-                                       device=search.rows.device)
-        self.counts = torch.zeros(num_classes, dtype=torch.int32, device=search.rows.device)
-        self.pieces = [[] for _ in range(self.group.size)]  # by source rank, so that classes ascend in `tensors`
-        self.place_type = place_type(search.num_neighbors)
-
-    def add(self, keys, classes):
-        """Send each edge of a block to the rank that owns the neighbour: keys (Q, K) of classes (Q,). Collective."""
-        query, place = (keys > EMPTY).nonzero(as_tuple=True)
-        ids = ids_of(keys[query, place])
-        owner = torch.searchsorted(self.shard_ends, ids, right=True)
-        order = owner.argsort(stable=True)
-        edges = torch.stack([classes[query], ids, place], 1).int()[order]
-        counts = owner.bincount(minlength=self.group.size).tolist()
-        for source, piece in enumerate(self.group.all_to_all(edges, counts)):
-            if len(piece):
-                first = piece[0, 0].item()
-                counted = (piece[:, 0] - first).bincount()
-                self.counts[first : first + len(counted)] += counted
-                self.pieces[source].append((piece[:, 1] - self.shard.first, piece[:, 2].to(self.place_type)))
-
-    def tensors(self):
-        """Number of edges of every class (C,), neighbors (E,), places (E,)."""
-        pieces = [piece for source in self.pieces for piece in source]
-        empty = self.counts.new_empty(0), self.counts.new_empty(0, dtype=self.place_type)
-        return self.counts, *(torch.cat(column) for column in zip(empty, *pieces, strict=True))
-
-
-def _index_again(indexed, weight, rows):
-    """A copy of `indexed` in which the rows of a mask (S,) are indexed as they are now."""
-    codes, cells = indexed.codes.clone(), indexed.cells
-    codes[rows] = code_of(weight[rows])
-    if indexed.probes:
-        cells = cells.clone()
-        cells[rows] = cells_of(unit(weight[rows]), indexed.centroids)
-    return Indexed(codes, cells, indexed.centroids, indexed.probes, indexed.recall)
-
-
-def _stats(graph, search, method, num_classes, start, seed):
-    """Metrics of a build. Recall compares the stored graph with the exact neighbours of sampled rows. Collective."""
-    recall = 1.0
-    if method != "exact":
-        classes, truth = _sample(search, num_classes, seed + 1, exact=True)
-        rows, neighbors, _ = graph.lookup(classes)
-        num_found = (truth[rows] == (neighbors + graph.shard.first)[:, None]).sum()
-        recall = search.group.all_reduce(num_found).item() / truth.numel()
-    mine = torch.tensor([time.perf_counter() - start, graph.bytes_per_class], device=graph.offsets.device)
-    seconds, size = search.group.all_reduce(mine, "max").tolist()
-    return {"graph_seconds": seconds, "graph_recall": recall, "graph_requeried": 1.0, "graph_bytes_per_class": size,
-            "method": method}
-
-
-def _sample(search, num_classes, seed, exact):
-    """Sampled classes (N,), ascending, and the ids (N, K) that a search finds for them. The same on every rank.
-
-    Collective.
+    Before training, rows have no clusters, so they would need nearly all cells. The logged recall shows the result.
     """
-    generator = torch.Generator().manual_seed(seed)
-    classes = torch.randint(num_classes, (_SAMPLE,), generator=generator).unique().to(search.rows.device)
-    mine = classes[search.shard.owns(classes)] - search.shard.first
-    keys = torch.cat([keys for keys, _ in search.search(mine, exact)])
-    counts = search.group.all_gather(torch.tensor([len(mine)], device=mine.device)).tolist()
-    return classes, ids_of(search.group.all_gather(keys, counts))
+    return min(num_cells, max(8, min(_MOST_PROBES, num_cells // 16), 4 * num_neighbors * num_cells // num_classes))
 
 
-def _choose_probes(search, num_classes, seed):
-    """The smallest P of 2, 3, 4, 6, 8, 12, … that finds enough neighbours of sampled rows. Collective.
+def _in_blocks(found, num_rows, num_neighbors, device):
+    """A deque of blocks (n, K) int32 of the neighbours of all rows, in the order of rows.
 
-    P is limited to a sixteenth of the cells, to 8, or to the number of cells that hold 4 K rows, whichever is most.
-    Before training, rows have no clusters, so they would need nearly all cells. That is no faster than an exact build.
-    The logged recall shows the result.
+    A block is so large that its memory goes back to the system as soon as it is dropped.
+
+    found  yields (local ids (n,), global ids of neighbours (n, K)), each row once
     """
-    num_cells = len(search.centroids)
-    most = min(num_cells, max(8, num_cells // 16, 4 * search.num_neighbors * num_cells // num_classes))
-    _, truth = _sample(search, num_classes, seed + 2, exact=True)
-    for probes in (factor * 2**e for e in range(31) for factor in (2, 3)):
-        search.probes = min(probes, most)
-        _, found = _sample(search, num_classes, seed + 2, exact=False)
-        num_found = sum((truth == column[:, None]).sum().item() for column in found.T)
-        if num_found >= _MIN_RECALL * truth.numel() or search.probes == most:
-            return search.probes
+    size = max(1, _BLOCK_NUMBERS // num_neighbors)
+    firsts = torch.arange(0, num_rows + size, size, device=device)
+    blocks = deque(torch.empty(min(size, num_rows - first), num_neighbors, dtype=torch.int32, device=device)
+                   for first in range(0, num_rows, size))
+    for rows, neighbors in found:
+        rows, order = rows.sort()
+        bounds = torch.searchsorted(rows, firsts).tolist()
+        for i, block in enumerate(blocks):
+            part = slice(*bounds[i : i + 2])
+            if part.start < part.stop:
+                block[rows[part] - i * size] = neighbors[order[part]].int()
+    return blocks
 
 
-def _kmeans(weight, shard, num_classes, group, seed):
-    """Centroids (N, D) of about 4 sqrt(C) cells, by k-means of sampled rows. The same on every rank. Collective."""
-    generator = torch.Generator().manual_seed(seed)
-    num_cells = max(1, min(int(4 * num_classes**0.5), num_classes // 16))
-    sample = torch.randint(num_classes, (num_cells * _SAMPLES_PER_CELL,), generator=generator).to(weight.device)
-    own = shard.owns(sample)
-    rows = unit(weight.index_select(0, sample[own] - shard.first))
-    sums = torch.zeros(num_cells, weight.shape[1], dtype=torch.float64, device=weight.device)
-    seeds = own[:num_cells].nonzero().squeeze(1)
-    sums[seeds] = rows[: len(seeds)].double()
-    centroids = unit(group.all_reduce(sums))
-    for _ in range(_KMEANS_ITERATIONS):
-        watchdog.heartbeat("k-means of the rows")
-        # Sums in float64 give the same float32 centroids in any order, so cells do not depend on W.
-        sums.zero_().index_add_(0, cells_of(rows, centroids).long(), rows.double())
-        group.all_reduce(sums)
-        centroids = torch.where(sums.any(1, keepdim=True), unit(sums), centroids)
-    return centroids
+def _distribute(blocks, shard, num_classes, num_neighbors, group, device):
+    """The KnnGraph of this shard. Collective. blocks: from `_in_blocks`; it is empty at the end."""
+    ends = torch.tensor([Shard.of(num_classes, group.size, rank).last for rank in range(group.size)], device=device)
+    step = max(1, _EDGES // num_neighbors)  # rows
+    counts = torch.zeros(group.size, dtype=torch.int64, device=device)
+    for block in blocks:
+        for rows in block.split(step):
+            owner = torch.searchsorted(ends, rows.flatten(), right=True)
+            counts += owner[rows.flatten() >= 0].bincount(minlength=group.size)
+    received = torch.cat(group.all_to_all(counts, [1] * group.size)).tolist()
+    table = EdgeTable(shard, num_classes, num_neighbors, received, device)
+    first, parts = shard.first, _popped(blocks, step)
+    num_rounds = torch.tensor([sum(-(-len(block) // step) for block in blocks)], device=device)
+    for _ in range(group.all_reduce(num_rounds, "max").item()):
+        watchdog.heartbeat("distribution of the graph")
+        rows = next(parts, torch.empty(0, num_neighbors, dtype=torch.int32, device=device))
+        row, place = (rows >= 0).nonzero(as_tuple=True)
+        neighbors = rows[row, place]
+        owner = torch.searchsorted(ends, neighbors, right=True)
+        edges = torch.stack([row + first, neighbors, place], 1).int()[owner.argsort(stable=True)]
+        for source, piece in enumerate(group.all_to_all(edges, owner.bincount(minlength=group.size).tolist())):
+            table.add(source, piece[:, 0], piece[:, 1] - shard.first, piece[:, 2])
+        first += len(rows)
+    return table.graph()
+
+
+def _popped(blocks, step):
+    """Yield rows of the blocks, `step` at a time, and drop each block after its last ones."""
+    while blocks:
+        yield from blocks.popleft().split(step)
+
+
+def _recall(graph, classes, truth, group):
+    """The share of the exact neighbours (N, K) of some classes (N,) that the graph has. Collective."""
+    rows, neighbors, _ = graph.lookup(classes)
+    num_found = (truth[rows] == (neighbors + graph.shard.first)[:, None]).sum()
+    return group.all_reduce(num_found).item() / truth.numel()

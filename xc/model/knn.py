@@ -4,8 +4,8 @@ import math
 from pathlib import Path
 
 from xc.errors import UserError
-from xc.knn import build as neighbors
-from xc.knn.graph import KnnGraph
+from xc.knn.build import build
+from xc.knn.graph_file import read_graph
 from xc.model.sampled import SampledHead, budget
 
 _MAX_NEIGHBORS = 50  # of the default: further ones are hardly nearer than a random class, and cost memory
@@ -19,40 +19,27 @@ class KnnHead(SampledHead):
     that does not grow with the number of classes. Before the first build the other active classes are random.
     """
 
-    flags = (*SampledHead.flags, "select", "neighbors", "near_share", "graph", "graph_every", "graph_refresh_angle")
+    flags = (*SampledHead.flags, "select", "neighbors", "near_share", "graph", "graph_every")
 
-    def __init__(self, *args, num_neighbors, graph="auto", graph_refresh_angle=0.0, **kwargs):
-        """num_neighbors: K; graph: exact, approx or auto; graph_refresh_angle: degrees, see `knn.build.refresh`."""
+    def __init__(self, *args, num_neighbors, graph="auto", **kwargs):
+        """num_neighbors: K; graph: exact, approx or auto."""
         super().__init__(*args, **kwargs)
-        self.num_neighbors, self.method, self.angle = num_neighbors, graph, math.radians(graph_refresh_angle)
+        self.num_neighbors, self.method = num_neighbors, graph
         self.graph = None
 
     @classmethod
     def settings(cls, cfg, num_classes):
         return super().settings(cfg, num_classes) | {
-            "near_share": cfg.near_share, "num_neighbors": num_neighbors(cfg, num_classes), "graph": cfg.graph,
-            "graph_refresh_angle": cfg.graph_refresh_angle}
+            "near_share": cfg.near_share, "num_neighbors": num_neighbors(cfg, num_classes), "graph": cfg.graph}
 
     def refresh(self, step, due):
         if not due:
             return {}
-        where = self.shard, self.world.shards
-        if self.angle and self._can_refresh():
-            self.graph, stats = neighbors.refresh(self.graph, self.weight, *where, self.angle, self.seed)
-        else:
-            self.graph, stats = neighbors.build(self.weight, self.shard, self.num_classes, self.num_neighbors,
-                                                self.world.shards, self.method, self.seed)
-            if not self.angle:
-                self.graph.forget_rows()
+        cells, self.graph = self.graph and self.graph.cells, None  # there may be no memory for two graphs
+        self.graph, stats = build(self.weight, self.shard, self.num_classes, self.num_neighbors, self.world.shards,
+                                  self.method, self.seed, cells)
         return {name: value for name, value in stats.items() if name != "method"} | {
             "graph_exact": float(stats["method"] == "exact")}
-
-    def _can_refresh(self):
-        """Whether the graph can be refreshed and is as this run wants it; after a resume it may be another one."""
-        if self.graph is None or not self.graph.refreshable(self.weight):
-            return False
-        method = "approx" if self.graph.indexed.probes else "exact"
-        return self.graph.num_neighbors == self.num_neighbors and self.method in ("auto", method)
 
     def candidates(self, labels):
         if self.graph is None:
@@ -66,7 +53,7 @@ class KnnHead(SampledHead):
     def load(self, folder):
         paths = sorted(Path(folder).glob("neighbors-*.safetensors"))
         # A graph with another K serves until the next build.
-        self.graph = KnnGraph.read(paths, self.shard, self.num_classes, self.world.device) if paths else None
+        self.graph = read_graph(paths, self.shard, self.num_classes, self.world.device) if paths else None
 
 
 def num_neighbors(cfg, num_classes, near_parts=1, least=1):

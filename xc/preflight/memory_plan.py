@@ -19,14 +19,18 @@ from xc.comm.world import World
 from xc.config import FLAGS_OF_EXCHANGES
 from xc.data.augment import PIECE
 from xc.data.loader import PREFETCH
+from xc.knn.build import method_of
+from xc.knn.cells import SAMPLES_PER_CELL, number_of_cells
+from xc.knn.graph import shift_of
 from xc.model import backbone as backbones
 from xc.model import head_table as heads
 from xc.model.scored import NUM_FURTHER
 
 ON_HOST = ("batches", "checkpoint copy", "libraries")  # parts in host memory if the run uses a GPU
 _LIBRARIES = 160 * 2**20  # what torch imports for its optimizers (80 MiB), and what the allocators of threads hold
-_SEARCH_BYTES = 2**27  # query rows of a block in the search for neighbours
+_SEARCH_BYTES = 2**27  # query rows of a block in the exact search for neighbours
 _EDGE_BYTES = 112  # temporaries for each edge of such a block
+_ROUND_BYTES = 2**28  # temporaries of a round of the approximate search
 _PAIR_BYTES = 220  # temporaries for each pair of an example and a candidate in the choice by scores, with its tables
 
 
@@ -98,7 +102,7 @@ class MemoryPlan:
         order_bytes             bytes of the order of examples
         max_accumulation_steps  of a step
         """
-        head = _HeadSize.of(cfg, num_classes, cfg.model_parallel_size or num_ranks)
+        head = _HeadSize.of(cfg, num_classes, cfg.model_parallel_size or num_ranks, "cpu" if on_cpu else "cuda")
         micro_batch, num_parts = cfg.global_batch // cfg.micro_batches, cfg.micro_batches * max_accumulation_steps
         num_examples = len(Shard.of(micro_batch, num_ranks, 0))  # of this rank in a micro-batch
         batch = num_examples * backbone.example
@@ -137,14 +141,16 @@ class _HeadSize:
     num_parts: int  # of a batch, with active rows of their own
     num_classes: int
     num_neighbors: int
+    approximate: bool  # the graph
 
     @classmethod
-    def of(cls, cfg, num_classes, num_shards):
+    def of(cls, cfg, num_classes, num_shards, device_type):
         settings = heads.head_class(cfg).settings(cfg, num_classes)
         num_rows = len(Shard.of(num_classes, num_shards, 0))
         quota = len(Shard.of(settings.get("active_classes", num_classes), num_shards, 0))
         parts = settings.get("near_parts", 1)
-        return cls(cfg, num_shards, num_rows, quota * parts, parts, num_classes, settings.get("num_neighbors", 0))
+        return cls(cfg, num_shards, num_rows, quota * parts, parts, num_classes, settings.get("num_neighbors", 0),
+                   method_of(cfg.graph, num_classes, cfg.feature_dim, num_shards, device_type) == "approx")
 
     @property
     def table(self):
@@ -185,17 +191,18 @@ class _HeadSize:
 
     @property
     def graph(self):
-        """What is kept between two builds. With --graph-refresh-angle, these are also the 8-bit rows."""
-        edges = -(-self.num_classes * self.num_neighbors // self.num_shards)
-        if not edges:
+        """Edges, their offsets and, of an approximate graph, the cells."""
+        if not self.num_neighbors:
             return 0
-        offsets = (4 if edges < 2**31 else 8) * (self.num_classes + 1)
-        codes = self._codes if self.cfg.graph_refresh_angle else 0
-        return offsets + edges * (5 if self.num_neighbors <= 256 else 6) + codes
+        edges = -(-self.num_classes * self.num_neighbors // self.num_shards)
+        shift = shift_of(self.num_rows, self.num_classes, self.num_neighbors)
+        offsets = (4 if edges < 2**31 else 8) * (-(-self.num_classes // 2**shift) + 1)
+        cells = 4 * self.num_rows + 4 * self._num_cells * self.cfg.feature_dim if self.approximate else 0
+        return offsets + edges * ((5 if self.num_neighbors <= 256 else 6) + (shift > 0)) + cells
 
     @property
-    def _codes(self):
-        return self.num_rows * (self.cfg.feature_dim + 4)
+    def _num_cells(self):
+        return number_of_cells(self.num_classes)
 
     @property
     def index(self):
@@ -204,17 +211,19 @@ class _HeadSize:
 
     @property
     def building(self):
-        """Unit rows, indexed rows, a second graph or index, and the edges found for a block of rows."""
+        """Beyond rows and graph, of which the neighbours that were found have no more bytes: what a search needs."""
         rows = 4 * self.num_rows * self.cfg.feature_dim
         if self.index:
             return rows + self.index
         if not self.graph:
             return 0
+        if self.approximate:
+            sample = SAMPLES_PER_CELL * self._num_cells // self.num_shards
+            cells = self._num_cells * (24 * self.cfg.feature_dim + 8 * 192)
+            return (2**25 + 16 * self.num_rows + 12 * sample * self.cfg.feature_dim + cells
+                    + min(12 * rows, _ROUND_BYTES))
         block = min(self.num_rows, _SEARCH_BYTES // (4 * self.cfg.feature_dim))
-        sample = 32 * min(int(4 * self.num_classes**0.5), self.num_classes // 16) / self.num_shards  # of k-means
-        edges = block * self.num_neighbors * _EDGE_BYTES
-        return int(2**25 + rows + 28 * self.num_rows + self._codes + 2 * self.graph + edges
-                   + 2 * min(rows, _SEARCH_BYTES) + 16 * sample * self.cfg.feature_dim)
+        return 2**25 + rows + block * self.num_neighbors * _EDGE_BYTES + 2 * min(rows, _SEARCH_BYTES)
 
     @property
     def saved(self):
