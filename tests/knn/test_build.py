@@ -63,6 +63,12 @@ def test_rows_in_bfloat16_and_places_beyond_a_byte():
     assert all(graph.places.dtype == torch.int16 for graph in graphs)
 
 
+def test_an_approximate_graph_of_rows_in_bfloat16_is_that_of_their_values():
+    rows = clustered(900).bfloat16()
+    found = [whole([graph for graph, _ in built(some, 6, 3, method="approx")]) for some in (rows, rows.float())]
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("num_neighbors", [0, 10, 11])
 def test_too_many_neighbours_are_refused(num_neighbors):
     with pytest.raises(ValueError, match=f"{num_neighbors} neighbours of 10 classes: take 1 to 9"):

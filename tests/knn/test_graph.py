@@ -98,3 +98,14 @@ def test_all_tables_together_do_not_grow_with_the_ranks():
     rows = rows_of(3000)
     sizes = {ranks: sum(graph.bytes_per_class for graph, _ in built(rows, 6, ranks)) for ranks in (1, 3, 16, 40)}
     assert max(sizes.values()) < 1.3 * min(sizes.values()) < 1.3 * 6 * 7, sizes
+
+
+@pytest.mark.parametrize("name, table", [
+    ("cells", torch.full((50,), 10**6, dtype=torch.int32)), ("cells", torch.zeros(3, dtype=torch.int32)),
+    ("cells", torch.full((50,), -1, dtype=torch.int32)), ("centroids", torch.zeros(3)), ("probes", torch.zeros(2))])
+def test_cells_that_cannot_be_used_are_named(name, table, tmp_path):
+    (graph, _), = built(rows_of(50), 3, 1, method="approx")
+    path = tmp_path / graph.file_name
+    save_file(graph.tables() | {name: table}, path)
+    with pytest.raises(ValueError, match=f"{path.name} cannot be used"):
+        read_graph([path], Shard(0, 50), 50)

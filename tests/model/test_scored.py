@@ -321,8 +321,10 @@ def test_parts_of_a_config():
         return near_parts(Config(data="d", out="o", head="knn", **flags), 5000)
 
     assert of(near_parts=2) == 2
-    assert of(active_classes=1.0) == 1 and of(active_classes=0.1, global_batch=64) == 8
-    assert of(active_classes=0.1, global_batch=64, micro_batches=2) == 4
+    assert of(active_classes=1.0) == 1
+    assert of(active_classes=0.1, global_batch=64) == 4  # 218 near classes for 64 examples
+    assert of(active_classes=0.1, global_batch=64, micro_batches=2) == 2
+    assert of(active_classes=128.0, global_batch=64) == 8  # no part has fewer examples than 8
     with pytest.raises(UserError, match="--near-parts 3"):
         of(near_parts=3)
     with pytest.raises(UserError, match="--near-parts 64 is not allowed: a micro-batch has 32 examples"):

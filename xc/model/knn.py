@@ -54,6 +54,10 @@ class KnnHead(SampledHead):
         paths = sorted(Path(folder).glob("neighbors-*.safetensors"))
         # A graph with another K serves until the next build.
         self.graph = read_graph(paths, self.shard, self.num_classes, self.world.device) if paths else None
+        cells = self.graph and self.graph.cells
+        if cells and cells.centroids.shape[1] != self.feature_dim:
+            raise ValueError(f"the cells of {paths[0].name} are of rows of width {cells.centroids.shape[1]}, not "
+                             f"{self.feature_dim}: build the graph again")
 
 
 def num_neighbors(cfg, num_classes, near_parts=1, least=1):

@@ -15,7 +15,7 @@ _FAR_ROWS = 64  # random rows that stand for all that are no candidates in an ex
 _BEST, _PLACES = 3, 12  # of an example's candidates the best, whose nearest neighbours are candidates as well
 NUM_FURTHER = _BEST * _PLACES  # candidates of an example beside the K neighbours of its target class, at most
 _PAIRS = 512  # candidates that are scored at a time, so that their rows stay in the cache
-_NEAR_OF_EXAMPLE, _LEAST_EXAMPLES = 32, 8  # near classes for each example that parts aim at; examples of a part
+_NEAR_OF_EXAMPLE, _LEAST_EXAMPLES = 8, 8  # near classes for each example that parts aim at; examples of a part
 _NO_CLASS = 2**62  # fills up rows of local ids
 _LEAST_FAR = 4  # drawn classes of a shard from which on candidates are drawn by their scores
 
