@@ -14,10 +14,12 @@ from tests.support.checkpoints import IDENTITY, everything, position, save, stat
 from tests.support.processes import wait_until
 from tests.support.worlds import run_ranks
 from xc.checkpoint import layout, newest, tensor_file
+from xc.checkpoint import snapshot as snapshots
 from xc.checkpoint import state as checkpoint
 from xc.checkpoint import writer as savers
 from xc.comm.world import World
 from xc.errors import UserError
+from xc.optim.optimizers import set_lr
 
 
 def test_newest_are_kept_and_found(tmp_path):
@@ -89,6 +91,7 @@ def test_the_state_may_change_while_it_is_written(tmp_path, monkeypatch):
     def body(world):
         saver, state = savers.CheckpointWriter(tmp_path, world, IDENTITY, 2), state_of(world, seed=1)
         saver.save(state, position(3))
+        state.head_optimizer.before_update(slice(0, len(state.head.weight)))
         for tensor in everything(state).values():
             tensor.fill_(9)
         world.all_ranks.all_gather_object(None)
@@ -100,6 +103,47 @@ def test_the_state_may_change_while_it_is_written(tmp_path, monkeypatch):
     checkpoint.load(newest.to_resume("auto", tmp_path, World()), state, IDENTITY)
     assert all(torch.equal(a, b) for a, b in zip(everything(state).values(),
                                                  everything(state_of(World(), seed=1)).values(), strict=True))
+
+
+@pytest.mark.parametrize("head", ["full", "knn"])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_steps_go_on_while_their_rows_are_written(head, ranks, tmp_path, monkeypatch):
+    """The file has the rows of the step at which the save began, whatever the steps after it did."""
+    monkeypatch.setattr(snapshots, "_BLOCK_BYTES", 20)
+    begun, write = threading.Event(), tensor_file.write
+
+    def slow(path, *rest, **progress):
+        begun.wait(20)
+        return write(path, *rest, **progress)
+
+    monkeypatch.setattr(tensor_file, "write", slow)
+
+    def body(world):
+        saver, state = savers.CheckpointWriter(tmp_path, world, IDENTITY, 2), state_of(world, seed=1, head=head)
+        state.head.refresh(0, due=True)
+        set_lr(state.head_optimizer, 0.5)
+        saver.save(state, position(3))
+        before = state.head.weight.clone()
+        for step in range(4):
+            labels = torch.tensor([step, 9 - step])
+            state.head.select(labels, step)
+            state.head(torch.randn(2, 4, generator=torch.Generator().manual_seed(step)).requires_grad_(), labels, 2)
+            state.head.reduce()
+            state.head_optimizer.step()
+            state.head.zero_grad()
+            if step == 1:
+                world.all_ranks.all_gather_object(None)
+                begun.set()
+        assert not torch.equal(before, state.head.weight) and state.head_optimizer.before_update
+        saver.finish()
+        assert state.head_optimizer.before_update is None
+
+    run_ranks(ranks, body)
+    state = state_of(World(), seed=2, head=head)
+    checkpoint.load(newest.to_resume("auto", tmp_path, World()), state, IDENTITY)
+    expected = state_of(World(), seed=1, head=head)
+    assert torch.equal(state.head.weight, expected.head.weight)
+    assert torch.equal(state.head_optimizer.momentum_rows, expected.head_optimizer.momentum_rows)
 
 
 def test_the_best_is_kept_beside_the_last(tmp_path):

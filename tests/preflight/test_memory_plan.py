@@ -110,6 +110,8 @@ def test_laws(head):
     with_momentum = planned(config(head=head, active_classes=0.5, head_momentum=0.9), 1)
     extra = with_momentum.total - one.total  # in memory, and in the copy that is written
     assert extra == 2 * one.parts["class rows"] == 2 * (with_momentum.on_disk - one.on_disk)
+    large = planned(config(head=head, active_classes=0.5), 1, num_classes=50_000_000)  # 1.2 GB of rows
+    assert large.parts["checkpoint copy"] < large.on_disk - large.parts["class rows"] + 2**28 + 60_000_000
     half = planned(config(head=head, active_classes=0.5, row_dtype="bfloat16"), 1)
     assert 2 * half.parts["class rows"] == one.parts["class rows"]
     with pytest.raises(UserError, match="--head 'knnn'"):

@@ -39,14 +39,17 @@ class State:
 
 
 def files_of(state, world):
-    """{file name: {name: tensor}}: what this rank writes. Collective."""
-    head, files, means = state.head, state.exchange.files(), state.exchange.mean_buffers()
+    """What this rank writes: the file of class rows, the files of the head, the others; each {file name: {name:
+    tensor}}. Collective."""
+    head, others, means = state.head, state.exchange.files(), state.exchange.mean_buffers()
+    of_rows, of_head = {}, {}
     if world.replicas.rank == 0 and len(head.shard):
-        files |= {rows_name(head.shard.first, head.shard.last): dict(_row_tables(state))} | head.files()
+        of_rows = {rows_name(head.shard.first, head.shard.last): dict(_row_tables(state))}
+        of_head = head.files()
     if world.rank == 0:
-        files["backbone.safetensors"] = state.backbone.state_dict() | means
-        files["optimizer.safetensors"] = _moments_by_name(state)
-    return files
+        others["backbone.safetensors"] = state.backbone.state_dict() | means
+        others["optimizer.safetensors"] = _moments_by_name(state)
+    return of_rows, of_head, others
 
 
 def meta_of(state, progress):
@@ -56,7 +59,7 @@ def meta_of(state, progress):
 
 def not_finite(state, world):
     """The name of a tensor of the state that is not finite, on whichever rank; None where all are. Collective."""
-    name = next((f"{key} of {name}" for name, tables in files_of(state, world).items()
+    name = next((f"{key} of {name}" for files in files_of(state, world) for name, tables in files.items()
                  for key, tensor in tables.items() if tensor.is_floating_point() and not _is_finite(tensor)), None)
     return next((name for name in world.all_ranks.all_gather_object(name) if name is not None), None)
 

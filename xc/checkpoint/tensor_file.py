@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 PIECE = 2**20  # bytes in memory at a time: few enough to stay in a cache from the checksum to the writing
 _MOST_HEADER = 2**24  # bytes; a tensor takes a hundred
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_DTYPES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.float16: "F16",
+DTYPES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.float16: "F16",
            torch.bfloat16: "BF16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 _NUMPY = {"F64": "<f8", "I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "u1"}  # of `array`
 
@@ -101,7 +101,7 @@ class TensorFile:
             data = np.memmap(self.path, np.uint8, "c", begin, (last - first) * row_bytes)
         except OSError as e:
             raise ValueError(f"checkpoint file {self.path} cannot be read ({e})") from e
-        kind = next(kind for kind, text in _DTYPES.items() if text == dtype)
+        kind = next(kind for kind, text in DTYPES.items() if text == dtype)
         return torch.from_numpy(data).view(kind).view(last - first, *shape[1:])
 
     def _entry(self, name):
@@ -113,7 +113,7 @@ class TensorFile:
 def pieces_of(tensor):
     """(dtype, shape, pieces) of a tensor in host memory, as `write` takes it."""
     flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    return _DTYPES[tensor.dtype], tuple(tensor.shape), (flat[i : i + PIECE] for i in range(0, len(flat), PIECE))
+    return DTYPES[tensor.dtype], tuple(tensor.shape), (flat[i : i + PIECE] for i in range(0, len(flat), PIECE))
 
 
 def write(path, tensors, metadata=None, progress=None):

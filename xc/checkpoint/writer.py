@@ -12,6 +12,7 @@ import torch
 
 from xc.checkpoint import layout, tensor_file
 from xc.checkpoint import state as checkpoint
+from xc.checkpoint.snapshot import Snapshot
 from xc.errors import UserError
 from xc.files import sync
 from xc.run import watchdog
@@ -27,10 +28,11 @@ _POLL_SECONDS = 0.2  # between two looks at how far the writing is
 
 
 class CheckpointWriter:
-    """Writes checkpoints while training goes on: `save` copies the state, a thread writes the copy. One save at a time.
+    """Writes checkpoints while training goes on: a thread writes the state as it was at `save`. One save at a time.
 
-    The copy takes host memory from the first save on: this rank's class rows, their momentum and graph, its residuals,
-    and the backbone on rank 0.
+    The class rows and their momentum are read as the thread comes to them: see Snapshot. What the choice of classes
+    depends on never changes in place. The rest is copied by `save`, into memory that stays: residuals, and on rank 0
+    the backbone.
 
     A save that fails on one rank is given up on all of them with a warning; older checkpoints stay. After
     `most_failures` failures in a row every rank raises a SaveError.
@@ -47,19 +49,27 @@ class CheckpointWriter:
         self._folder, self._world, self._identity, self._keep = Path(run) / "checkpoints", world, identity, keep
         self._evaluated_on = evaluated_on
         self._most_failures, self._failures, self._thread, self._error = most_failures, 0, None, None
-        self._copies = {}  # {file name: {name: tensor}} of the last save
+        self._copies = {}  # {file name: {name: tensor}} of the last save, of what is copied
+        self._snapshot, self._row_optimizer = None, None
         self._moved = 0, False  # blocks that the thread has done, and whether it waits for other ranks
 
     def save(self, state, progress, top1=None):
         """Begin to write the state at this progress, with the top-1 of its evaluation, if any. Collective."""
         self.finish()
+        of_rows, of_head, others = checkpoint.files_of(state, self._world)
         last = self._copies
         self._copies = {name: {key: _copied(tensor, last.get(name, {}).get(key)) for key, tensor in tables.items()}
-                        for name, tables in checkpoint.files_of(state, self._world).items()}
+                        for name, tables in others.items()}
+        files = {name: {key: tensor_file.pieces_of(tensor) for key, tensor in tables.items()}
+                 for name, tables in (self._copies | of_head).items()}
+        for name, tables in of_rows.items():  # one file at most
+            self._snapshot, self._row_optimizer = Snapshot(tables), state.head_optimizer
+            self._row_optimizer.before_update = self._snapshot.before_update
+            files[name] = self._snapshot.tensors()
         meta = checkpoint.meta_of(state, progress) | self._identity
         meta |= {"top1": top1, "evaluated_on": None if top1 is None else self._evaluated_on}
         self._moved = 0, False
-        self._thread = threading.Thread(target=self._write, args=(self._copies, meta), name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(files, meta), name="checkpoint")
         self._thread.start()
 
     def add_top1(self, folder, top1):
@@ -85,6 +95,8 @@ class CheckpointWriter:
                 watchdog.heartbeat("writing a checkpoint", waits=seen[1])
             self._thread.join(_POLL_SECONDS)
         self._thread, error, self._error = None, self._error, None
+        if self._snapshot:
+            self._snapshot, self._row_optimizer.before_update = None, None
         if isinstance(error, UserError):
             self._failures += 1
             if self._failures >= self._most_failures or last:
@@ -102,7 +114,7 @@ class CheckpointWriter:
         """The background thread. All ranks do the same, each with its own files."""
         with suppress(AttributeError, OSError):  # on Linux: this thread alone, so that training comes first
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        group, rank = self._world.background, self._world.rank
+        group, rank, snapshot = self._world.background, self._world.rank, self._snapshot
         folder = self._folder / f"step-{meta['step']:08d}"
         partial = folder.with_name(f".{folder.name}.partial")
         try:
@@ -114,7 +126,6 @@ class CheckpointWriter:
             written = {}
             with _agreed(group):
                 for name, tables in files.items():
-                    tables = {key: tensor_file.pieces_of(tensor) for key, tensor in tables.items()}
                     written[name] = tensor_file.write(partial / name, tables, progress=self._moves_on)
                 self._moved = self._moved[0] + 1, True
             files = {name: facts for of_rank in group.all_gather_object(written) for name, facts in of_rank.items()}
@@ -133,6 +144,9 @@ class CheckpointWriter:
             self._error = error
             if rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
+        finally:
+            if snapshot:
+                snapshot.close()
 
     def _moves_on(self, num_bytes=0):
         self._moved = self._moved[0] + 1, False

@@ -286,7 +286,10 @@ class Head:
         return {"active": num_active, "active_per_example": per_example, "top100_covered": share, "loss_gap": gap}
 
     def files(self):
-        """{file name: {name: tensor}} for a checkpoint: what the choice of classes of this shard depends on."""
+        """{file name: {name: tensor}} for a checkpoint: what the choice of classes of this shard depends on.
+
+        The tensors never change in place.
+        """
         return {}
 
     def load(self, folder):

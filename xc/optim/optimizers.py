@@ -82,12 +82,14 @@ class RowSGD:
     spacing of bfloat16 are right on average. Their momentum is rounded in the same way.
 
     momentum_rows  (S, D) in the dtype of the rows; (0, D) without momentum
+    before_update  called with the rows, a slice or local ids, that are about to change; None: nothing is called
     """
 
     def __init__(self, head, momentum=0.0):
         self.head, self.momentum = head, momentum
         self.momentum_rows = torch.zeros_like(head.weight if momentum else head.weight[:0])
         self.param_groups = [{"lr": 0.0}]  # as in torch's optimizers, for set_lr
+        self.before_update = None
 
     @torch.no_grad()
     def step(self):
@@ -99,6 +101,8 @@ class RowSGD:
         for first in range(0, head.num_active, size):
             block = slice(first, min(first + size, head.num_active))
             grad, ids = row_grad[block], head.active_rows(block)
+            if self.before_update:
+                self.before_update(ids)
             if self.momentum:
                 momentum = self._take(self.momentum_rows, ids)
                 grad = momentum.mul_(self.momentum).add_(grad)

@@ -6,7 +6,8 @@ temporaries of a backward pass, and of building a graph or an index, were fitted
 The sum of the parts is an upper bound, since they do not all exist at the same time. The constants were fitted to eight
 short runs on CPUs (400 to 1,460 MiB; all heads, a ResNet-18 with and without micro-batches and DGC). There the sum was
 2 to 10 % above the peak, 20 to 25 % for selective, 36 % for knn with an approximate graph. In two other runs it was 5 %
-(full, 500,000 x 96, with momentum) and 27 % (a ResNet-34) above. It was not compared with a run on a GPU.
+(full, 500,000 x 96, with momentum) and 27 % (a ResNet-34) above. Saves and approximate graphs take less since then: these
+parts are computed from the code. It was not compared with a run on a GPU.
 """
 
 import math
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from xc.checkpoint.snapshot import MOST_KEPT_BYTES
 from xc.comm.shard import Shard
 from xc.comm.world import World
 from xc.config import FLAGS_OF_EXCHANGES
@@ -124,7 +126,7 @@ class MemoryPlan:
             "batches": (num_parts + max(num_parts, PREFETCH) + 4 * cfg.loader_threads) * batch + order_bytes,
             "inputs": 0 if on_cpu else num_parts * batch + 6 * min(batch, 4 * PIECE["cuda"]),
             "scores by class": 9 * head.num_rows,  # examples, hits and frequency of each class
-            "checkpoint copy": head.saved + 2 * sparse + weights + momentum, "libraries": _LIBRARIES,
+            "checkpoint copy": head.copied + 2 * sparse + weights + momentum, "libraries": _LIBRARIES,
         }
         on_disk = head.num_shards * head.saved + 2 * num_ranks * sparse + weights + momentum
         return cls({name: size for name, size in parts.items() if size}, on_disk)
@@ -224,6 +226,13 @@ class _HeadSize:
                     + min(12 * rows, _ROUND_BYTES))
         block = min(self.num_rows, _SEARCH_BYTES // (4 * self.cfg.feature_dim))
         return 2**25 + rows + block * self.num_neighbors * _EDGE_BYTES + 2 * min(rows, _SEARCH_BYTES)
+
+    @property
+    def copied(self):
+        """What a checkpoint that is written holds: rows that change before they are written, at most; and the graph or
+        index of then."""
+        rows = self.table + self.momentum
+        return min(rows, MOST_KEPT_BYTES) + self.num_rows + self.saved - rows
 
     @property
     def saved(self):
