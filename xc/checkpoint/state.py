@@ -66,8 +66,11 @@ def not_finite(state, world):
 
 def _is_finite(tensor):
     # In blocks, since torch copies 16-bit numbers to sum them. A sum is quick, but may be infinite for huge numbers.
-    return all(bool(block.sum(dtype=torch.float32).isfinite()) or bool(block.isfinite().all())
-               for block in tensor.flatten().split(_BLOCK))
+    for block in tensor.flatten().split(_BLOCK):
+        watchdog.heartbeat("looking for numbers that are not finite")
+        if not (block.sum(dtype=torch.float32).isfinite() or block.isfinite().all()):
+            return False
+    return True
 
 
 def load_weights(folder, state, identity):

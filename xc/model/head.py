@@ -15,6 +15,7 @@ from xc.model.initial_rows import initial_rows
 from xc.model.logit_scale import logit_scale
 from xc.model.margin import MARGINS
 from xc.model.softmax import ShardedSoftmax
+from xc.run import watchdog
 
 _CACHE_BYTES = 2**20  # logits that a CPU works on at a time: it reads them several times, so they should stay in cache
 _TOP = 100  # highest logits of an example that `selection_quality` looks for among the active classes
@@ -235,6 +236,7 @@ class Head:
         target = group.all_reduce(target)[:, None]  # (G, 1)
         above = torch.zeros_like(labels)
         for block in self.blocks(len(self.weight), len(labels)):
+            watchdog.heartbeat("evaluation")
             scores = features @ self._unit(self.weight[block]).T  # (G, block)
             ids = torch.arange(block.start, block.stop, device=labels.device) + self.shard.first
             below = (scores < target) | ((scores == target) & (ids > labels[:, None]))  # False where a score is NaN
@@ -268,6 +270,7 @@ class Head:
         best = features.new_full((len(labels), top), -torch.inf)  # highest logits so far, and whether they are active
         covered, compared = torch.zeros_like(best, dtype=torch.bool), torch.zeros_like(labels)
         for block in self.blocks(len(self.weight), len(labels)):
+            watchdog.heartbeat("evaluation")
             logits = self.scale * features @ self._unit(self.weight[block]).T  # (G, block)
             full_lse = torch.logaddexp(full_lse, logits.logsumexp(1))
             offset = selection.offsets(block, features.dtype)[part_of]  # (G, block)

@@ -6,8 +6,8 @@ temporaries of a backward pass, and of building a graph or an index, were fitted
 The sum of the parts is an upper bound, since they do not all exist at the same time. The constants were fitted to eight
 short runs on CPUs (400 to 1,460 MiB; all heads, a ResNet-18 with and without micro-batches and DGC). There the sum was
 2 to 10 % above the peak, 20 to 25 % for selective, 36 % for knn with an approximate graph. In two other runs it was 5 %
-(full, 500,000 x 96, with momentum) and 27 % (a ResNet-34) above. Saves and approximate graphs take less since then: these
-parts are computed from the code. It was not compared with a run on a GPU.
+(full, 500,000 x 96, with momentum) and 27 % (a ResNet-34) above. Saves and approximate graphs take less since then:
+these parts are computed from the code. It was not compared with a run on a GPU.
 """
 
 import math
