@@ -318,13 +318,17 @@ def test_parts_are_near_equal_similar_and_the_same_in_any_type():
 
 def test_parts_of_a_config():
     def of(**flags):
-        return near_parts(Config(data="d", out="o", head="knn", **flags), 5000)
+        return near_parts(Config(data="d", out="o", head="knn", **flags), num_classes)
+
+    num_classes = 5000
 
     assert of(near_parts=2) == 2
     assert of(active_classes=1.0) == 1
-    assert of(active_classes=0.1, global_batch=64) == 4  # 218 near classes for 64 examples
-    assert of(active_classes=0.1, global_batch=64, micro_batches=2) == 2
-    assert of(active_classes=128.0, global_batch=64) == 8  # no part has fewer examples than 8
+    assert of(active_classes=0.1, global_batch=64) == 8  # no part has fewer examples than 8
+    assert of(active_classes=0.1, global_batch=64, micro_batches=2) == 4
+    assert of(active_classes=0.4, global_batch=64) == 4  # 968 near classes for 64 examples
+    assert of(active_classes=500.0, global_batch=256) == 16  # 8,000 rows
+    assert of(active_classes=600.0, global_batch=256) == 8  # as many parts as any budget may have
     with pytest.raises(UserError, match="--near-parts 3"):
         of(near_parts=3)
     with pytest.raises(UserError, match="--near-parts 64 is not allowed: a micro-batch has 32 examples"):

@@ -15,7 +15,8 @@ _FAR_ROWS = 64  # random rows that stand for all that are no candidates in an ex
 _BEST, _PLACES = 3, 12  # of an example's candidates the best, whose nearest neighbours are candidates as well
 NUM_FURTHER = _BEST * _PLACES  # candidates of an example beside the K neighbours of its target class, at most
 _PAIRS = 512  # candidates that are scored at a time, so that their rows stay in the cache
-_NEAR_OF_EXAMPLE, _LEAST_EXAMPLES = 8, 8  # near classes for each example that parts aim at; examples of a part
+_NEAR_OF_EXAMPLE, _LEAST_EXAMPLES = 32, 8  # near classes for each example that parts aim at; examples of a part
+_FEW_PARTS, _FEW_ROWS = 8, 2**13  # more parts than that only where they have fewer rows than that, which cost little
 _NO_CLASS = 2**62  # fills up rows of local ids
 _LEAST_FAR = 4  # drawn classes of a shard from which on candidates are drawn by their scores
 
@@ -294,7 +295,8 @@ def near_parts(cfg, num_classes):
     if active == num_classes:
         return 1
     near = cfg.near_share * (active - min(cfg.global_batch, num_classes))
-    while near * parts < _NEAR_OF_EXAMPLE * batch and batch >= 2 * parts * _LEAST_EXAMPLES:
+    while (near * parts < _NEAR_OF_EXAMPLE * batch and batch >= 2 * parts * _LEAST_EXAMPLES
+           and (2 * parts <= _FEW_PARTS or 2 * parts * active <= _FEW_ROWS)):
         parts *= 2
     return parts
 
