@@ -193,3 +193,17 @@ def test_equal_rows_have_neighbours_too(num_ranks):
         edges += zip(classes.tolist(), (neighbors + graph.shard.first).tolist(), places.tolist(), strict=True)
     assert len({(a, b) for a, b, _ in edges}) == len({(a, place) for a, _, place in edges}) == len(edges)
     assert all(a != b for a, b, _ in edges) and len(edges) > 0.95 * 7 * len(rows)
+
+
+def test_rows_that_are_not_finite_do_not_take_the_others_with_them():
+    rows = clustered(1500)
+    rows[::150] = torch.nan
+    cells = Cells.found(rows, Shard(0, 1500), 1500, Group(), 0)
+    assert len(cells.of_row.unique()) > 50 and cells.centroids.isfinite().all()
+
+
+def test_cells_side_by_side_are_near_each_other():
+    """So that a rank that searches some of them needs few others."""
+    centroids = Cells.found(clustered(4000), Shard(0, 4000), 4000, Group(), 0).centroids
+    cosines = centroids @ centroids.T
+    assert cosines.diagonal(1).mean() > cosines.mean() + 0.2

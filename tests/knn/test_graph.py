@@ -58,10 +58,11 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
     shard = Shard(0, 50)
     with pytest.raises(ValueError, match="50 classes, 3 neighbours.*build the graph of these 51 classes again"):
         read_graph(paths, Shard(0, 51), 51)
-    with pytest.raises(ValueError, match="hold 25 of the 50 classes"):
-        read_graph(paths[:1], shard, 50)
-    with pytest.raises(ValueError, match="hold 0 of the 50 classes"):
-        read_graph([], shard, 50)
+    for some in paths[:1], []:
+        with pytest.raises(ValueError, match=f"the {len(some)} files of neighbours do not hold all 50 classes"):
+            read_graph(some, shard, 50)
+    with pytest.raises(ValueError, match="its classes begin with 25"):
+        read_graph(paths[1:], shard, 50)
     with safe_open(paths[0], "pt") as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     data = paths[0].read_bytes()
@@ -109,3 +110,23 @@ def test_cells_that_cannot_be_used_are_named(name, table, tmp_path):
     save_file(graph.tables() | {name: table}, path)
     with pytest.raises(ValueError, match=f"{path.name} cannot be used"):
         read_graph([path], Shard(0, 50), 50)
+
+
+@pytest.mark.parametrize("change", [
+    {"shape": torch.tensor([0, 25, 50, 3, 4])},  # of the classes of another file
+    {"shape": torch.tensor([25.0, 50, 50, 3, 4])}, {"shape": torch.tensor([25, 50, 50, 2**60, 4])},
+    {"offsets": torch.tensor([0, 2**31 - 1, -(2**31), 75, 75], dtype=torch.int32)},  # differences that wrap
+    {"offsets": torch.tensor([0.0, 1, 2, 3, torch.inf])},
+    {"lows": torch.arange(100).flip(0).to(torch.uint8)}, {"places": torch.zeros(100, dtype=torch.uint8)},
+    {"neighbors": torch.zeros(100)}, {"cells": torch.full((25,), torch.nan)}])
+def test_a_hostile_file_is_named(change, tmp_path):
+    paths = write([graph for graph, _ in built(rows_of(50), 3, 2, method="approx")], tmp_path)
+    with safe_open(paths[1], "pt") as file:
+        tables = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    name, = change
+    if name in ("lows", "places", "neighbors"):  # as long as they were
+        change[name] = change[name][: len(tables[name])]
+    assert name != "lows" or (tables["lows"][1:] > tables["lows"][:-1]).any()
+    save_file(tables | change, paths[1])
+    with pytest.raises(ValueError, match="build the graph"):
+        read_graph(paths, Shard(0, 50), 50)

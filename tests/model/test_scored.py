@@ -10,8 +10,9 @@ from xc.comm.shard import Shard
 from xc.comm.world import World
 from xc.config import Config
 from xc.errors import UserError
+from xc.knn.similar_parts import similar_parts
 from xc.model.initial_rows import initial_rows
-from xc.model.scored import ScoredKnnHead, near_parts, similar_parts
+from xc.model.scored import ScoredKnnHead, near_parts
 
 C, SCALE = 61, 7.0
 

@@ -203,10 +203,14 @@ def is_run(path):
     return os.path.isfile(os.path.join(path, "config.json"))
 
 
+_GONE = ("graph_refresh_angle",)  # settings of older versions that a trained run does not need
+
+
 def _config_of(run):
     path = run / "config.json"
     try:
-        return Config(**json.loads(path.read_text()))
+        values = dict(json.loads(path.read_text()))
+        return Config(**{name: value for name, value in values.items() if name not in _GONE})
     except (OSError, ValueError, TypeError, RecursionError) as e:
         raise UserError(f"{run} is not the folder of a run (config.json: {e}): name the --out of train.py") from e
 

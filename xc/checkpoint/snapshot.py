@@ -5,7 +5,6 @@ is room for some such rows. Where it is full, the update waits until the thread 
 """
 
 import threading
-import time
 
 import torch
 
@@ -23,13 +22,11 @@ class Snapshot:
 
     `pieces` gives the bytes of a table to the thread that writes. `before_update` must be called before rows change,
     and `close` when nothing is read any more.
-
-    waited  seconds that updates have waited for room
     """
 
     def __init__(self, tables, most_bytes=MOST_KEPT_BYTES):
         """tables: {name: tensor}; most_bytes: for rows that were copied"""
-        self._tables, self._most_bytes, self.waited = dict(tables), most_bytes, 0.0
+        self._tables, self._most_bytes = dict(tables), most_bytes
         self._num_rows = len(next(iter(self._tables.values()), ()))
         row_bytes = max((table[:1].nbytes for table in self._tables.values()), default=0)
         self._size = max(1, _BLOCK_BYTES // max(1, row_bytes))  # rows of a block
@@ -105,8 +102,7 @@ class Snapshot:
 
     def _wait(self):
         """Wait until the thread has read on."""
-        watchdog.heartbeat("writing a checkpoint", waits=True)
-        begin, seen = time.perf_counter(), self._moved
+        watchdog.heartbeat("writing a checkpoint")
+        seen = self._moved
         while self._moved == seen and not self._closed:
             self._lock.wait(_POLL_SECONDS)
-        self.waited += time.perf_counter() - begin

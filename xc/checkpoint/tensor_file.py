@@ -111,9 +111,10 @@ class TensorFile:
 
 
 def pieces_of(tensor):
-    """(dtype, shape, pieces) of a tensor in host memory, as `write` takes it."""
-    flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    return DTYPES[tensor.dtype], tuple(tensor.shape), (flat[i : i + PIECE] for i in range(0, len(flat), PIECE))
+    """(dtype, shape, pieces) of a tensor on any device, as `write` takes it."""
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    pieces = (flat[i : i + PIECE].cpu().numpy() for i in range(0, len(flat), PIECE))
+    return DTYPES[tensor.dtype], tuple(tensor.shape), pieces
 
 
 def write(path, tensors, metadata=None, progress=None):

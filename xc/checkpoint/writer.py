@@ -60,12 +60,13 @@ class CheckpointWriter:
         last = self._copies
         self._copies = {name: {key: _copied(tensor, last.get(name, {}).get(key)) for key, tensor in tables.items()}
                         for name, tables in others.items()}
-        files = {name: {key: tensor_file.pieces_of(tensor) for key, tensor in tables.items()}
-                 for name, tables in (self._copies | of_head).items()}
-        for name, tables in of_rows.items():  # one file at most
+        files = {}
+        for name, tables in of_rows.items():  # one file at most; first, since rows that change meanwhile are put aside
             self._snapshot, self._row_optimizer = Snapshot(tables), state.head_optimizer
             self._row_optimizer.before_update = self._snapshot.before_update
             files[name] = self._snapshot.tensors()
+        files |= {name: {key: tensor_file.pieces_of(tensor) for key, tensor in tables.items()}
+                  for name, tables in (self._copies | of_head).items()}
         meta = checkpoint.meta_of(state, progress) | self._identity
         meta |= {"top1": top1, "evaluated_on": None if top1 is None else self._evaluated_on}
         self._moved = 0, False
@@ -125,8 +126,12 @@ class CheckpointWriter:
                     partial.mkdir(parents=True)
             written = {}
             with _agreed(group):
-                for name, tables in files.items():
-                    written[name] = tensor_file.write(partial / name, tables, progress=self._moves_on)
+                try:
+                    for name, tables in files.items():
+                        written[name] = tensor_file.write(partial / name, tables, progress=self._moves_on)
+                finally:
+                    if snapshot:
+                        snapshot.close()  # before the other ranks are heard of: no step must wait for what is not read
                 self._moved = self._moved[0] + 1, True
             files = {name: facts for of_rank in group.all_gather_object(written) for name, facts in of_rank.items()}
             with _agreed(group):

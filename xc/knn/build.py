@@ -3,7 +3,7 @@
     1. The ranks find the K nearest rows of all rows: exactly (exact_search.py), or nearly, by cells (cell_search.py).
     2. Each edge goes to the rank that owns the neighbour. That rank stores it by class (graph.py).
 
-No rank ever holds the whole graph, and no copy of the rows is made for an approximate one.
+No rank ever holds the whole graph nor, for an approximate one, more rows of others than a round has.
 """
 
 import time
@@ -94,8 +94,10 @@ def _choose_probes(cells, shard, num_classes, classes, truth, group):
     nearer[cell[:, 1:] == cell[:, :1]] = 0
     most = _most_probes(len(cells), num_classes, truth.shape[1])
     candidates = sorted(factor * 2**e for e in range(31) for factor in (2, 3))
-    return next(min(probes, most) for probes in candidates
-                if probes >= most or (nearer < probes).double().mean() >= _MIN_RECALL)
+    found = next(min(probes, most) for probes in candidates
+                 if probes >= most or (nearer < probes).double().mean() >= _MIN_RECALL)
+    # Ranks with other hardware may round otherwise, and must not part.
+    return group.all_reduce(torch.tensor([found], device=classes.device), "max").item()
 
 
 def _most_probes(num_cells, num_classes, num_neighbors):

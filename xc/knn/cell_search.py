@@ -1,9 +1,9 @@
 """Approximate search for the K nearest rows in all shards: those of the P cells nearest to a row's own cell.
 
-The ranks share the cells. A round gives each rank some cells that lie side by side. It gets their rows and those of the
-cells near them from all ranks, searches, and sends what it found to the ranks that own the rows. So a rank sends each
-row a few times, to wherever it is near, instead of once to every rank; it computes as many products as any other; and
-what it finds depends neither on the number of ranks nor on the rounds.
+The ranks share the cells. A round gives each rank some cells that are near each other. It gets their rows and those of
+the cells near them from all ranks, searches, and sends what it found to the ranks that own the rows. So a row is sent
+to wherever it is near: a few times where rows have clusters, and as often as P lets it before they have. What is found
+depends neither on the number of ranks nor on the rounds.
 
 Further dimension letters: Q rows of a round whose neighbours are searched, N cells, P cells searched for a row.
 """
@@ -16,7 +16,7 @@ from xc.knn.keys import ids_of, keys_of
 from xc.knn.products import directions, top_products
 from xc.run import watchdog
 
-_ROUND_NUMBERS = 2**22  # numbers in the rows of a rank's own cells in a round, about
+_ROUND_NUMBERS = 2**24  # numbers in the rows that a rank gets in a round, if it searches more than one cell
 
 
 def search_cells(weight, shard, num_classes, cells, probes, num_neighbors, group):
@@ -30,7 +30,7 @@ def search_cells(weight, shard, num_classes, cells, probes, num_neighbors, group
     nearest = cells.nearest(probes, group)
     order, bounds = cells.sorted_rows()
     sizes = group.all_reduce(bounds.diff())
-    parts = _near_equal(sizes, num_classes * weight.shape[1], group.size)
+    parts = _parts(sizes, nearest, weight.shape[1], group.size)
     ends = torch.tensor([Shard.of(num_classes, group.size, rank).last for rank in range(group.size)], device=device)
     for first in range(0, len(parts), group.size):
         watchdog.heartbeat("search of neighbours")
@@ -38,7 +38,7 @@ def search_cells(weight, shard, num_classes, cells, probes, num_neighbors, group
         places, of_cell, counts = _places(wanted, bounds)
         places = order[places].long()
         tags = torch.stack([places + shard.first, of_cell], 1).int()
-        rows = torch.cat(group.all_to_all(weight.index_select(0, places), counts))
+        rows = list(group.all_to_all(weight.index_select(0, places), counts))  # _search empties it
         tags = torch.cat(group.all_to_all(tags, counts))
         part = parts[first + group.rank]
         found = _search(rows, tags, part, nearest, num_neighbors)  # (Q, 1 + K)
@@ -48,15 +48,27 @@ def search_cells(weight, shard, num_classes, cells, probes, num_neighbors, group
         yield found[:, 0].long() - shard.first, found[:, 1:]
 
 
-def _near_equal(sizes, num_numbers, num_ranks):
-    """Slices of the cells with near-equal numbers of rows, a multiple of the number of ranks. sizes: (N,)."""
-    rounds = max(1, -(-num_numbers // (_ROUND_NUMBERS * num_ranks)))
-    count = rounds * num_ranks
+def _parts(sizes, nearest, width, num_ranks):
+    """Slices of the cells, a multiple of the number of ranks: few, but so short that the rows of their cells and of
+    those near them have _ROUND_NUMBERS numbers at most, unless a slice is one cell.
+
+    sizes  (N,)  rows of each cell
+    """
+    count = num_ranks
+    while True:
+        parts = _near_equal(sizes, count)
+        most = max(sizes[nearest[part].unique().long()].sum().item() for part in parts)
+        if most * width <= _ROUND_NUMBERS or max(part.stop - part.start for part in parts) <= 1:
+            return parts
+        count *= 2
+
+
+def _near_equal(sizes, count):
+    """So many slices of the cells with near-equal numbers of rows. sizes: (N,)."""
     ends = sizes.cumsum(0)
-    limits = torch.arange(1, count + 1, device=sizes.device) * ends[-1] // count
-    cuts = [0, *torch.searchsorted(ends, limits).add_(1).tolist()]
-    cuts[-1] = len(sizes)
-    return [slice(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
+    limits = torch.arange(1, count, device=sizes.device) * ends[-1] // count
+    cuts = [0, *torch.searchsorted(ends, limits).add_(1).clamp_(max=len(sizes)).tolist(), len(sizes)]
+    return [slice(start, max(start, stop)) for start, stop in zip(cuts, cuts[1:], strict=False)]
 
 
 def _places(wanted, bounds):
@@ -74,11 +86,15 @@ def _places(wanted, bounds):
 def _search(rows, tags, part, nearest, num_neighbors):
     """For every row of the cells of a slice: its global id and those of its neighbours (Q, 1 + K) int64, -1: none.
 
-    rows, tags  (n, D), (n, 2)  rows of these cells and of those near them; their global ids and cells
+    rows  [(n', D), …]  rows of these cells and of those near them, from every rank; it is emptied
+    tags  (n, 2)        their global ids and cells
     """
     # Rows came in the order of ranks, so those of a cell ascend: the same whoever holds them.
     cells, by_cell = tags[:, 1].long().sort(stable=True)
-    ids, rows = tags[by_cell, 0].long(), directions(rows[by_cell])
+    ids, joined = tags[by_cell, 0].long(), torch.cat(list(rows))
+    rows.clear()
+    rows = directions(joined.index_select(0, by_cell))
+    del joined
     bounds = torch.searchsorted(cells, torch.arange(len(nearest) + 1, device=cells.device)).tolist()
     own = slice(bounds[part.start], bounds[part.stop])
     scores = rows.new_full((own.stop - own.start, num_neighbors + 1), -torch.inf)

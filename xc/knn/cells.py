@@ -14,16 +14,18 @@ import torch.nn.functional as F
 
 from xc.comm.shard import Shard
 from xc.knn.products import directions, top_products
+from xc.knn.similar_parts import similar_parts
 from xc.run import watchdog
 
 SAMPLES_PER_CELL, _ITERATIONS = 32, 5
+_CELLS_OF_PART = 4  # cells with numbers side by side, which are near each other
 _NEAR = 64  # cells among which a row looks for a nearer one
 _NUMBERS = 2**21  # in the rows whose cells are found at a time
 
 
 @dataclass
 class Cells:
-    """The cells of all rows, as a rank knows them.
+    """The cells of all rows, as a rank knows them. Cells with numbers side by side are mostly near each other.
 
     centroids  (N, D)  of length 1, the same on every rank
     of_row     (S,)    int32: the cell of each row of this shard
@@ -55,6 +57,8 @@ class Cells:
             sums.zero_().index_add_(0, _nearest(rows, centroids), rows.double())
             group.all_reduce(sums)
             centroids = torch.where(sums.any(1, keepdim=True), directions(sums), centroids)
+        parts = 2 ** max(0, (num_cells // _CELLS_OF_PART).bit_length() - 1)
+        centroids = centroids[similar_parts(centroids, parts).argsort(stable=True)]
         of_row = torch.empty(len(weight), dtype=torch.int32, device=weight.device)
         for block in _blocks(*weight.shape):
             of_row[block] = _nearest(directions(weight[block]), centroids).int()

@@ -13,8 +13,8 @@ MOST_SHIFT = 8  # such classes are numbered in a byte
 class KnnGraph:
     """This rank's part of the graph: for each of all C classes, those of its K neighbours that lie in this shard.
 
-    2^shift classes share an offset, as many as have about 32 edges here, so that the tables of all shards together grow
-    with C alone, whatever their number.
+    2^shift classes share an offset, as many as have about 32 edges here, 256 at most. So the tables of all shards
+    together grow with C alone, up to 8 K shards.
 
     offsets    (⌈C / 2^shift⌉ + 1,)  int32, or int64 from 2^31 edges: block b of classes has the edges offsets[b] …
                offsets[b + 1] - 1

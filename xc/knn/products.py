@@ -4,6 +4,8 @@ import threading
 
 import torch
 
+from xc.run import watchdog
+
 _TILE = 2**20  # products at a time, so that they stay in a cache
 _CUDA_TILE = 2**28
 _STRIPES = 16  # of the columns of a tile: the best few are among those of the stripes' maxima
@@ -25,6 +27,7 @@ def top_products(queries, rows, count, sixteen_bits=False):
     height = max(1, min(num_queries, max(128, tile // max(1, num_rows))))
     width = max(_STRIPES * count, tile // height)
     for top in range(0, num_queries, height):
+        watchdog.heartbeat("search of neighbours")
         part, best, places = queries[top : top + height], None, None
         for left in range(0, num_rows, width):
             columns = rows[left : left + width]
@@ -71,9 +74,9 @@ def _top(products, count):
 
 
 def directions(rows):
-    """Rows (B, D) scaled to length 1, in float32, quickly."""
-    rows = rows.float()
-    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=1e-12)
+    """Rows (B, D) scaled to length 1, in float32, quickly; numbers that are not finite become 0."""
+    rows = torch.nan_to_num(rows.float(), 0.0, 0.0, 0.0)
+    return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=1e-12))
 
 
 def unit(rows):

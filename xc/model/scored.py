@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from xc.comm.autograd import group_logsumexp
 from xc.errors import UserError
+from xc.knn.similar_parts import similar_parts
 from xc.model.head import Part, Selection
 from xc.model.knn import KnnHead, num_neighbors
 from xc.model.sampled import budget, skip
@@ -252,32 +253,6 @@ class ScoredKnnHead(KnnHead):
             all_ids.append(ids)
             row, example = row + len(ids), example + num_examples
         return Selection(torch.cat(all_ids), None, tuple(parts), part_of.argsort(stable=True), self._first)
-
-
-def similar_parts(features, num_parts):
-    """The part (G,) of each of these features (G, D), as whole numbers: num_parts near-equal parts, a power of two.
-
-    A part is halved at the median along the line between two features that are far from each other. Features are
-    rounded to 8 bits, and float64 sums of whole numbers are exact, so every rank cuts alike.
-    """
-    if num_parts == 1:
-        return torch.zeros(len(features), dtype=torch.int64, device=features.device)
-    codes = (features.double() * (127 / features.abs().max().clamp_(min=1e-30))).round_() if len(features) else features
-    parts = [torch.arange(len(features), device=features.device)]
-    while len(parts) < num_parts:
-        halves = []
-        for part in parts:
-            if len(part) > 1:
-                of_part = codes[part]
-                one = (of_part @ of_part[0]).argmin()
-                other = (of_part @ of_part[one]).argmin()
-                part = part[(of_part @ (of_part[one] - of_part[other])).argsort(stable=True)]
-            halves += [part[: len(part) // 2], part[len(part) // 2 :]]
-        parts = halves
-    part_of = torch.empty(len(features), dtype=torch.int64, device=features.device)
-    for i, part in enumerate(parts):
-        part_of[part] = i
-    return part_of
 
 
 def near_parts(cfg, num_classes):
