@@ -6,7 +6,7 @@ Blocks of --every steps with a save at their begin take turns with blocks withou
 with features made up. FOLDER is on the disk that is measured; what is written there is removed.
 
 overhead         a block with a save (until it is on the disk, where that takes longer) to one without, less 1; medians
-save_ms          what the step in which a save begins takes longer: the copy of the state
+save_ms          what the step in which a save begins takes longer: copies of the backbone and of residuals
 write_seconds    from the begin of a save to its end, with nothing computed meanwhile
 save_to_dd       its speed by that of dd, which writes as many bytes in one file with fsync
 load_to_dd       the same of reading a checkpoint that is not in memory; of one file by dd
@@ -63,7 +63,7 @@ def main():
 def measure(args, world):
     """Results by name. Collective."""
     global_batch = args.batch_per_rank * world.size
-    cfg = Config(data="-", out="-", optimizer="sgd", head=args.head, feature_dim=args.dim, global_batch=global_batch,
+    cfg = Config(data="-", out="-", head=args.head, feature_dim=args.dim, global_batch=global_batch,
                  active_classes=args.active_ratio)
     head = HEADS[args.head].of(cfg, args.classes, world)
     if args.head == "knn":

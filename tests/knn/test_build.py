@@ -48,8 +48,9 @@ def test_blocks_and_rounds_change_nothing(method, monkeypatch):
 def test_the_largest_products_are_those_of_topk(num_rows, count, monkeypatch):
     queries, rows = rows_of(150, 8), rows_of(num_rows, 8, seed=2)
     expected = (queries @ rows.T).topk(min(count, num_rows))
-    for tile in products._TILE, 2**14:
+    for tile, many in (products._TILE, 1024), (2**14, 1024), (2**14, 100):
         monkeypatch.setattr(products, "_TILE", tile)
+        monkeypatch.setattr(products, "_MANY", many)
         scores, found = top_products(queries, rows, min(count, num_rows))
         assert torch.allclose(scores, expected.values, atol=1e-5)
         assert torch.allclose((queries[:, None] * rows[found]).sum(2), scores, atol=1e-5)
