@@ -12,7 +12,7 @@ from xc.checkpoint.tensor_file import DTYPES
 from xc.run import watchdog
 
 MOST_KEPT_BYTES = 2**28  # of rows that were copied, on a rank
-_BLOCK_BYTES = 2**20  # that the thread copies at a time, while updates wait
+_BLOCK_BYTES = 2**20  # that the thread copies at a time
 _BLOCKS_OF_SECTION = 64  # rows that were copied are looked for section by section
 _POLL_SECONDS = 0.2  # between two looks at how far the thread is
 
@@ -46,8 +46,9 @@ class Snapshot:
         table = self._tables[name]
         for first in range(0, self._num_rows, self._size):
             last = min(first + self._size, self._num_rows)
+            # Without the lock, which updates would wait for: a row that changes meanwhile is put aside, and set below.
+            rows = table[first:last].to("cpu", copy=True)
             with self._lock:
-                rows = table[first:last].to("cpu", copy=True)
                 section = first // (self._size * _BLOCKS_OF_SECTION)
                 for numbers, kept in self._kept[name].get(section, ()):
                     inside = slice(*torch.searchsorted(numbers, torch.tensor([first, last])).tolist())
@@ -66,7 +67,9 @@ class Snapshot:
                 return
             numbers = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.cpu()
             numbers = numbers[numbers >= left]
-            numbers = numbers[~self._is_kept[numbers]].unique()
+            numbers = numbers[~self._is_kept[numbers]]
+            if (numbers[1:] <= numbers[:-1]).any():
+                numbers = numbers.unique()
             while len(numbers) and not self._closed:
                 fits = self._room(numbers)
                 self._keep(numbers[:fits])

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import torch
 from safetensors import SafetensorError, safe_open
 
+from xc.comm.shard import Shard
 from xc.knn.cells import Cells
 from xc.knn.graph import MOST_SHIFT, EdgeTable
 from xc.run import watchdog
@@ -34,7 +35,10 @@ def read_graph(paths, shard, num_classes, device="cpu"):
             file.open()
     num_neighbors = all_files[0].num_neighbors
     # Counted first: a second copy of the edges may not fit.
-    num_edges = sum(len(neighbors) for _, neighbors, _ in _edges_of(files, shard, num_classes, num_neighbors))
+    num_edges = 0
+    for file in files:
+        with _naming(file.path, num_classes):
+            num_edges += file.num_edges_in(shard)
     table = EdgeTable(shard, num_classes, num_neighbors, [num_edges], device)
     for edges in _edges_of(files, shard, num_classes, num_neighbors):
         table.add(0, *(column.to(device) for column in edges))
@@ -126,6 +130,19 @@ class _GraphFile:
         if found.dtype != torch.int32 or found.min() < 0 or found.max() >= num_cells:
             raise ValueError("its rows lie in cells that do not exist")
         return found
+
+    def num_edges_in(self, shard):
+        """Edges that end in a shard."""
+        total = int(self._offsets[-1])
+        if shard.first <= self.first and self.last <= shard.last:
+            return total
+        count, inside = 0, Shard(shard.first - self.first, shard.last - self.first)
+        with safe_open(self.path, "pt") as file:
+            neighbors = file.get_slice("neighbors")
+            for first in range(0, total, _EDGES):
+                watchdog.heartbeat("reading the graph")
+                count += int(inside.owns(neighbors[first : first + _EDGES]).sum())
+        return count
 
     def edges(self, first, last, shard):
         """classes, local neighbours, places (n,) of the edges of classes first … last - 1 that end in a shard.
