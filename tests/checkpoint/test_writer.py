@@ -79,7 +79,8 @@ def test_training_goes_on_after_a_save_that_failed(error, tmp_path, monkeypatch,
     assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000004"]
 
 
-def test_the_state_may_change_while_it_is_written(tmp_path, monkeypatch):
+def held_back(monkeypatch):
+    """An Event until which no file is written."""
     begun, write = threading.Event(), tensor_file.write
 
     def slow(path, *rest, **progress):
@@ -87,6 +88,11 @@ def test_the_state_may_change_while_it_is_written(tmp_path, monkeypatch):
         return write(path, *rest, **progress)
 
     monkeypatch.setattr(tensor_file, "write", slow)
+    return begun
+
+
+def test_the_state_may_change_while_it_is_written(tmp_path, monkeypatch):
+    begun = held_back(monkeypatch)
 
     def body(world):
         saver, state = savers.CheckpointWriter(tmp_path, world, IDENTITY, 2), state_of(world, seed=1)
@@ -110,13 +116,7 @@ def test_the_state_may_change_while_it_is_written(tmp_path, monkeypatch):
 def test_steps_go_on_while_their_rows_are_written(head, ranks, tmp_path, monkeypatch):
     """The file has the rows of the step at which the save began, whatever the steps after it did."""
     monkeypatch.setattr(snapshots, "_BLOCK_BYTES", 20)
-    begun, write = threading.Event(), tensor_file.write
-
-    def slow(path, *rest, **progress):
-        begun.wait(20)
-        return write(path, *rest, **progress)
-
-    monkeypatch.setattr(tensor_file, "write", slow)
+    begun = held_back(monkeypatch)
 
     def body(world):
         saver, state = savers.CheckpointWriter(tmp_path, world, IDENTITY, 2), state_of(world, seed=1, head=head)

@@ -71,7 +71,7 @@ class Snapshot:
             if (numbers[1:] <= numbers[:-1]).any():
                 numbers = numbers.unique()
             while len(numbers) and not self._closed:
-                fits = self._room(numbers)
+                fits = self._room()
                 self._keep(numbers[:fits])
                 numbers = numbers[fits:]
                 if len(numbers):
@@ -85,8 +85,8 @@ class Snapshot:
             self._kept.clear()
             self._lock.notify_all()
 
-    def _room(self, numbers):
-        """How many of these rows there is room for; at least one where nothing is kept."""
+    def _room(self):
+        """How many rows there is room for; at least one where nothing is kept."""
         row_bytes = sum(table[:1].nbytes for table in self._tables.values())
         return max((self._most_bytes - self._kept_bytes) // row_bytes, int(not self._kept_bytes))
 

@@ -13,8 +13,8 @@ MOST_SHIFT = 8  # such classes are numbered in a byte
 class KnnGraph:
     """This rank's part of the graph: for each of all C classes, those of its K neighbours that lie in this shard.
 
-    2^shift classes share an offset, as many as have about 32 edges here, 256 at most. So the tables of all shards
-    together grow with C alone, up to 8 K shards.
+    Where there are more than K / 4 shards, 2^shift classes share an offset, as many as have about 32 edges here, 256 at
+    most. So the tables of all shards together grow with C alone, up to 8 K shards.
 
     offsets    (⌈C / 2^shift⌉ + 1,)  int32, or int64 from 2^31 edges: block b of classes has the edges offsets[b] …
                offsets[b + 1] - 1
@@ -109,7 +109,10 @@ class EdgeTable:
 
 
 def shift_of(num_rows, num_classes, num_neighbors):
-    """The shift of the graph of a shard with so many rows: a block of classes has about 32 edges there."""
+    """The shift of the graph of a shard with so many rows: a block of classes has about 32 edges there. None is shared
+    where `lows` would have more bytes than the offsets that they save."""
+    if num_neighbors * num_rows >= 4 * num_classes:
+        return 0
     num_classes_of_block = _BLOCK_EDGES * num_classes // max(1, num_neighbors * num_rows)
     return min(MOST_SHIFT, max(0, num_classes_of_block.bit_length() - 1))
 
