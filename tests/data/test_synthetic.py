@@ -50,14 +50,32 @@ def test_batches_depend_on_neither_ranks_nor_threads(world_size, split, kind):
         assert torch.equal(torch.cat([r[step][1] for r in ranks]), labels)
 
 
+@pytest.mark.parametrize("drawn", [0, 1, 8, 21])
 @pytest.mark.parametrize("test, val", [(1, 22), (21, 20), (43, 64)])
-def test_counts_of_classes_are_those_of_the_examples(test, val):
-    found = splits(f"synth:classes=21,examples=3,test={test},val={val}")
+def test_counts_of_classes_are_those_of_the_examples(test, val, drawn):
+    found = splits(f"synth:classes=21,examples=3,test={test},val={val},drawn={drawn}")
     for name, split in found.items():
         counts = np.bincount(split.examples(np.arange(len(split)))[1], minlength=21)
         for first, last in (0, 21), (4, 17), (20, 21), (5, 5):
             assert np.array_equal(split.class_counts(first, last), counts[first:last]), name
-    assert set(found["train"].class_counts(0, 21)) == {3} and found["train"].names.class_names(2, 5) == ["2", "3", "4"]
+    counts = found["train"].class_counts(0, 21)
+    assert sorted(counts)[-(drawn or 21) :] == [3] * (drawn or 21) and sum(counts) == len(found["train"])
+    assert found["train"].names.class_names(2, 5) == ["2", "3", "4"]
+
+
+def test_drawn_classes_are_scattered_and_the_same_in_every_split():
+    found = splits("synth:classes=1000000,drawn=50,examples=2,test=200,val=100")
+    labels = {name: set(split.examples(np.arange(len(split)))[1].tolist()) for name, split in found.items()}
+    assert labels["train"] == labels["test"] == labels["val"] and len(labels["train"]) == 50
+    assert len({label // 50_000 for label in labels["train"]}) > 12  # of 20 twentieths; 50 random ones leave out 1 or 2
+    plain = splits("synth:classes=1000000")["train"]
+    assert plain.classes_digest == found["train"].classes_digest  # the classes themselves are the same
+    assert np.array_equal(plain.prototypes([7, 999_999]), found["train"].prototypes([7, 999_999]))
+
+
+def test_the_best_guess_is_among_the_classes_that_are_drawn():
+    few = splits("synth:classes=100000,drawn=3,noise=1.2,test=200")["test"]
+    assert synth.best_accuracy(few, 200)[0] == 1.0
 
 
 def test_a_split_of_its_own_changes_no_other():

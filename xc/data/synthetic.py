@@ -16,6 +16,7 @@ For images the prototype is a coarse grid of greys, enlarged, and the noise is a
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from xc.errors import UserError
 
 PREFIX = "synth:"
 MAX_CLASSES, MAX_IMAGE_CLASSES = 10**8, 10**5
-_CLUSTERS, _TRAIN, _TEST, _VAL, _LEVELS = 1, 2, 4, 6, 16  # streams of random numbers; a split has two: labels, noise
+_CLUSTERS, _TRAIN, _TEST, _VAL, _DRAWN, _LEVELS = 1, 2, 4, 6, 8, 16  # streams of numbers; a split has two
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Spec:
     spread: float = 0.7  # standard deviation within a cluster, as a multiple of that one level higher
     noise: float = 0.6  # standard deviation of the noise; that of the prototypes is 1
     examples: int = 10  # training examples per class and epoch; every epoch has new ones
+    drawn: int = 0  # classes that have examples, scattered over all; the others are rows that compete; 0: all
     test: int = 10000  # test examples; 0: no test split
     val: int = 0  # validation examples; 0: no val split
     seed: int = 0  # of the data; --seed fixes the order of the examples
@@ -77,6 +79,7 @@ class Spec:
             ("spread", 0 < spec.spread <= 1, "above 0, at most 1"),
             ("noise", 0 <= spec.noise <= 1000, "0 to 1000"),
             ("examples", 1 <= spec.examples <= 10**6, "1 to 1000000"),
+            ("drawn", 0 <= spec.drawn <= spec.classes, f"0 to classes, {spec.classes}"),
             ("test", 0 <= spec.test <= 10**9, "0 to 1000000000"),
             ("val", 0 <= spec.val <= 10**9, "0 to 1000000000"),
             ("seed", 0 <= spec.seed < 2**32, "0 to 2**32 - 1"),
@@ -93,7 +96,7 @@ def open_splits(cfg):
         raise UserError(f"--sampler {cfg.sampler} is for packs, the classes of --data {cfg.data} are balanced: leave "
                         "it out")
     shape = (cfg.channels, cfg.image_size, cfg.image_size) if spec.images else (spec.dim,)
-    splits = {"train": SyntheticSplit(spec, shape, spec.examples * spec.classes, _TRAIN),
+    splits = {"train": SyntheticSplit(spec, shape, spec.examples * (spec.drawn or spec.classes), _TRAIN),
               "val": SyntheticSplit(spec, shape, spec.val, _VAL), "test": SyntheticSplit(spec, shape, spec.test, _TEST)}
     return {name: split for name, split in splits.items() if len(split)}
 
@@ -101,18 +104,19 @@ def open_splits(cfg):
 class SyntheticSplit:
     """An endless sequence of examples in random order; `len` of them make an epoch. See loader.py for splits.
 
-    Each class comes once in every num_classes examples, in another order each time, so the classes are balanced and a
-    batch is nearly a random sample. No noise is used twice.
+    Each class that is drawn comes once in every num_drawn examples, in another order each time, so these classes are
+    balanced and a batch is nearly a random sample. No noise is used twice.
 
     input_shape  (dim,) or (channels, size, size)
+    num_drawn    classes that have examples
     """
 
     bad_records = frozenset()
 
     def __init__(self, spec, input_shape, num_records, stream):
         self.spec, self.num_classes, self.input_shape = spec, spec.classes, input_shape
-        self._num_records, self._stream = num_records, stream
-        classes = {k: v for k, v in dataclasses.asdict(spec).items() if k not in ("examples", "test", "val")}
+        self.num_drawn, self._num_records, self._stream = spec.drawn or spec.classes, num_records, stream
+        classes = {k: v for k, v in dataclasses.asdict(spec).items() if k not in ("examples", "drawn", "test", "val")}
         self.data_seed = spec.seed
         self.classes_digest = hashlib.sha256(repr(classes).encode()).hexdigest()
         self.names = Numbers(spec.classes, self.classes_digest)
@@ -122,15 +126,28 @@ class SyntheticSplit:
 
     def class_counts(self, first, last):
         """(last − first,) int64: examples of an epoch of the classes first … last − 1."""
-        passes, rest = divmod(len(self), self.num_classes)
-        counts = np.full(last - first, passes, np.int64)
-        labels = self.labels(passes * self.num_classes + np.arange(rest))  # each class once at most
+        passes, rest = divmod(len(self), self.num_drawn)
+        counts = np.full(last - first, 0 if self.spec.drawn else passes, np.int64)
+        if self.spec.drawn:
+            counts[self._drawn_ids[slice(*np.searchsorted(self._drawn_ids, (first, last)))] - first] = passes
+        labels = self.labels(passes * self.num_drawn + np.arange(rest))  # each class once at most
         counts[labels[(first <= labels) & (labels < last)] - first] += 1
         return counts
 
+    @functools.cached_property
+    def _drawn_ids(self):
+        """(num_drawn,) int64: the classes that are drawn, ascending."""
+        return np.sort(self.class_of(np.arange(self.num_drawn)))
+
+    def class_of(self, indices):
+        """(n,) int64: the classes with these numbers among those that are drawn."""
+        if not self.spec.drawn:
+            return indices
+        return shuffled(indices, self.num_classes, keys_of(self.spec.seed, _DRAWN, np.zeros_like(indices)))
+
     def order(self, seed):
         """The order of the examples for the Loader: the seed chooses the place to start."""
-        return _Consecutive(int(mix(np.array([seed], np.uint64))[0] >> np.uint64(30)) * self.num_classes)
+        return _Consecutive(int(mix(np.array([seed], np.uint64))[0] >> np.uint64(30)) * self.num_drawn)
 
     def examples(self, records, replace=True):
         """float32 inputs (n, *input_shape) and int64 labels (n,), as tensors. records: (n,) any numbers from 0 up."""
@@ -141,8 +158,8 @@ class SyntheticSplit:
 
     def labels(self, records):
         """(n,) int64 class ids of the records (n,)."""
-        passes, indices = np.divmod(np.asarray(records), self.num_classes)
-        return shuffled(indices, self.num_classes, keys_of(self.spec.seed, self._stream, passes))
+        passes, indices = np.divmod(np.asarray(records), self.num_drawn)
+        return self.class_of(shuffled(indices, self.num_drawn, keys_of(self.spec.seed, self._stream, passes)))
 
     def means(self, ids):
         """float32 tensor (n, *input_shape): examples of the classes without noise."""
@@ -184,15 +201,17 @@ class _Consecutive:
 def best_accuracy(split, num_examples, block=2048):
     """Accuracy of the best possible classifier on the first examples of a SyntheticSplit, and its standard error.
 
-    The classifier takes the nearest of all prototypes, with num_examples * C * dim multiplications.
+    The classifier takes the nearest prototype of all classes that are drawn, with a multiplication for each of them,
+    each example and each number of a prototype.
     """
     inputs, labels = split.examples(np.arange(num_examples))
     inputs = inputs.flatten(1)
     best, guess = inputs.new_full((num_examples,), -torch.inf), torch.zeros_like(labels)
-    for first in range(0, split.num_classes, block):
-        means = split.means(np.arange(first, min(first + block, split.num_classes))).flatten(1)
+    for first in range(0, split.num_drawn, block):
+        ids = split.class_of(np.arange(first, min(first + block, split.num_drawn)))
+        means = split.means(ids).flatten(1)
         score, index = torch.addmm(-means.square().sum(1) / 2, inputs, means.T).max(1)
-        guess = torch.where(score > best, index + first, guess)
+        guess = torch.where(score > best, torch.from_numpy(ids)[index], guess)
         best = torch.maximum(score, best)
     accuracy = (guess == labels).double().mean().item()
     return accuracy, math.sqrt(accuracy * (1 - accuracy) / num_examples)
