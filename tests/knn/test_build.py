@@ -184,6 +184,17 @@ def test_cells_that_no_longer_serve_are_found_anew():
     assert stats[1]["graph_probes"] <= 2 * stats[0]["graph_probes"] and found > 0.93
 
 
+def test_a_search_without_time_takes_few_cells_and_remembers_what_it_needed(monkeypatch):
+    untrained = torch.randn(2000, 16, generator=torch.Generator().manual_seed(1))
+    (free,), _ = rebuilt(untrained, [lambda rows: rows])
+    monkeypatch.setattr(build_module, "_SEARCH_SECONDS", 1e-9)
+    (short,), found = rebuilt(untrained, [lambda rows: rows])
+    assert short["graph_probes"] == 4 < free["graph_probes"] and found < free["graph_recall"]
+    # Rows with clusters need few cells anyway, and the next build keeps them.
+    stats, found = rebuilt(clustered(2000), [lambda rows: rows] * 2)
+    assert stats[1]["graph_cells_kept"] == 1 and found > 0.8
+
+
 @pytest.mark.parametrize("num_ranks", [1, 4])
 def test_equal_rows_have_neighbours_too(num_ranks):
     """All in one cell, beside cells that are empty. No class is its own neighbour, and none has a neighbour twice."""
