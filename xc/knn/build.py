@@ -20,9 +20,9 @@ from xc.run import watchdog
 
 _SAMPLE = 256  # rows whose exact neighbours are searched: so many to choose P, and as many to measure recall
 _MIN_RECALL = 0.965  # of the sample that decides P
-_MOST_PROBES = 128
+_MOST_PROBES, _MOST_SEARCHED = 128, 16  # that may be needed; that are searched: more make no better classifier
 _MOST_GROWTH = 2  # of the P that is needed, since cells were found anew
-_SEARCH_SECONDS, _FEW_PROBES = 300, 4  # a search with more cells than a few is predicted to take no longer
+_SEARCH_SECONDS, _FEW_PROBES = 300, 4  # a search of more than a few cells is predicted to take no longer
 _AUTO_SECONDS = 30  # `auto` builds an exact graph if that is predicted to take less
 _FLOPS_PER_SECOND = {"cpu": 4e10, "cuda": 4e13}  # of one rank: one core, or one GPU in 16 bits
 _BLOCK_NUMBERS, _EDGES = 2**23, 2**20  # ids in a block of found neighbours: 32 MiB; edges that are sent at a time
@@ -61,7 +61,7 @@ def build(weight, shard, num_classes, num_neighbors, group, method="exact", seed
         if not kept:
             cells = Cells.found(weight, *where, group, seed)
             probes = cells.probes = _choose_probes(cells, *to_choose)
-        probes = min(probes, _affordable_probes(len(cells), num_classes, weight, group))
+        probes = min(probes, _affordable_probes(len(cells), num_classes, num_neighbors, weight, group))
         found = search_cells(weight, *where, cells, probes, num_neighbors, group)
     graph = _distribute(_in_blocks(found, len(weight), num_neighbors, device), *where, num_neighbors, group, device)
     graph.cells = cells
@@ -115,10 +115,12 @@ def _most_probes(num_cells, num_classes, num_neighbors):
     return min(num_cells, max(8, min(_MOST_PROBES, num_cells // 16), 4 * num_neighbors * num_cells // num_classes))
 
 
-def _affordable_probes(num_cells, num_classes, weight, group):
-    """The largest P for which there is time: 10^8 rows without clusters would be searched for hours."""
+def _affordable_probes(num_cells, num_classes, num_neighbors, weight, group):
+    """The largest P that is worth its time. Young rows have no clusters and would need nearly all cells: the classifier
+    is as good with few, though recall is lower. And 10^8 rows would be searched for hours. They hold 4 K rows."""
     of_one = _seconds(num_classes**2 / num_cells, weight.shape[1], group.size, weight.device.type)
-    return max(_FEW_PROBES, int(_SEARCH_SECONDS / of_one))
+    most = min(_MOST_SEARCHED, int(_SEARCH_SECONDS / of_one))
+    return max(_FEW_PROBES, most, 4 * num_neighbors * num_cells // num_classes)
 
 
 def _in_blocks(found, num_rows, num_neighbors, device):
