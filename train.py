@@ -3,6 +3,7 @@
     python train.py --data PACKS --out RUN                      one process
     horovodrun -np 4 python train.py --data PACKS --out RUN     four ranks; mpirun and srun --mpi=pmix work as well
     python train.py --check                                     the preflight check: faults, before a run meets them
+    python train.py --plan ranks=256,…                          what a run would take on a cluster that is not here
     python train.py --help                                      all flags
 
 The run, top to bottom. The last line on standard output is one JSON object.
@@ -19,6 +20,7 @@ from xc.comm.launch import run
 from xc.comm.world import open_world
 from xc.errors import ExitRun
 from xc.optim import schedule_plot
+from xc.plan.show import show as show_plan
 from xc.preflight import check as preflight
 from xc.run.log import RunLog
 from xc.run.signals import StopSignal
@@ -33,6 +35,8 @@ from xc.train.step import train_step
 def main():
     # --- set up: every mistake of the user is found here, before anything is written ---
     cfg = config.parse()
+    if cfg.plan:
+        return show_plan(cfg)
     world = open_world(cfg.device, cfg.model_parallel_size)
     watchdog = Watchdog(world, cfg.stall_seconds)
     if cfg.check:

@@ -129,7 +129,7 @@ def classifier(args, world):
 
 def layers_of(net):
     """Numbers of the groups of layers that DGC selects in, and of the vectors."""
-    layers = [len(bucket.flat) for bucket in dgc.Dgc(net, World())._sparse]
+    layers = [len(bucket.flat) for bucket in dgc.Dgc(net, World()).sparse_buckets]
     return layers, [sum(p.numel() for p in net.parameters()) - sum(layers)]
 
 

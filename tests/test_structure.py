@@ -8,13 +8,14 @@ ROOT = Path(__file__).resolve().parents[1]
 XC = ROOT / "xc"
 # A folder or file of xc/ imports only what stands in lines above it.
 FLOORS = [
-    {"errors", "files"},
+    {"errors", "files", "intervals"},
     {"config"},
     {"run"},
     {"comm"},
     {"data", "knn", "optim"},
     {"gradients", "model"},
     {"checkpoint"},
+    {"plan"},
     {"preflight", "train", "use"},
     {"reporting"},
     {"predict", "embed", "index", "export", "report"},

@@ -8,12 +8,12 @@ import argparse
 import dataclasses
 import difflib
 import math
-import re
 import shlex
 import sys
 from dataclasses import dataclass, field
 
 from xc.errors import UserError, is_one_line
+from xc.intervals import interval
 
 SAMPLERS = ("natural", "balanced", "sqrt", "weighted")
 HEADS = ("full", "knn", "sampled", "selective")
@@ -158,6 +158,10 @@ class Config:
                                "checkpoint and leaves the batch out; 0: it ends", least=0)
     stall_seconds: float = _flag("checkpoints and faults", 600.0, "end the run where no rank makes progress for so "
                                  "long, and name the rank at fault; 0: never", least=0, most=1e6)
+    plan: str = _flag("checkpoints and faults", "", "print what a run with these flags takes on a cluster, of GPUs "
+                      "unless --device cpu, and do nothing else: ranks=256,ranks-per-host=8,memory=80GB,"
+                      "network=100gbit,flops=300e12,bandwidth=2e12; --out is optional, and --data with "
+                      "classes=…,examples=…")
     check: bool = _flag("checkpoints and faults", False, "preflight check: look at launch, network, run folder, data "
                         "and memory of a run with these flags, and do nothing else; --data and --out are optional")
 
@@ -178,9 +182,9 @@ class Config:
         for f in dataclasses.fields(self):
             if fault := _fault(f, getattr(self, f.name)):
                 raise UserError(f"{option(f.name)} {getattr(self, f.name)!r} is not allowed: {fault}")
-        if not (self.data or self.check):
+        if not (self.data or self.check or self.plan):
             raise UserError("--data is missing: give the folder of a pack, or synth:classes=…")
-        if not (self.out or self.schedule_plot or self.check):
+        if not (self.out or self.schedule_plot or self.check or self.plan):
             raise UserError("--out is missing: give the run folder")
         if not interval(self.graph_every)[0]:
             raise UserError(f"--graph-every {self.graph_every} is not allowed: give a time above 0")
@@ -231,17 +235,6 @@ def unused_flags(cfg, choice, flags_of):
     """
     unused = {flag for flags in flags_of.values() for flag in flags} - set(flags_of[getattr(cfg, choice)])
     return sorted(flag for flag in unused if getattr(cfg, flag) != getattr(Config, flag))
-
-
-def interval(text):
-    """(number, unit) of a time such as 0.5epochs, 500steps, 1e6examples, 5% (of the run) or 0.5, which are epochs.
-
-    The units are epochs, steps, examples and percent. None where the text is no time. Numbers have up to 15 digits.
-    """
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{0,15})?(?:e\d)?) ?(?:(epoch|step|example)s?|(%?))", text)
-    if not match:
-        return None
-    return float(match[1]), f"{match[2]}s" if match[2] else {"": "epochs", "%": "percent"}[match[3]]
 
 
 def _fault(f, value):

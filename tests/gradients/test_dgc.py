@@ -43,7 +43,7 @@ def test_nothing_is_lost(size, per_host, bits, density):
             given = add(given, [plain.get_parameter(n).grad for n in matrices(net)])
             delivered = add(delivered, [p.grad for p in matrices(net).values()])
             exchange.zero_grad()
-        flat = [(b.first + b.part.first, b.unsent["v"]) for b in exchange._sparse]
+        flat = [(b.first + b.part.first, b.unsent["v"]) for b in exchange.sparse_buckets]
         return given, delivered, flat, order(exchange, net)
 
     results = run_ranks(size, body, ranks_per_host=per_host)
@@ -66,7 +66,7 @@ def order(exchange, net):
     """Names of the matrices as they lie in the sparse buckets, one behind the other."""
     by_memory = {p.grad.data_ptr(): name for name, p in matrices(net).items()}
     names = []
-    for bucket in exchange._sparse:
+    for bucket in exchange.sparse_buckets:
         start = bucket.flat.data_ptr()
         names += [by_memory[at] for at in sorted(by_memory) if start <= at < start + bucket.flat.nbytes]
     return names
@@ -120,7 +120,7 @@ def test_it_sends_what_the_formula_says():
 
     def body(world):
         exchange = Dgc(copy.deepcopy(NET), world)
-        for bucket in exchange._sparse:
+        for bucket in exchange.sparse_buckets:
             for density in 0.001, 0.2, 0.3, 0.6:
                 bucket.density = density
                 n, k = len(bucket.flat), bucket._num_sent(bucket.part)
@@ -135,8 +135,8 @@ def test_it_sends_what_the_formula_says():
     ((3, 0), (3, 0)), ((4, 0), (3, 0)), ((2, 0), (5, 0)), ((4, 2), (3, 0)), ((4, 2), (4, 2)), ((6, 3), (4, 2))])
 def test_residuals_are_summed_on_another_number_of_ranks(before, after, tmp_path):
     def total(exchanges, name):
-        whole = torch.zeros(exchanges[0]._sparse[-1].last, dtype=torch.float64)
-        for bucket in (b for exchange in exchanges for b in exchange._sparse):
+        whole = torch.zeros(exchanges[0].sparse_buckets[-1].last, dtype=torch.float64)
+        for bucket in (b for exchange in exchanges for b in exchange.sparse_buckets):
             start = bucket.first + bucket.part.first
             whole[start : start + len(bucket.part)] += bucket.unsent[name].double()
         return whole
@@ -163,7 +163,7 @@ def test_residuals_are_summed_on_another_number_of_ranks(before, after, tmp_path
         torch.testing.assert_close(total(found, name), total(written, name), rtol=1e-5, atol=1e-6)
     if before == after:  # bit for bit, the signs of zeros too
         for a, b in zip(written, found, strict=True):
-            for x, y in zip(a._sparse, b._sparse, strict=True):
+            for x, y in zip(a.sparse_buckets, b.sparse_buckets, strict=True):
                 assert all(torch.equal(x.unsent[n].view(torch.int32), y.unsent[n].view(torch.int32)) for n in "uv")
 
 
@@ -175,7 +175,7 @@ def test_nothing_sparse_inside_one_host(size, per_host, warned, capsys):
         exchange = build(copy.deepcopy(NET), world, cfg)
         give(exchange._backbone, exchange, world.rank, density=0.01)
         exchange.reduce()
-        return sum(bucket.unsent["v"].abs().sum().item() for bucket in exchange._sparse)
+        return sum(bucket.unsent["v"].abs().sum().item() for bucket in exchange.sparse_buckets)
 
     residuals = run_ranks(size, body, ranks_per_host=per_host)
     assert capsys.readouterr().err.count(warned or "warning") == bool(warned)

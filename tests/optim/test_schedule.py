@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from xc.comm.world import World
 from xc.config import Config, parse
 from xc.errors import UserError
-from xc.optim.schedule import Progress, Schedule, interval
+from xc.intervals import interval
+from xc.optim.schedule import Progress, Schedule
 from xc.optim.schedule_plot import draw, steps_of
 
 

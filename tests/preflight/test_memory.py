@@ -8,9 +8,9 @@ import torch
 from tests.support.facts import facts_of
 from xc.comm.world import World
 from xc.config import Config
+from xc.plan.memory import ON_HOST
 from xc.preflight import hosts, storage
 from xc.preflight.memory import report_memory
-from xc.preflight.memory_plan import ON_HOST
 from xc.preflight.report import Report
 from xc.run.metrics import peak_rss_mb
 

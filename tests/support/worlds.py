@@ -1,6 +1,7 @@
 """W ranks as threads of this process: a world of four starts in milliseconds.
 
-Every collective compares its name, dtype and shape across ranks, so that what would hang under MPI fails here.
+Every collective compares its name, dtype and shape across ranks, so that what would hang under MPI fails here. What it
+sends is counted as under MPI.
 """
 
 import threading
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from xc.comm.groups import Group, sum_dtype
+from xc.comm.traffic import Traffic, sent_all_gather, sent_all_reduce, sent_reduce_scatter
 from xc.comm.world import World
 
 _PATIENCE_SECONDS = 30
@@ -34,17 +36,24 @@ class _Meeting:
 class ThreadGroup(Group):
     def __init__(self, rank, meeting):
         self.rank, self.size, self._meeting = rank, len(meeting.brought), meeting
+        self.name, self.traffic = "", Traffic()
+
+    def _count(self, collective, formula, tensor):
+        if self.size > 1:
+            self.traffic.sent[f"{self.name}.{collective}"] += formula(self.size, tensor.nbytes)
 
     def _exchange(self, name, tensor, *details):
         return self._meeting.exchange(self.rank, (name, tensor.dtype, *details), tensor.detach().clone())
 
     def all_reduce(self, tensor, op="sum"):
+        self._count("all_reduce", sent_all_reduce, tensor)
         parts = torch.stack(self._exchange("all_reduce", tensor, op, tuple(tensor.shape)))
         return tensor.copy_(parts.sum(0) if op == "sum" else parts.amax(0))
 
     def all_gather(self, tensor, counts=None):
         counts = list(counts or [len(tensor)] * self.size)
         assert len(tensor) == counts[self.rank]
+        self._count("all_gather", sent_all_gather, tensor)
         return torch.cat(self._exchange("all_gather", tensor, tuple(tensor.shape[1:]), tuple(counts)))
 
     def all_reduce_async(self, tensor):
@@ -67,6 +76,7 @@ class ThreadGroup(Group):
         return wait
 
     def reduce_scatter_async(self, tensor, counts):
+        self._count("reduce_scatter", sent_reduce_scatter, tensor)
         parts = self._exchange("reduce_scatter", tensor, tuple(tensor.shape), tuple(counts))
         piece = torch.stack(parts).sum(0, dtype=sum_dtype(tensor)).split(list(counts))[self.rank].clone()
         return self._unchanged(tensor, piece)
@@ -95,11 +105,15 @@ class ThreadWorld(World):
         self.shard_ranks = range(rank - shards.rank, rank - shards.rank + shards.size)
         self.all_ranks, self.shards, self.replicas = all_ranks, shards, replicas
         self.host, self.cross_host = host, cross_host
+        self._dense = ThreadGroup(rank, all_ranks._meeting)
+        for name, group in [("all_ranks", all_ranks), ("shards", shards), ("replicas", replicas), ("host", host),
+                            ("cross_host", cross_host), ("backbone", self._dense)]:
+            group.name, group.traffic = name, self.traffic
 
     def all_reduce_async(self, tensor, name):
         def wait():
-            self.all_ranks._exchange("name", torch.zeros(()), name)
-            return self.all_ranks.all_reduce(tensor)
+            self._dense._exchange("name", torch.zeros(()), name)
+            return self._dense.all_reduce(tensor)
 
         return wait
 

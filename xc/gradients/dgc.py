@@ -49,16 +49,16 @@ class Dgc(AllReduce):
     def __init__(self, backbone, world, bucket_mb=4.0, bits=32, loss_scale=None, *, momentum=0.9, two_level=False):
         self.momentum = momentum
         self.inner, self.outer = (world.host, world.cross_host) if two_level else (Group(), world.all_ranks)
-        self._sparse = []
+        self.sparse_buckets = []
         super().__init__(backbone, world, bucket_mb, bits, loss_scale)
 
     def _make_buckets(self, parameters, max_bytes):
         super()._make_buckets([p for p in parameters if p.dim() <= 1], max_bytes)
         first = 0
         for members in fill_buckets([p for p in parameters if p.dim() > 1], _BUCKET_BYTES):
-            self._sparse.append(SparseBucket(members, first, self))
-            first = self._sparse[-1].last
-        self._buckets += self._sparse
+            self.sparse_buckets.append(SparseBucket(members, first, self))
+            first = self.sparse_buckets[-1].last
+        self._buckets += self.sparse_buckets
 
     def launch_in_order(self):
         """Begin the exchange of all complete buckets up to the first incomplete one.
@@ -67,7 +67,7 @@ class Dgc(AllReduce):
         while the next one is summed inside the host.
         """
         before = None
-        for bucket in self._sparse:
+        for bucket in self.sparse_buckets:
             if bucket.missing:
                 return
             bucket.launch()
@@ -94,9 +94,9 @@ class Dgc(AllReduce):
         return True
 
     def _exchange(self):
-        for bucket in self._sparse:
+        for bucket in self.sparse_buckets:
             bucket.launch()
-        for bucket in self._sparse:
+        for bucket in self.sparse_buckets:
             bucket.select()
         super()._exchange()
 
@@ -106,7 +106,7 @@ class Dgc(AllReduce):
 
     def files(self):
         tables = {f"{name}.{bucket.first + bucket.part.first}": rows
-                  for bucket in self._sparse for name, rows in bucket.unsent.items()}
+                  for bucket in self.sparse_buckets for name, rows in bucket.unsent.items()}
         return super().files() | {f"residuals-{self.outer.rank:06d}-{self.inner.rank:06d}.safetensors": tables}
 
     def load(self, folder):
@@ -116,7 +116,7 @@ class Dgc(AllReduce):
         """
         if not residual_files(folder):
             raise ValueError("it holds no residuals of DGC: resume with the --exchange that it was written with")
-        for bucket in self._sparse:
+        for bucket in self.sparse_buckets:
             for rows in bucket.unsent.values():
                 rows.fill_(-0.0)  # -0 + x has the bits of x for every x, 0 + x has not
         for path in residual_files(folder):
@@ -130,7 +130,7 @@ class Dgc(AllReduce):
             name, first = key.split(".")
             saved, first = file.get_slice(key), int(first)
             last = first + saved.get_shape()[0]
-            for bucket in self._sparse:
+            for bucket in self.sparse_buckets:
                 mine = Shard(bucket.first + bucket.part.first, bucket.first + bucket.part.last)
                 start, stop = max(first, mine.first), min(last, mine.last)
                 if start < stop:

@@ -12,7 +12,8 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from xc.config import FLAGS_OF_EXCHANGES, interval
+from xc.config import FLAGS_OF_EXCHANGES
+from xc.intervals import interval
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,11 @@ class Schedule:
             share = min(1.0, growing / max(1, self.growth))
             steps = round(1 + (self.max_accumulation_steps - 1) * (1 - math.cos(math.pi * share)) / 2)
         return min(max(1, steps), self.length - done)
+
+    def times_due(self, every):
+        """How often something that is done every `interval` is done in the whole run, about."""
+        steps = _accumulation_steps(every, self.length, self.batch, self.num_records)
+        return (self.length - 1) // steps if steps else 0
 
     def due(self, progress, every):
         """Whether something that is done every `interval` is due at a Progress; never before the first step and after

@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 from xc.errors import UserError
+from xc.plan.backbone_size import BackboneSize
+from xc.plan.memory import ON_HOST, MemoryPlan
+from xc.plan.workload import Workload
 from xc.preflight.hosts import by_host
-from xc.preflight.memory_plan import ON_HOST, BackboneSize, MemoryPlan
 from xc.preflight.report import on_rank_0, size_text
 
 _MAX_LOAD = 0.9  # share of the free memory; above it, fragments and other processes may make the run fail
@@ -18,8 +20,9 @@ def report_memory(report, cfg, world, facts, examples):
     gpu_free = 0 if on_cpu else min(one["gpu"]["free"] / _num_sharing_gpu(one, facts) for one in facts)
 
     def planned(cfg, num_ranks):
-        return MemoryPlan.of(cfg, examples.num_classes, num_ranks, backbone, order_bytes=examples.order_bytes,
-                             max_accumulation_steps=examples.max_accumulation_steps, on_cpu=on_cpu)
+        work = Workload.of(cfg, examples.num_classes, num_ranks, on_cpu)
+        return MemoryPlan.of(work, backbone, order_bytes=examples.order_bytes,
+                             max_accumulation_steps=examples.max_accumulation_steps)
 
     def load(plan):
         """The share of the free memory that it takes, on the host or on the GPU, whichever is more."""

@@ -18,7 +18,9 @@ from xc.model import head_table as heads
 from xc.optim.noise_scale import NoiseScale
 from xc.optim.optimizers import RowSGD, backbone_optimizer
 from xc.optim.schedule import Progress
-from xc.preflight.memory_plan import BackboneSize, MemoryPlan
+from xc.plan.backbone_size import BackboneSize
+from xc.plan.memory import MemoryPlan
+from xc.plan.workload import Workload
 from xc.run.loss_meter import LossMeter
 
 C, D, G = 137, 6, 12
@@ -31,7 +33,7 @@ def config(**settings):
 
 
 def planned(cfg, num_ranks, network=NOTHING, num_classes=C, **options):
-    return MemoryPlan.of(cfg, num_classes, num_ranks, network, **options)
+    return MemoryPlan.of(Workload.of(cfg, num_classes, num_ranks), network, **options)
 
 
 @pytest.mark.parametrize("num_ranks, width", GRIDS)
@@ -155,7 +157,7 @@ def test_a_checkpoint_is_as_large_as_planned(ranks, width, settings, tmp_path):
     run_ranks(ranks, body, width)
     (folder,) = (tmp_path / "checkpoints").iterdir()
     size = sum(file.stat().st_size for file in folder.iterdir())
-    plan = MemoryPlan.of(cfg, 3000, ranks, BackboneSize.of(cfg, (16,)))
+    plan = planned(cfg, ranks, BackboneSize.of(cfg, (16,)), num_classes=3000)
     assert 0.99 * plan.on_disk < size < plan.on_disk + 20_000
 
 

@@ -1,0 +1,132 @@
+"""The plan of a run on a cluster that need not be there: `python train.py --plan FACTS` with the flags of the run."""
+
+from dataclasses import dataclass, replace
+
+from xc.data import loader
+from xc.data.pack_split import PackSplit
+from xc.errors import UserError
+from xc.optim.schedule import Schedule
+from xc.plan.backbone_size import BackboneSize
+from xc.plan.cluster import Cluster
+from xc.plan.memory import ON_HOST, MemoryPlan
+from xc.plan.sent import Sent
+from xc.plan.times import Times
+from xc.plan.workload import Workload
+
+_GAIN = 0.03  # of a step or of the memory, from which on another setting is worth a line
+_FULL = 0.9  # share of the memory that a run should leave free is the rest
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a plan needs of the data."""
+
+    num_classes: int
+    num_records: int
+    input_shape: tuple
+    order_bytes: int = 0
+
+    @classmethod
+    def of(cls, cfg, cluster):
+        """Of --data, or of the facts where there is none. UserError where neither tells."""
+        if cfg.data:
+            if cluster.classes or cluster.examples:
+                raise UserError(f"--plan gives classes or examples, which --data {cfg.data} has: leave one out")
+            train = loader.open_splits(cfg)["train"]
+            return cls(train.num_classes, len(train), train.input_shape,
+                       train.order_bytes if isinstance(train, PackSplit) else 0)
+        for fact, value in ("classes", cluster.classes), ("examples", cluster.examples):
+            if not value:
+                raise UserError(f"--plan lacks {fact} of the data: give --data, or add {fact}, as {fact}=1000000")
+        return cls(cluster.classes, cluster.examples, (cfg.channels, cfg.image_size, cfg.image_size))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one rank, the first one, which no rank exceeds.
+
+    builds        of the graph in the whole run, and each of them begins it anew
+    host_memory   bytes of `memory` that lie on the host where the rank is a GPU
+    """
+
+    cfg: object
+    cluster: Cluster
+    work: Workload
+    schedule: Schedule
+    memory: MemoryPlan
+    sent: Sent
+    times: Times
+    builds: int
+
+    @classmethod
+    def of(cls, cfg, cluster, data, backbone=None):
+        """UserError where the settings contradict the data or the ranks."""
+        on_cpu = cfg.device == "cpu"
+        if cluster.ranks % (cfg.model_parallel_size or cluster.ranks):
+            raise UserError(f"--model-parallel-size {cfg.model_parallel_size} does not divide ranks={cluster.ranks} of "
+                            "--plan: take a divisor, or 0 for all")
+        try:
+            schedule = Schedule.of(cfg, data.num_records, cluster.ranks)
+        except ValueError as e:
+            raise UserError(str(e)) from e
+        work = Workload.of(cfg, data.num_classes, cluster.ranks, on_cpu)
+        backbone = backbone or BackboneSize.of(cfg, data.input_shape, cluster.ranks)
+        memory = MemoryPlan.of(work, backbone, order_bytes=data.order_bytes,
+                               max_accumulation_steps=schedule.max_accumulation_steps)
+        sent = Sent.of(work, backbone, cluster.ranks_per_host)
+        builds = schedule.times_due(cfg.graph_every) if work.num_neighbors else 0
+        return cls(cfg, cluster, work, schedule, memory, sent, Times.of(work, backbone, cluster), builds)
+
+    @property
+    def step_seconds(self):
+        return sum(self.times.step.values())
+
+    @property
+    def build_seconds(self):
+        return sum(self.times.build.values())
+
+    @property
+    def run_seconds(self):
+        """Without evaluations, checkpoints and the start."""
+        return self.schedule.length * self.step_seconds + self.builds * self.build_seconds
+
+    @property
+    def rank_memory(self):
+        """Bytes that must fit `memory` of the cluster: on a GPU without the parts that lie on the host."""
+        on_host = 0 if self.work.on_cpu else sum(self.memory.parts.get(part, 0) for part in ON_HOST)
+        return self.memory.total - on_host
+
+    @property
+    def fits(self):
+        return self.rank_memory <= _FULL * self.cluster.memory
+
+    @property
+    def limit(self):
+        """The phase that takes most of a step."""
+        return max(self.times.step, key=self.times.step.get)
+
+
+def remedies(plan, data):
+    """[(flags, Plan)]: settings each of which alone makes the step shorter, or the memory fit. Best first."""
+    cfg, ranks = plan.cfg, plan.cluster.ranks
+    widths = {plan.cluster.ranks_per_host} | {ranks // n for n in (2, 4, 8) if ranks % n == 0}
+    changes = [{"micro_batches": n} for n in (2, 4) if cfg.micro_batches < n]
+    changes += [{"model_parallel_size": width} for width in sorted(widths) if 1 <= width < ranks]
+    changes += [{name: value} for name, value in [
+        ("feature_bits", 16), ("gradient_bits", 16), ("exchange", "dgc"), ("exchange", "dgc-hier"),
+        ("row_dtype", "bfloat16"), ("head_momentum", 0.0)] if getattr(cfg, name) != value]
+    if cfg.head == "full":
+        changes += [{"head": "knn", "active_classes": share} for share in (0.1, 0.01)]
+    found, backbone = [], BackboneSize.of(cfg, data.input_shape, ranks)
+    for change in changes:
+        sgd = {"optimizer": "sgd", "lr": 0.1, "head_lr_scale": 1.0} if "dgc" in str(change.get("exchange")) else {}
+        try:
+            other = Plan.of(replace(cfg, **change, **sgd), plan.cluster, data, backbone)
+        except UserError:  # it contradicts other settings
+            continue
+        quicker = other.step_seconds < (1 - _GAIN) * plan.step_seconds
+        if (quicker and (other.fits or not plan.fits)) or (other.fits and not plan.fits):
+            flags = " ".join(f"--{name.replace('_', '-')} {value:g}" if isinstance(value, float) else
+                             f"--{name.replace('_', '-')} {value}" for name, value in change.items())
+            found.append((flags, other))
+    return sorted(found, key=lambda one: (not one[1].fits, one[1].step_seconds))
