@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from xc.comm.shard import Shard
 from xc.comm.traffic import sent_all_gather, sent_all_reduce, sent_reduce_scatter
 from xc.errors import UserError
 from xc.run import watchdog
@@ -264,8 +265,11 @@ class HorovodGroup(MpiGroup):
                                    lambda gathered: gathered.view(tensor.dtype))
 
     def reduce_scatter_async(self, tensor, counts):
-        # Horovod's reducescatter can only cut near-equal pieces. So all ranks get the whole sum and cut it here.
         whole = tensor.detach().to(sum_dtype(tensor))
+        if counts == [len(Shard.of(len(whole), self.size, rank)) for rank in range(self.size)]:  # as Horovod cuts
+            handle = self._hvd.reducescatter_async(whole, op=self._hvd.Sum, **self._call_options())
+            return self._begin_horovod("reduce_scatter", sent_reduce_scatter(self.size, whole.nbytes), handle,
+                                       lambda piece: piece)
         first = sum(counts[: self.rank])
         handle = self._hvd.allreduce_async(whole, op=self._hvd.Sum, **self._call_options())
         return self._begin_horovod("reduce_scatter", sent_all_reduce(self.size, whole.nbytes), handle,

@@ -211,8 +211,8 @@ class Schedule:
 
     def times_due(self, every):
         """How often something that is done every `interval` is done in the whole run, about."""
-        steps = _accumulation_steps(every, self.length, self.batch, self.num_records)
-        return (self.length - 1) // steps if steps else 0
+        count = _count(every, self.length, self.batch, self.num_records)
+        return max(0, math.ceil(self.length / count - 1e-9) - 1) if count else 0
 
     def due(self, progress, every):
         """Whether something that is done every `interval` is due at a Progress; never before the first step and after
@@ -306,7 +306,11 @@ def _with_steps(cfg, of_length, max_accumulation_steps):
 
 
 def _accumulation_steps(text, length, batch, num_records):
-    """An interval in accumulation steps."""
+    """An interval in whole accumulation steps."""
+    return round(_count(text, length, batch, num_records))
+
+
+def _count(text, length, batch, num_records):
+    """An interval in accumulation steps, not rounded."""
     count, unit = interval(text)
-    per_unit = {"epochs": num_records / batch, "steps": 1, "examples": 1 / batch, "percent": length / 100}
-    return round(count * per_unit[unit])
+    return count * {"epochs": num_records / batch, "steps": 1, "examples": 1 / batch, "percent": length / 100}[unit]

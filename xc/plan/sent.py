@@ -102,13 +102,9 @@ def _choice(ledger, work):
 def _features(ledger, work):
     of_one = work.cfg.feature_dim * work.cfg.feature_bits // 8
     ledger.add("features", "shards", "all_gather", work.examples * of_one)
-    if work.on_cpu:
-        ledger.add("features", "shards", "reduce_scatter", work.group * of_one)
-    elif work.num_shards > 1:  # Horovod sums the whole in float32 on every rank
-        sent = sent_all_reduce(work.num_shards, 4 * work.group * work.cfg.feature_dim)
-        ledger.by_path["features"] += sent
-        ledger.by_collective["shards.reduce_scatter"] += sent
-        ledger.calls["features"] += 1
+    # Horovod with NCCL sums in the type that it is given, so there gradients travel in float32.
+    ledger.add("features", "shards", "reduce_scatter",
+               work.group * (of_one if work.on_cpu else 4 * work.cfg.feature_dim))
 
 
 def _backbone(ledger, cfg, backbone):
