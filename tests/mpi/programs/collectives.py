@@ -29,11 +29,11 @@ def check(group, members, me):
         assert torch.equal(group.all_gather(of(me, me % 3, 4, dtype=dtype), counts),
                            torch.cat([of(r, r % 3, 4, dtype=dtype) for r in members]))
         near_equal = [len(Shard.of(2 * len(members) + 1, len(members), i)) for i in range(len(members))]
-        for counts in counts, near_equal:
-            if sum(counts):
-                whole = sum(of(r, sum(counts), 4, dtype=dtype) for r in members)
-                assert torch.equal(group.reduce_scatter(of(me, sum(counts), 4, dtype=dtype), counts),
-                                   whole.split(counts)[group.rank])
+        for lengths in counts, near_equal:
+            if sum(lengths):
+                whole = sum(of(r, sum(lengths), 4, dtype=dtype) for r in members)
+                assert torch.equal(group.reduce_scatter(of(me, sum(lengths), 4, dtype=dtype), lengths),
+                                   whole.split(lengths)[group.rank])
         # Rank r gives rank q a block of (r + q) % 3 rows, of numbers that name both.
         pieces = [of(me, (me + r) % 3, 4, dtype=dtype) * (r + 1) for r in members]
         got = group.all_to_all(torch.cat(pieces), [len(piece) for piece in pieces])
