@@ -18,6 +18,7 @@ from xc.errors import UserError
 from xc.run import watchdog
 
 _BACKGROUND_POLL_SECONDS = 2e-3  # between two polls of a background thread
+_MOST_NUMBERS = 2**30  # of a sum: MPI counts them in 31 bits
 
 
 class Group:
@@ -119,7 +120,7 @@ class MpiGroup(Group):
 
         self._comm, self._traffic, self._name = comm, traffic, name
         self._ops = {"sum": MPI.SUM, "max": MPI.MAX}
-        self._in_place = MPI.IN_PLACE
+        self._in_place, self._test_all = MPI.IN_PLACE, MPI.Request.Testall
         self.rank = comm.rank
         self.size = comm.size
 
@@ -134,9 +135,11 @@ class MpiGroup(Group):
 
     def _all_reduce(self, tensor, op):
         host = tensor.cpu()
-        request = self._comm.Iallreduce(self._in_place, host.numpy(), self._ops[op])
-        return self._begin("all_reduce", sent_all_reduce(self.size, host.nbytes), request,
-                           lambda: tensor if host is tensor else tensor.copy_(host))
+        requests = [self._comm.Iallreduce(self._in_place, piece.numpy(), self._ops[op])
+                    for piece in host.view(-1).split(_MOST_NUMBERS)]
+        return self._traffic.begin(f"{self._name}.all_reduce", sent_all_reduce(self.size, host.nbytes),
+                                   lambda: self._test_all(requests),
+                                   lambda: tensor if host is tensor else tensor.copy_(host))
 
     def all_gather(self, tensor, counts=None):
         return self.all_gather_async(tensor, counts)()

@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from xc.comm import groups
 from xc.comm.launch import run
 from xc.comm.shard import Shard
 from xc.comm.world import MpiWorld
@@ -18,6 +19,7 @@ def check(group, members, me):
         return torch.arange(1, 1 + int(torch.Size(shape).numel()), dtype=dtype).reshape(shape) * (rank + 1)
 
     assert (group.rank, group.size) == (members.index(me), len(members))
+    groups._MOST_NUMBERS = 4  # sums of more numbers are cut
     for dtype in torch.float32, torch.float64, torch.int64:
         total = sum(of(r, 3, 2, dtype=dtype) for r in members)
         mine = of(me, 3, 2, dtype=dtype)
