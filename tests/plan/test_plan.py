@@ -32,8 +32,11 @@ def test_facts_in_units():
     found = Cluster.parse("ranks=6, ranks-per-host=3,memory=80GB,network=100gbit,flops=300e12,bandwidth=2TB/s")
     assert (found.ranks, found.num_hosts, found.memory, found.network) == (6, 2, 80e9, 12.5e9)
     assert (found.flops, found.bandwidth, found.latency) == (3e14, 2e12, 20e-6)
-    assert found.network_of_rank == 12.5e9 / 3
+    assert found.sending_rate(on_cpu=True) == 12.5e9 / 3 and found.sending_rate(on_cpu=False) == 12.5e9
+    one_host = replace(found, ranks=3)
+    assert one_host.sending_rate(on_cpu=False) == 4e11 and replace(one_host, local=1e9).sending_rate(True) == 1e9
     for text, name, value in [("memory=1.5GiB", "memory", 1.5 * 2**30), ("network=1e9", "network", 1.25e8),
+                              ("local=8e9", "local", 1e9), ("flops32=2e12", "flops32", 2e12),
                               ("network=12.5GB", "network", 12.5e9), ("flops=3Tflops", "flops", 3e12)]:
         others = [pair for pair in FACTS.split(",") if not pair.startswith(name)]
         assert getattr(Cluster.parse(",".join([*others, text])), name) == value

@@ -102,8 +102,9 @@ class EdgeTable:
 
     def graph(self):
         """The KnnGraph of all edges."""
-        offsets = F.pad(self._counts.cumsum(0), (1, 0))
-        offsets = offsets.int() if len(self._neighbors) < 2**31 else offsets
+        kind = torch.int32 if len(self._neighbors) < 2**31 else torch.int64
+        offsets = torch.zeros(len(self._counts) + 1, dtype=kind, device=self._counts.device)
+        torch.cumsum(self._counts, 0, dtype=kind, out=offsets[1:])
         return KnnGraph(self._shard, self._num_classes, self._num_neighbors, self._shift, offsets, self._lows,
                         self._neighbors, self._places)
 

@@ -24,9 +24,14 @@ class Cluster:
     ranks_per_host: int = _fact("8", "on a host", whole=True, most=2**20)
     memory: float = _fact("80GB", "of a rank: its GPU's, or its part of the host's", units=("B",))
     network: float = _fact("100gbit", "of a host's link a second, each way", units=("bit", "B"))
-    flops: float = _fact("300e12", "operations a second that large matrix products reach on a rank", units=("flop",))
+    flops: float = _fact("300e12", "operations a second that large matrix products reach on a rank, in 16 bits on GPUs",
+                         units=("flop",))
     bandwidth: float = _fact("2e12", "bytes a second that a rank reads and writes in its memory", units=("B",))
+    flops32: float = _fact("60e12", "the same in float32; on GPUs a fifth of flops if left out, on CPUs as flops",
+                           units=("flop",), default=0.0)
     latency: float = _fact("20e-6", "seconds of a collective of a few bytes among all ranks", most=10, default=20e-6)
+    local: float = _fact("400GB", "bytes a second that a rank sends inside its host; a fifth of bandwidth if left out",
+                         units=("bit", "B"), default=0.0)
     classes: int = _fact("100000000", "where --data is not given: of the data", whole=True, most=2**31, default=0)
     examples: int = _fact("1000000000", "where --data is not given: of an epoch", whole=True, default=0)
 
@@ -54,10 +59,19 @@ class Cluster:
     def num_hosts(self):
         return -(-self.ranks // self.ranks_per_host)
 
-    @property
-    def network_of_rank(self):
-        """Bytes a second that a rank sends, if those of its host send at the same time."""
-        return self.network / min(self.ranks, self.ranks_per_host)
+    def flops_of(self, bits, on_cpu):
+        """Operations a second of matrix products in 16 or 32 bits."""
+        return self.flops if bits == 16 or on_cpu else self.flops32 or self.flops / 5
+
+    def sending_rate(self, on_cpu):
+        """Bytes a second that each rank sends, if all do at the same time.
+
+        NCCL sends round a ring that enters and leaves a host once, so the link carries what one rank sends. MPI sends
+        from rank to rank: those of a host share its link.
+        """
+        if self.num_hosts == 1:
+            return self.local or self.bandwidth / 5
+        return self.network / self.ranks_per_host if on_cpu else self.network
 
 
 def _number(f, key, text):
@@ -72,7 +86,7 @@ def _number(f, key, text):
         value = float(match[1]) * _PREFIXES[match[2] or ""]
     except ValueError:
         raise wrong from None
-    if unit == "bit" or (f.name == "network" and not unit):
+    if unit == "bit" or (f.metadata["units"][:1] == ("bit",) and not unit):
         value /= 8
     if not 0 < value <= f.metadata["most"] or not math.isfinite(value) or (f.metadata["whole"] and value % 1):
         raise wrong

@@ -115,11 +115,8 @@ class _HeadSize:
     def logits(self):
         """Logits and rows that the softmax keeps within its memory limit, at least one block; and one block more."""
         work = self.work
-        num_active, memory = work.quota * work.num_parts, (64 if work.on_cpu else 256) * 2**20
-        block = max(1, int((min(memory, 2**20) if work.on_cpu else memory) / (4 * work.group)))
         per_class = 4 * work.group + self._row
-        num_kept = min(num_active, max(block, int(memory / per_class)))
-        return per_class * num_kept + per_class * min(num_active, 2 * block)
+        return per_class * (work.num_kept + min(work.quota * work.num_parts, 2 * work.block))
 
     @property
     def graph(self):

@@ -13,7 +13,7 @@ import torch
 from xc.knn.cells import SAMPLES_PER_CELL, number_of_cells
 from xc.plan.sent import Sent
 
-_GEMMS = 3  # of the softmax: logits, gradient of the features, gradient of the rows
+_GEMMS = 3  # of the softmax: logits, gradient of the features, gradient of the rows; and logits again if not kept
 _PROBES = 8  # cells that an approximate search looks into; trained rows need 6 to 16
 _KMEANS = 6  # passes over the sample of the rows
 _SHARE_HIDDEN = 0.9  # of the backward pass, during which gradients travel
@@ -46,6 +46,7 @@ class Costs:
 COSTS = {"cpu": Costs(20, 100, 0, 60, 40, 8000, 10, 4000, 1e-5),
          "cuda": Costs(64, 0, 56, 60, 40, 0, 8, 0, 5e-6)}
 _CALLS = 200
+_CALLS_OF_CELL, _COLLECTIVES_OF_CELL = 40, 8  # where every cell is a round of its own
 
 
 @dataclass(frozen=True)
@@ -79,25 +80,27 @@ class _Clock:
         return Times(step, self.build() if self.work.num_neighbors else {})
 
     def products(self, flops, width):
-        """Of matrices whose inner dimension is `width`."""
-        return flops * (1 + self.costs.width / width) / self.cluster.flops
+        """Of float32 matrices whose inner dimension is `width`."""
+        return flops * (1 + self.costs.width / width) / self.cluster.flops_of(32, self.work.on_cpu)
 
-    def operations(self, count):
-        return count / self.cluster.flops
+    def operations(self, count, bits=32):
+        return count / self.cluster.flops_of(bits, self.work.on_cpu)
 
     def moved(self, num_bytes):
         return num_bytes / self.cluster.bandwidth
 
     def forward(self):
         num_examples = self.work.examples * self.work.cfg.micro_batches
-        return self.operations(num_examples * self.backbone.flops) + self.moved(
+        bits = 32 if self.work.cfg.amp == "off" else 16
+        return self.operations(num_examples * self.backbone.flops, bits) + self.moved(
             2 * num_examples * self.backbone.activations)
 
     def softmax(self):
         """All micro-batches. Rows are gathered once for each selection, and their gradients written."""
         work, cfg = self.work, self.work.cfg
+        again = 1 - work.num_kept / (work.quota * work.num_parts)
         logits = work.group * work.quota
-        flops = 2 * _GEMMS * logits * self.dim
+        flops = 2 * (_GEMMS + again) * logits * self.dim
         selections = cfg.micro_batches if work.by_scores else 1
         rows = selections * work.num_active * self.dim
         return (cfg.micro_batches * (self.products(flops, self.dim) + self.operations(logits * self.costs.logit)
@@ -121,7 +124,7 @@ class _Clock:
     def network(self, step):
         """What travels and is not hidden. Features and their gradients of all micro-batches but one travel under the
         computation of another; gradients of the backbone under its backward pass."""
-        parts, rate = self.work.cfg.micro_batches, self.cluster.network_of_rank
+        parts, rate = self.work.cfg.micro_batches, self.cluster.sending_rate(self.work.on_cpu)
         found = {path: self.sent.by_path.get(path, 0) / rate + self.sent.calls.get(path, 0) * self.cluster.latency
                  for path in self.sent.by_path}
         features, backbone = found.pop("features", 0.0), found.pop("backbone", 0.0)
@@ -143,9 +146,10 @@ class _Clock:
         compared = {"finding cells": sample + C * num_cells / w, "search": C * _PROBES * (C / num_cells) / w}
         found = {name: self.products(2 * pairs * self.dim, self.dim) + self.operations(pairs * self.costs.candidate)
                  for name, pairs in compared.items()}
-        found["search"] += self.sent_in_build(4 * self.dim * C / w * min(w, _PROBES))
+        found["search"] += self.sent_in_build(4 * self.dim * C / w * min(w, _PROBES)) + num_cells / w * (
+            _CALLS_OF_CELL * self.costs.call + _COLLECTIVES_OF_CELL * self.cluster.latency)
         return found | {"distribution": edges}
 
     def sent_in_build(self, num_bytes):
-        return num_bytes / self.cluster.network_of_rank if self.work.num_shards > 1 else 0.0
+        return num_bytes / self.cluster.sending_rate(self.work.on_cpu) if self.work.num_shards > 1 else 0.0
 

@@ -58,6 +58,23 @@ class Workload:
         return self.num_ranks // self.num_shards
 
     @property
+    def block(self):
+        """Classes whose logits are computed at a time."""
+        memory = self.logits_bytes
+        return max(1, int((min(memory, 2**20) if self.on_cpu else memory) / (4 * self.group)))
+
+    @property
+    def logits_bytes(self):
+        """Memory for logits and active rows that are kept."""
+        return (64 if self.on_cpu else 256) * 2**20
+
+    @property
+    def num_kept(self):
+        """Active rows of this shard whose logits are kept; those of the others are computed twice."""
+        per_class = 4 * (self.group + self.cfg.feature_dim)
+        return min(self.quota * self.num_parts, max(self.block, int(self.logits_bytes / per_class)))
+
+    @property
     def by_scores(self):
         """Whether each micro-batch chooses its classes by scores."""
         return self.cfg.head == "knn" and self.cfg.select == "scores"
