@@ -27,6 +27,12 @@ class ExitRun(Exception):
         self.code = code
 
 
+def is_out_of_memory(error):
+    """Whether an error says that the memory of this process, or of its GPU, has ended."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(
+        text in str(error) for text in ("can't allocate memory", "out of memory")))
+
+
 def one_line(text):
     """The text without line ends and control characters. The middle of a long text is left out."""
     text = _UNSEEN.sub(" ", text)

@@ -41,6 +41,19 @@ def test_a_rank_killed_with_communication_in_flight_ends_all(fault, flags, tmp_p
     assert_nothing_left(out)
 
 
+@pytest.mark.parametrize("graph", ["exact", "approx"])
+def test_memory_that_ends_in_a_build_is_one_line_and_nothing_is_lost(graph, tmp_path):
+    out = tmp_path / "run"
+    flags = [*SYNTH[1:], "--out", out, "--steps", 12, "--head", "knn", "--active-classes", 100, "--graph", graph,
+             "--graph-every", "11steps", "--save-every", "4steps", "--resume", "auto"]
+    process = faulty(2, "memory", *flags, expect=2)
+    (line,) = errors(process)
+    assert line.startswith("error: rank 1 has no memory left (") and "--check" in line
+    assert "Traceback" not in process.stderr and (out / "checkpoints" / "step-00000004").exists()
+    assert_nothing_left(out)
+    faulty(2, "none", *flags)
+
+
 @pytest.mark.timeout(900)
 def test_killed_again_and_again_a_run_loses_nothing_but_steps_since_its_last_checkpoint(tmp_path):
     """Each moment twice; benchmarks/soak.py kills as often as it is told to."""

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 
-from xc.errors import ExitRun, UserError, one_line
+from xc.errors import ExitRun, UserError, is_out_of_memory, one_line
 from xc.run import signals as stop
 
 # Variables that a launcher sets for its ranks. SLURM_PROCID is not one of them: a batch script has it, too.
@@ -84,7 +84,7 @@ def run(main):
     UserError  all ranks raise the same one: rank 0 prints one line, and all ranks exit with its code
     ExitRun    likewise, with the line on standard output
     others     this rank alone failed: it prints the error with its rank, and MPI ends all ranks. The code is 2 for a
-               ValueError, which means bad input met during the run
+               ValueError, which means bad input met during the run, and where memory has ended
     """
     try:
         main()
@@ -106,6 +106,10 @@ def run(main):
         if isinstance(e, ValueError):
             code = 2
             print(f"error: rank {launched_rank() or 0}: {one_line(str(e))}", file=sys.stderr, flush=True)
+        elif is_out_of_memory(e):
+            code = 2
+            print(f"error: rank {launched_rank() or 0} has no memory left ({one_line(str(e))}): --check with the flags "
+                  "of the run says what takes how much; checkpoints are as they were", file=sys.stderr, flush=True)
         else:
             code = e.code if isinstance(e, SystemExit) and isinstance(e.code, int) else 1
             print(f"rank {launched_rank() or 0} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ arguments: the fault, then those of train.py. A fault of rank 1 comes at its 12t
     sleep      never comes back from reading data
     spin       the same, by a call that holds the interpreter: no thread of the rank runs
     nan        all ranks: the inputs of step 21, counted from 0, are no numbers
+    memory     its memory ends while it builds its first graph
     without    all ranks: the batches of steps 20 and 21 are left out
     none       no fault
 """
@@ -22,6 +23,7 @@ from xc.checkpoint import rollback
 from xc.comm import groups, launch, world
 from xc.data import loader as data
 from xc.gradients import dgc as exchange
+from xc.knn import build
 from xc.train import step
 
 FAULTY_RANK, AT_CALL, BAD_STEP = 1, 12, 21
@@ -63,6 +65,15 @@ def spoiled(function):
     return run
 
 
+def without_memory(function):
+    def run(*arguments):
+        if launch.launched_rank() == FAULTY_RANK:
+            torch.empty(2**50)
+        return function(*arguments)
+
+    return run
+
+
 if __name__ == "__main__":
     name = sys.argv.pop(1)
     if name == "kill-gather":
@@ -73,6 +84,8 @@ if __name__ == "__main__":
         exchange.SparseBucket.select = at_a_call_of(exchange.SparseBucket.select, kill)
     elif name == "nan":
         step.forward_backward = spoiled(step.forward_backward)
+    elif name == "memory":
+        build._distribute = without_memory(build._distribute)
     elif name == "without":
         rollback.Rollbacks.skipped = {BAD_STEP - 1, BAD_STEP}
     elif name == "none":
