@@ -8,7 +8,7 @@ from tests.support.heads import SEED, WORLDS, D, G, assert_like_dense, dense, ex
 from tests.support.worlds import run_ranks
 from xc.comm.shard import Shard
 from xc.model.head_table import HEADS
-from xc.model.initial_rows import initial_rows
+from xc.model.initial_rows import initial_rows, initial_rows_of
 
 MARGINS = [("none", 0.0), ("cosface", 0.35), ("arcface", 0.5)]
 
@@ -107,5 +107,7 @@ def test_of_equal_scores_the_lower_id_wins():
 def test_initial_rows_do_not_depend_on_the_shard():
     whole = initial_rows(Shard(0, 10000), 3, 1)
     assert torch.equal(torch.cat([initial_rows(Shard.of(10000, 7, r), 3, 1) for r in range(7)]), whole)
+    some = torch.tensor([9999, 0, 4095, 4096, 5000, 0])
+    assert torch.equal(initial_rows_of(some, 3, 1), whole[some]) and initial_rows_of(some[:0], 3, 1).shape == (0, 3)
     of_seeds = torch.stack([initial_rows(Shard(0, 5000), 3, seed)[[0, 4999], 0] for seed in range(20)])
     assert len(of_seeds.flatten().unique()) == 40  # no two seeds, nor blocks, begin alike

@@ -16,8 +16,7 @@ import time
 import numpy as np
 import torch
 
-from xc.comm.shard import Shard
-from xc.model.initial_rows import initial_rows
+from xc.model.initial_rows import initial_rows_of
 from xc.run import watchdog
 
 _LAMBDA = 2.0
@@ -140,7 +139,6 @@ def _set_rows(head, places, turn, length):
     lengths = rows.norm(dim=1, keepdim=True)
     head.weight[places] = (rows * (length / lengths)).to(head.weight.dtype)
     empty = places[lengths[:, 0] == 0]
-    for place in empty.tolist():
-        label = head.shard.first + place
-        head.weight[place] = initial_rows(Shard(label, label + 1), head.feature_dim, head.seed, head.weight.dtype)[0]
+    random = initial_rows_of(head.shard.first + empty.cpu(), head.feature_dim, head.seed, head.weight.dtype)
+    head.weight[empty] = random.to(head.weight.device)
     return len(empty)
