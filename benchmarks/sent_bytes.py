@@ -1,6 +1,6 @@
-"""Bytes that a rank sends in a step: predicted by formula, counted by the collectives, seen by the link; and what the
-formulas say of more ranks. Root: the hosts are made on this machine, one for each rank unless --ranks-per-host says
-otherwise. Bytes, not times.
+"""Bytes that a rank sends in a step: predicted by the plan (xc/plan/sent.py), counted by the collectives, seen by the
+link; and what the plan says of more ranks. Root: the hosts are made on this machine, one for each rank unless
+--ranks-per-host says otherwise. Bytes, not times.
 
     python benchmarks/sent_bytes.py --ranks 2 3 4 8
     python benchmarks/sent_bytes.py --ranks 4 8 --ranks-per-host 2
@@ -29,7 +29,6 @@ its own.
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -42,20 +41,22 @@ import torch
 
 from benchmarks.hosts import Hosts, link_bytes
 from xc.comm.launch import run
-from xc.comm.traffic import sent_all_gather, sent_all_reduce, sent_reduce_scatter
-from xc.comm.world import World, open_world
+from xc.comm.world import open_world
 from xc.config import Config
-from xc.gradients import allreduce as exchange
-from xc.gradients import dgc
-from xc.gradients.topk import message_bytes
+from xc.gradients import exchanges
 from xc.model import backbone as backbones
-from xc.model.head_table import head_class
+from xc.model import head_table
 from xc.optim.schedule import StepPlan
+from xc.plan.backbone_size import BackboneSize
+from xc.plan.sent import Sent
+from xc.plan.workload import Workload
 from xc.run.metrics import Timer
 from xc.train import pipeline
 
 SETTINGS = {"dense": ("dense", 32), "dense16": ("dense", 16), "dgc": ("dgc", 32), "dgc16": ("dgc", 16),
-            "hier": ("hier", 32)}
+            "hier": ("dgc-hier", 32)}
+COLUMNS = {"features": ("labels", "features"), "softmax": ("choice", "softmax"), "backbone": ("norm", "backbone"),
+           "rows": ("rows",)}
 MODELLED = (64, 256, 1024)
 CLASSES = 1000
 
@@ -83,7 +84,6 @@ def main():
         raise SystemExit("error: --ranks 1 sends nothing: give 2 or more")
     if uneven := [size for size in args.ranks if size % args.ranks_per_host]:
         raise SystemExit(f"error: --ranks {uneven[0]} is not a multiple of --ranks-per-host {args.ranks_per_host}")
-    layers = layers_of(network(args, World()))
     result, rows = {}, []
     for size in args.ranks:
         with Hosts(size // args.ranks_per_host) as hosts:
@@ -94,7 +94,7 @@ def main():
             except subprocess.CalledProcessError as e:
                 raise SystemExit(e.returncode) from None
             for setting, (counted, link) in json.loads(found.read_text()).items():
-                predicted = predicted_mb(args, size, layers, *settings[setting])
+                predicted = predicted_mb(args, size, *settings[setting])
                 for path, mb in predicted.items():
                     result[f"{size}.{setting}.{path}.predicted_mb"] = mb
                     result[f"{size}.{setting}.{path}.counted_mb"] = counted.get(path, 0.0)
@@ -104,60 +104,32 @@ def main():
     for size in MODELLED if not args.model_parallel_size else ():
         for setting, how in settings.items():
             if setting != "hier":
-                predicted = predicted_mb(args, size, layers, *how)
+                predicted = predicted_mb(args, size, *how)
                 result[f"model.{size}.{setting}"] = sum(predicted.values())
                 rows.append((size, setting, *(f"{mb:.3f}" for mb in predicted.values()),
                              f"{sum(predicted.values()):.3f}", "-"))
-    print(f"MiB a step that a rank sends, predicted and counted; {args.backbone}, {sum(map(sum, layers)):,} numbers, "
-          f"{args.head} head, D = {args.dim}, {args.batch_per_rank} examples a rank, density {args.density}")
+    print(f"MiB a step that a rank sends, predicted and counted; {args.backbone}, {args.head} head, "
+          f"D = {args.dim}, {args.batch_per_rank} examples a rank, density {args.density}")
     for row in [("ranks", "setting", "features", "softmax", "backbone", "rows", "sum", "link"), *rows]:
         print(f"{row[0]:>6} {row[1]:8} " + " ".join(f"{cell:>16}" for cell in row[2:]))
     print(json.dumps({key: round(value, 4) for key, value in result.items()}))
 
 
-def network(args, world):
-    return backbones.build(args.backbone, (1, args.image_size, args.image_size), args.dim, 0, world)
+def config(args, size, kind, bits):
+    """The Config of a step of so many ranks."""
+    sgd = {"optimizer": "sgd", "lr": 0.1, "density": args.density} if kind != "dense" else {}
+    return Config(data="-", out="-", backbone=args.backbone, image_size=args.image_size, head=args.head,
+                  feature_dim=args.dim, active_classes=0.5, global_batch=args.batch_per_rank * size,
+                  model_parallel_size=args.model_parallel_size, exchange=kind, feature_bits=bits, gradient_bits=bits,
+                  **sgd)
 
 
-def classifier(args, world):
-    cfg = Config(data="-", out="-", head=args.head, feature_dim=args.dim, active_classes=0.5,
-                 global_batch=args.batch_per_rank * world.size)
-    head = head_class(cfg).of(cfg, CLASSES, world)
-    head.refresh(1, due=True)
-    return head
-
-
-def layers_of(net):
-    """Numbers of the groups of layers that DGC selects in, and of the vectors."""
-    layers = [len(bucket.flat) for bucket in dgc.Dgc(net, World()).sparse_buckets]
-    return layers, [sum(p.numel() for p in net.parameters()) - sum(layers)]
-
-
-def predicted_mb(args, size, layers, kind, bits):
+def predicted_mb(args, size, kind, bits):
     """By path, in the order of the table."""
-    matrices, vectors = layers
-    width = args.model_parallel_size or size
-    copies = size // width
-    features = 2 * sent_all_gather(width, args.batch_per_rank * args.dim * bits // 8)
-    features += sent_all_gather(width, (args.batch_per_rank + 1) * 8)
-    per_example = 5 if args.head == "knn" else 3
-    softmax = sent_all_reduce(width, per_example * width * args.batch_per_rank * 4)
-    backbone = sent_all_reduce(size, (4 * args.dim + 1) * 8)
-    if kind == "dense":
-        backbone += sent_all_reduce(size, (sum(matrices) + sum(vectors)) * bits // 8)
-    else:
-        backbone += sent_all_reduce(size, sum(vectors) * bits // 8)
-        local = args.ranks_per_host if kind == "hier" else 1
-        hosts = size // local
-        for n in matrices:
-            part = n / local
-            message = message_bytes(math.ceil(part * args.density), bits)
-            sparse, dense = sent_all_gather(hosts, message), sent_all_reduce(hosts, 4 * part)
-            backbone += sent_reduce_scatter(local, 4 * n) + min(sparse, dense)
-            backbone += sent_all_gather(local, hosts * message if sparse < dense else 4 * part)
-    rows = sent_all_reduce(copies, CLASSES / width * args.dim * 4)
-    found = {"features": features, "softmax": softmax, "backbone": backbone, "rows": rows}
-    return {path: sent / 2**20 for path, sent in found.items()}
+    cfg = config(args, size, kind, bits)
+    backbone = BackboneSize.of(cfg, (1, args.image_size, args.image_size))
+    sent = Sent.of(Workload.of(cfg, CLASSES, size), backbone, args.ranks_per_host).by_path
+    return {column: sum(sent.get(path, 0) for path in paths) / 2**20 for column, paths in COLUMNS.items()}
 
 
 def path_of(name):
@@ -173,10 +145,10 @@ def measure(args, settings):
     count = args.batch_per_rank
     found = {}
     for setting, (kind, bits) in settings.items():
-        net = network(args, world)
-        head = classifier(args, world)
-        of_net = exchange.AllReduce(net, world, bits=bits) if kind == "dense" else dgc.Dgc(
-            net, world, bits=bits, two_level=kind == "hier")
+        cfg = config(args, world.size, kind, bits)
+        net = backbones.build(cfg.backbone, (1, args.image_size, args.image_size), args.dim, 0, world)
+        head, of_net = head_table.build(cfg, CLASSES, world), exchanges.build(net, world, cfg)
+        head.refresh(1, due=True)
         images = torch.randn(count, 1, args.image_size, args.image_size)
         seen = []
         for _ in range(4):
