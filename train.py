@@ -75,7 +75,8 @@ def main():
         log.step_begins(progress)
         plan = schedule.plan(progress, state.noise.grown)
         with log.timer("refresh"), world.traffic.uncounted():
-            stale = schedule.due(progress, cfg.graph_every) or (start.rows_known and not progress.step)
+            stale = schedule.due(progress, cfg.graph_every, "0" if cfg.init else cfg.graph_from, state.head.has_built)
+            stale = stale or (start.rows_known and not progress.step)
             refreshed = state.head.refresh(plan.first_accumulation_step, due=stale)
         log.values(progress, refreshed)
         with log.timer("data"):

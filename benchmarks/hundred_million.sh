@@ -16,7 +16,7 @@ active=$((few < 20000 ? few : 20000))
 export OMP_NUM_THREADS=1 OMPI_MCA_mpi_yield_when_idle=1 OMPI_MCA_hwloc_base_binding_policy=none
 flags=(--data "synth:classes=$classes,dim=32,drawn=$drawn,noise=0.5,examples=40,test=500" --out "$run"
        --feature-dim 32 --row-dtype bfloat16 --head knn --active-classes "$active"
-       --neighbors 8 --graph approx --graph-every 60% --global-batch 512 --epochs 1
+       --neighbors 8 --graph approx --graph-from 60% --global-batch 512 --epochs 1
        --eval-every 20% --save-every 20% --keep-checkpoints 1 --stall-seconds 300)
 
 # Starts or resumes the run on so many ranks; $launcher is the process that launches them.

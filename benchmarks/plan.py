@@ -173,8 +173,8 @@ def memory_of_runs(args, ranks, folder):
     found = {}
     for name, cfg in cases(args, ranks):
         out = folder / name.replace(":", "-")
-        flags = config.as_arguments(cfg) + f"--out {out}\n--steps 12\n--graph-every 4steps\n--save-every 6steps\n"
-        (folder / "run.args").write_text(flags)
+        times = "--steps 12\n--graph-from 0\n--graph-every 4steps\n--save-every 6steps\n"
+        (folder / "run.args").write_text(config.as_arguments(cfg) + f"--out {out}\n{times}")
         done = subprocess.run([*mpirun(ranks), "train.py", f"@{folder / 'run.args'}"], cwd=ROOT, check=True,
                               capture_output=True, text=True)
         peak = json.loads(done.stdout.splitlines()[-1])["peak_rss_mb"] - idle

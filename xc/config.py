@@ -83,8 +83,11 @@ class Config:
                            "--global-batch", least=0)
     graph: str = _flag("head", "auto", "knn: how the graph is built; auto: exact where that is quick",
                        choices=("auto", "exact", "approx"))
-    graph_every: str = _flag("head", "1epochs", "knn, selective: time between two builds of the graph or index; "
-                             "before the first one the classes are random", time=True)
+    graph_from: str = _flag("head", "25%", "knn, selective: time of the first build of the graph or index; until then "
+                            "rows are too young for it, and classes are random; 0: after --graph-every, as with --init",
+                            time=True)
+    graph_every: str = _flag("head", "1epochs", "knn, selective: time between two builds of the graph or index",
+                             time=True)
     row_dtype: str = _flag("head", "float32", "type of the class rows and of their momentum; bfloat16 halves the "
                            "memory and rounds stochastically", choices=("float32", "bfloat16"))
     logits: str = _flag("head", "cosine", "cosine of feature and class row times --scale, or their inner product",

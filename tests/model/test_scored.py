@@ -12,6 +12,7 @@ from xc.config import Config
 from xc.errors import UserError
 from xc.knn.similar_parts import similar_parts
 from xc.model.initial_rows import initial_rows
+from xc.model.sampled import SampledHead
 from xc.model.scored import ScoredKnnHead, near_parts
 
 C, SCALE = 61, 7.0
@@ -265,6 +266,7 @@ def test_row_gradients_of_micro_batches_are_summed(copies, parts):
 
     def body(world):
         head = a_head(world, 25, near_parts=parts)
+        head.refresh(0, due=True)
         head.select(labels[world.rank].flatten(), 1, micro_batches=3)
         offsets = []
         for i in range(3):
@@ -286,9 +288,28 @@ def test_row_gradients_of_micro_batches_are_summed(copies, parts):
     torch.testing.assert_close(ranks[0][1], rows.grad, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("world_size, model_parallel_size", WORLDS)
+def test_before_the_first_build_the_choice_is_that_of_sampled_softmax(world_size, model_parallel_size):
+    def body(world):
+        features, labels = examples(C)
+        mine = Shard.of(G, world.size, world.rank)
+        features, labels = features[mine.first : mine.last], labels[mine.first : mine.last]
+        heads = a_head(world), SampledHead(C, D, world, active_classes=31, seed=SEED, dtype=torch.float64, scale=SCALE)
+        found = []
+        for head in heads:
+            head.select(labels, 3)
+            loss = head(features.clone().requires_grad_(), labels, G)
+            head.reduce()
+            found.append((head.selection.active, head.selection.offset, loss.detach(), head.row_grad))
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True)) and not heads[0].has_built
+
+    run_ranks(world_size, body, model_parallel_size)
+
+
 def test_micro_batches_draw_other_classes():
     features, labels = examples(C)
     head = a_head(World(), near_parts=1)
+    head.refresh(0, due=True)
     head.select(labels.repeat(2), 0, micro_batches=2)
     for i in range(2):
         head.use_selection(i)

@@ -45,7 +45,7 @@ def test_a_rank_killed_with_communication_in_flight_ends_all(fault, flags, tmp_p
 def test_memory_that_ends_in_a_build_is_one_line_and_nothing_is_lost(graph, tmp_path):
     out = tmp_path / "run"
     flags = [*SYNTH[1:], "--out", out, "--steps", 12, "--head", "knn", "--active-classes", 100, "--graph", graph,
-             "--graph-every", "11steps", "--save-every", "4steps", "--resume", "auto"]
+             "--graph-from", 0, "--graph-every", "11steps", "--save-every", "4steps", "--resume", "auto"]
     process = faulty(2, "memory", *flags, expect=2)
     (line,) = errors(process)
     assert line.startswith("error: rank 1 has no memory left (") and "--check" in line
@@ -78,7 +78,7 @@ def test_a_rank_that_stalls_is_named_and_the_run_ends(ranks, fault, sentence, tm
 
 @pytest.mark.parametrize("ranks, flags", [
     (2, ["--amp", "bf16", "--exchange", "dgc", "--density-warmup", 0]),
-    (3, ["--head", "knn", "--active-classes", 90, "--graph-every", "10steps"])])
+    (3, ["--head", "knn", "--active-classes", 90, "--graph-from", 0, "--graph-every", "10steps"])])
 def test_a_loss_that_is_no_number_is_left_behind(ranks, flags, tmp_path):
     """Back at the last checkpoint the batch is left out, as if it had never been there."""
     base = [*SYNTH[1:], *flags, "--steps", 40, "--save-every", "8steps", "--log-steps", 4, "--keep-checkpoints", 1]

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.mpi, pytest.mark.long]
 RUN = [*SGD, "--data", "synth:classes=60,dim=16,images=1,test=50", "--image-size", 16, "--feature-dim", 16,
        "--global-batch", 13, "--lr", 0.02, "--warmup", 0.05, "--log-steps", 1, "--device", "cpu", "--save-every", 0,
        "--eval-every", 0]  # an evaluation would hear of the signal within a step
-FEW = ["--active-classes", 32, "--graph-every", "12steps"]
+FEW = ["--active-classes", 32, "--graph-from", 0, "--graph-every", "12steps"]
 DGC = ["--density", 0.05, "--density-warmup", "10steps", "--global-batch", 14, "--micro-batches", 2]
 GROWING = ["--epochs", 2.5, "--schedule", "fccs", "--fccs-tail", "20%"]
 LARS = ["--optimizer", "lars", "--lr", 2, "--head-lr-scale", 1]

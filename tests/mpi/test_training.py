@@ -115,7 +115,8 @@ def test_micro_batches_do_not_depend_on_the_ranks(tiny_packs, tmp_path):
 @pytest.mark.long
 def test_a_graph_is_resumed_on_another_number_of_ranks(tmp_path):
     """All classes active, so that the quota rule, which knows the number of ranks, has nothing to say."""
-    base = [*SYNTH, "--head", "knn", "--active-classes", 1.0, "--neighbors", 20, "--graph-every", "3steps"]
+    base = [*SYNTH, "--head", "knn", "--active-classes", 1.0, "--neighbors", 20, "--graph-from", 0,
+            "--graph-every", "3steps"]
     mpirun(2, *base, "--out", tmp_path / "run", "--steps", 5)
     mpirun(3, *base, "--out", tmp_path / "run", "--steps", 8, "--resume", "auto")
     run(sys.executable, *SYNTH, "--out", tmp_path / "full", "--steps", 8)
@@ -124,8 +125,8 @@ def test_a_graph_is_resumed_on_another_number_of_ranks(tmp_path):
 
 @pytest.mark.long
 def test_what_the_choice_of_classes_costs_is_logged(tmp_path):
-    mpirun(3, *SYNTH, "--head", "knn", "--active-classes", 0.3, "--graph-every", "5steps", "--out", tmp_path / "run",
-           "--steps", 12, "--eval-every", 0.02)
+    mpirun(3, *SYNTH, "--head", "knn", "--active-classes", 0.3, "--graph-from", 0, "--graph-every", "5steps",
+           "--out", tmp_path / "run", "--steps", 12, "--eval-every", 0.02)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     builds = [line for line in lines if "graph_seconds" in line]
     assert [line["step"] for line in builds] == [5, 10]

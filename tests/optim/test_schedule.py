@@ -169,6 +169,35 @@ def test_due_once_an_interval():
     assert [n // 5000 for n in found] == [1, 2, 3, 4, 5, 6, 7]  # steps of up to 800 examples fall on no exact place
 
 
+@pytest.mark.parametrize("s", [schedule(global_batch=128, epochs=4.0), fccs(fccs_hold="0", fccs_tail="0")])
+@pytest.mark.parametrize("every, first", [
+    ("1epochs", "50%"), ("1epochs", "0"), ("0.3epochs", "1.5epochs"), ("7steps", "0"), ("10epochs", "50%"),
+    ("30steps", "10steps"), ("1epochs", "100%")])
+def test_due_from_a_time_on(s, every, first):
+    """Once at that time, once an interval from then on, and never twice in a row."""
+    begun, found = False, []
+    for progress, plan in steps_of(s):
+        after = progress.after(plan)
+        if s.due(after, every, first, begun):
+            begun = True
+            found.append(after)
+    if first != "0" and first != "100%":
+        starts = {"50%": s.examples / 2, "1.5epochs": 1.5 * s.num_records, "10steps": 10 * s.batch}[first]
+        assert found[0].examples - found[0].last_batch < starts <= found[0].examples
+    if "steps" not in every or s.kind != "fccs":
+        assert s.times_due(every, first) - len(found) in (0, 1)  # the last one may fall on the end
+    assert all(b.step - a.step > 1 for a, b in zip(found, found[1:], strict=False))
+    for after in found[1:]:  # resumed anywhere, the later ones are the same
+        assert s.due(after, every, first, True)
+
+
+def test_due_before_its_first_time_where_it_has_begun():
+    s = schedule(global_batch=128, epochs=4.0)
+    positions = [p.after(now) for p, now in steps_of(s)]
+    assert [p.step for p in positions if s.due(p, "1epochs", "50%", True)] == [8, 16, 24]
+    assert [p.step for p in positions if s.due(p, "1epochs", "60%", True)] == [8, 16, 19, 27]
+
+
 @pytest.mark.parametrize("flags, text", [
     ({"global_batch": 1}, "less than the 2 ranks"),
     ({"warmup": "10epochs"}, "shorter warm-up"),

@@ -81,8 +81,9 @@ def test_what_hides_under_computation():
 
 
 def test_builds_are_those_of_the_run():
-    for every, builds in ("1epochs", 9), ("2.5epochs", 3), ("10epochs", 0), ("0.5epochs", 19):
-        assert planned(config(graph_every=every)).builds == builds
+    for every, builds, late in ("1epochs", 9, 8), ("2.5epochs", 3, 3), ("10epochs", 0, 1), ("0.5epochs", 19, 15):
+        assert planned(config(graph_every=every, graph_from="0")).builds == builds
+        assert planned(config(graph_every=every)).builds == late
     assert planned(config(head="full")).builds == 0
 
 

@@ -15,9 +15,9 @@ from xc.checkpoint import layout as checkpoint
 
 _STEPS_A_SAVE = 20
 _TRAIN = ["train.py", *SGD, "--data", "synth:classes=300,dim=16,test=0", "--feature-dim", 16, "--global-batch", 30,
-          "--head", "knn", "--active-classes", 90, "--graph-every", "50steps", "--exchange", "dgc", "--density-warmup",
-          "40steps", "--schedule", "constant", "--warmup", "10steps", "--log-steps", 1, "--device", "cpu",
-          "--save-every", f"{_STEPS_A_SAVE}steps"]
+          "--head", "knn", "--active-classes", 90, "--graph-from", 0, "--graph-every", "50steps",
+          "--exchange", "dgc", "--density-warmup", "40steps", "--schedule", "constant", "--warmup", "10steps",
+          "--log-steps", 1, "--device", "cpu", "--save-every", f"{_STEPS_A_SAVE}steps"]
 
 
 @dataclass

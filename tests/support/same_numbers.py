@@ -37,7 +37,7 @@ TIMES = re.compile(r"images_per_second|\w+_ms|\w*seconds|peak_rss_mb")
 COMMON = ("--optimizer sgd --lr 0.1 --head-lr-scale 40 --weight-decay 5e-4 --scale 20 "
           "--data synth:classes=600,dim=16,examples=8,test=400 --feature-dim 16 --global-batch 24 --steps 60 "
           "--warmup 5steps --log-steps 7 --eval-every 20steps --save-every 15steps --device cpu --seed 3")
-NEAR = "--active-classes 0.2 --graph-every 20steps"
+NEAR = "--active-classes 0.2 --graph-from 0 --graph-every 20steps"
 SCENARIOS = {
     "full": "",
     "full-momentum": "--head-momentum 0.9 --head-lr-scale 4 --row-dtype bfloat16 --margin arcface --margin-size 0.1",
@@ -47,7 +47,7 @@ SCENARIOS = {
     "selective": f"--head selective {NEAR}",
     "dgc": "--exchange dgc --density 0.05 --density-warmup 20steps --micro-batches 2 --head knn " + NEAR,
     "fccs": "--schedule fccs --max-batch 96 --hold 20% --tail 40% --optimizer lars --lr 5 --head-lr-scale 1.6 "
-            "--head knn --active-classes 0.3 --graph-every 20steps",
+            "--head knn --active-classes 0.3 --graph-from 0 --graph-every 20steps",
     "fccs-auto": "--schedule fccs --fccs auto --max-batch 96 --micro-batches 2 --tail 30% --steps 0 --epochs 0.5",
     "images": "--data {images} --backbone resnet18 --image-size 16 --channels 3 --steps 20 --warmup 2steps "
               "--log-steps 3 --eval-every 10steps --save-every 5steps",

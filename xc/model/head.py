@@ -102,8 +102,10 @@ class Head:
                         the list: not chosen yet
     selection           the Selection that `row_grad` and the next loss() belong to
     step                number of the step, set by `select`; random choices depend on it
+    has_built           whether `refresh` has built what the choice of classes depends on, or `load` has read it
     """
 
+    has_built = False
     flags = ()  # names of the Config fields about the choice of classes that this head reads
 
     def __init__(self, num_classes, feature_dim, world, *, cosine=True, scale=20.0, margin="none", margin_size=0.0,

@@ -19,7 +19,7 @@ class KnnHead(SampledHead):
     that does not grow with the number of classes. Before the first build the other active classes are random.
     """
 
-    flags = (*SampledHead.flags, "select", "neighbors", "near_share", "graph", "graph_every")
+    flags = (*SampledHead.flags, "select", "neighbors", "near_share", "graph", "graph_from", "graph_every")
 
     def __init__(self, *args, num_neighbors, graph="auto", **kwargs):
         """num_neighbors: K; graph: exact, approx or auto."""
@@ -31,6 +31,10 @@ class KnnHead(SampledHead):
     def settings(cls, cfg, num_classes):
         return super().settings(cfg, num_classes) | {
             "near_share": cfg.near_share, "num_neighbors": num_neighbors(cfg, num_classes), "graph": cfg.graph}
+
+    @property
+    def has_built(self):
+        return self.graph is not None
 
     def refresh(self, step, due):
         if not due:

@@ -39,7 +39,8 @@ class ScoredKnnHead(KnnHead):
        of equal shares, by systematic sampling (Madow 1949); the others from strata, as in SampledHead. -log π is added
        to the logit of a drawn class: the expected partition function of every part is the full one.
 
-    Each micro-batch has a selection of its own. Before the first build of the graph the other classes are random.
+    Each micro-batch has a selection of its own. Before the first build of the graph the other classes are random, and
+    all examples are one part: what is near to young features is no better than random, and costs more.
 
     What a rank needs of the others for it: two all-reduces over the shards, each of one number of 4 bytes for each
     example of the batch. With copies of the classifier their features and labels are gathered too, and the choice of
@@ -62,7 +63,9 @@ class ScoredKnnHead(KnnHead):
             "near_parts": parts, "num_neighbors": num_neighbors(cfg, num_classes, parts, least=20)}
 
     def _selections_of(self, labels, accumulation_steps, micro_batches):
-        """No Selection yet: `loss` chooses them from the features."""
+        """No Selection yet: `loss` chooses them from the features. Before there is a graph, those of SampledHead."""
+        if self.graph is None:
+            return super()._selections_of(labels, accumulation_steps, micro_batches)
         micro_batches = micro_batches or accumulation_steps
         self._per_accumulation_step = micro_batches // accumulation_steps
         counts, _ = self.gather_labels(labels)
@@ -70,8 +73,8 @@ class ScoredKnnHead(KnnHead):
         return [None] * micro_batches
 
     def loss(self, features, labels, global_batch, last=True):
-        assert last, "a selection is for one micro-batch"
         if self.selection is None:
+            assert last, "a selection is for one micro-batch"
             self.selection = self.selections[self._current] = self._choose(features.detach(), labels)
         return super().loss(features, labels, global_batch, last)
 
@@ -114,11 +117,11 @@ class ScoredKnnHead(KnnHead):
                  part, ascending; and the place (E,) of each pair's part and class among them
         """
         owned = self.shard.owns(labels).nonzero().squeeze(1)
-        of_near, near, _ = self._neighbors(labels)
+        of_near, near, _ = self.graph.lookup(labels)
         examples, ids = torch.cat([owned, of_near]), torch.cat([labels[owned] - self.shard.first, near])
         logits = self._products(features, examples, ids)
         best = _best_of_each(of_near, logits[len(owned) :], _BEST)
-        of_best, further, places = self._neighbors(near[best] + self.shard.first)
+        of_best, further, places = self.graph.lookup(near[best] + self.shard.first)
         nearest = (places < _PLACES).nonzero().squeeze(1)
         examples = torch.cat([examples, of_near[best[of_best[nearest]]]])
         ids = torch.cat([ids, further[nearest]])
@@ -133,11 +136,6 @@ class ScoredKnnHead(KnnHead):
         logits[new] = self._products(features, examples[new], ids[new])
         classes, which = torch.unique_consecutive(part_of[examples] * num_rows + ids, return_inverse=True)
         return examples, logits, classes // max(1, num_rows), classes % max(1, num_rows), which
-
-    def _neighbors(self, labels):
-        """As KnnGraph.lookup; no neighbours before the first build."""
-        none = labels.new_zeros(0)
-        return self.graph.lookup(labels) if self.graph else (none, none, none)
 
     def _products(self, features, examples, ids):
         """Logits (E,) of some of the features (G, D), each with one row of this shard."""

@@ -16,7 +16,7 @@ class SelectiveHead(SampledHead):
     (faiss). The choice needs features, so the first loss() of a selection makes it, from its first micro-batch.
     """
 
-    flags = (*SampledHead.flags, "near_share", "graph_every")
+    flags = (*SampledHead.flags, "near_share", "graph_from", "graph_every")
 
     def __init__(self, *args, active_classes, **kwargs):
         super().__init__(*args, active_classes=active_classes, **kwargs)
@@ -29,7 +29,7 @@ class SelectiveHead(SampledHead):
 
     def refresh(self, step, due):
         if due:
-            self._index = self._build(self._unit(self.weight))
+            self._index, self.has_built = self._build(self._unit(self.weight)), True
         return {}
 
     def _select(self, labels):
@@ -70,7 +70,7 @@ class SelectiveHead(SampledHead):
                 covered += stop - start
         if paths and covered != len(rows):
             raise ValueError(f"its index holds {covered} of the {len(rows)} classes of this shard")
-        self._index = self._build(rows) if paths else None
+        self._index, self.has_built = self._build(rows) if paths else None, bool(paths)
 
     def _build(self, rows):
         """An index of unit rows (S, D); None where there are no rows, or a diverged run has non-finite ones."""

@@ -209,21 +209,33 @@ class Schedule:
             steps = round(1 + (self.max_accumulation_steps - 1) * (1 - math.cos(math.pi * share)) / 2)
         return min(max(1, steps), self.length - done)
 
-    def times_due(self, every):
-        """How often something that is done every `interval` is done in the whole run, about."""
-        count = _count(every, self.length, self.batch, self.num_records)
-        return max(0, math.ceil(self.length / count - 1e-9) - 1) if count else 0
-
-    def due(self, progress, every):
+    def due(self, progress, every, first="0", begun=True):
         """Whether something that is done every `interval` is due at a Progress; never before the first step and after
-        the last one."""
+        the last one.
+
+        first, begun  it is done for the first time at the time `first`, and from then on every interval; where it was
+                      begun before, every interval until then, too. 0: for the first time after an interval
+        """
         count, unit = interval(every)
         if not count or not progress.step or progress.examples >= self.examples:
             return False
-        if unit == "steps":
+        start = _count(first, self.length, self.batch, self.num_records) * self.batch
+        if unit == "steps" and not start:
             return progress.step // count > (progress.step - 1) // count
-        every = {"epochs": self.num_records, "examples": 1, "percent": self.examples / 100}[unit] * count
-        return progress.examples // every > (progress.examples - progress.last_batch) // every
+        every = {"epochs": self.num_records, "examples": 1, "percent": self.examples / 100, "steps": self.batch}[unit]
+        now, before = progress.examples, progress.examples - progress.last_batch
+        if now < start:
+            return begun and now // (every * count) > before // (every * count)
+        if start and not begun:
+            return True
+        return (now - start) // (every * count) > (before - start) // (every * count)
+
+    def times_due(self, every, first="0"):
+        """How often something that is done every `interval`, from the time `first` on, is done in the whole run."""
+        count, start = (_count(text, self.length, self.batch, self.num_records) for text in (every, first))
+        if not count:
+            return 0
+        return max(0, math.ceil((self.length - start) / count - 1e-9) - (not start))
 
     def _density(self, done):
         if done >= self.density_warmup:

@@ -74,7 +74,7 @@ class Plan:
         memory = MemoryPlan.of(work, backbone, order_bytes=data.order_bytes,
                                max_accumulation_steps=schedule.max_accumulation_steps)
         sent = Sent.of(work, backbone, cluster.ranks_per_host)
-        builds = schedule.times_due(cfg.graph_every) if work.num_neighbors else 0
+        builds = schedule.times_due(cfg.graph_every, cfg.graph_from) if work.num_neighbors else 0
         return cls(cfg, cluster, work, schedule, memory, sent, Times.of(work, backbone, cluster), builds)
 
     @property
