@@ -134,7 +134,7 @@ def facts(world):
     product, copy, latency, reduce = world.all_ranks.all_reduce(mine).div_(world.size).tolist()
     network = 1e3 * sent_all_reduce(world.size, large.nbytes) / reduce if world.size > 1 else 1e12
     return Cluster(world.size, 1, 1e12, network, 1e3 * 2 * 1024**3 / product, 1e3 * 2 * source.nbytes / copy,
-                   latency / 1e3)
+                   latency=latency / 1e3)
 
 
 def measure(cfg, world, num_steps):

@@ -1,9 +1,9 @@
 """The time of a step and of a graph build, by phase, from counts of operations, bytes and messages.
 
 A phase takes what its matrix products take at the speed that large ones reach, and what its bytes take at the speed of
-memory, with the factors of `Costs` for what lies between. Those of CPUs were fitted to steps of 10^4 to 10^7 classes on
-1 to 8 ranks (benchmarks/plan.py; docs/scale.md has what was predicted and measured). Those of GPUs are counts of passes
-over memory: nothing was measured on a GPU.
+memory, with the factors of `Costs` for what lies between. Those of steps on CPUs were fitted to 10^4 to 10^6 classes on
+1 to 8 ranks (benchmarks/plan.py; docs/scale.md has what was predicted and measured). Those of builds, and of GPUs, are
+counts of passes over memory: nothing was measured on a GPU.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,8 @@ class Costs:
     pair       operations for each pair of an example and a candidate in the choice by scores
     candidate  operations for each pair of rows that a search for neighbours compares, beside the product
     edge       operations for each edge of a graph
-    call       seconds of starting an operation; a step has about `calls` of them for each micro-batch
+    step       operations that a micro-batch is worth beside all this: starting some hundred small ones
+    call       seconds of starting an operation
     """
 
     width: float
@@ -40,12 +41,12 @@ class Costs:
     pair: float
     candidate: float
     edge: float
+    step: float
     call: float
 
 
-COSTS = {"cpu": Costs(20, 100, 0, 60, 40, 8000, 10, 4000, 1e-5),
-         "cuda": Costs(64, 0, 56, 60, 40, 0, 8, 0, 5e-6)}
-_CALLS = 200
+COSTS = {"cpu": Costs(8, 440, 0, 40, 40, 200_000, 10, 4000, 2.7e8, 1e-5),
+         "cuda": Costs(64, 0, 56, 60, 40, 0, 8, 0, 6e10, 5e-6)}
 _CALLS_OF_CELL, _COLLECTIVES_OF_CELL = 40, 8  # where every cell is a round of its own
 
 
@@ -75,7 +76,7 @@ class _Clock:
     def times(self):
         step = {"backbone forward": self.forward(), "choice of classes": self.choice(), "softmax": self.softmax(),
                 "backbone backward": 2 * self.forward(), "update": self.update(),
-                "starting operations": self.costs.call * _CALLS * self.work.cfg.micro_batches}
+                "starting operations": self.operations(self.costs.step * self.work.cfg.micro_batches)}
         step |= self.network(step)
         return Times(step, self.build() if self.work.num_neighbors else {})
 
@@ -103,8 +104,9 @@ class _Clock:
         flops = 2 * (_GEMMS + again) * logits * self.dim
         selections = cfg.micro_batches if work.by_scores else 1
         rows = selections * work.num_active * self.dim
-        return (cfg.micro_batches * (self.products(flops, self.dim) + self.operations(logits * self.costs.logit)
-                                     + self.moved(logits * self.costs.logit_bytes))
+        element_wise = logits * (1 + again / 2)
+        return (cfg.micro_batches * (self.products(flops, self.dim) + self.operations(element_wise * self.costs.logit)
+                                     + self.moved(element_wise * self.costs.logit_bytes))
                 + self.moved(rows * self.costs.row_bytes))
 
     def choice(self):
