@@ -34,6 +34,7 @@ wait_until() {
     done
 }
 
+[ ! -e "$run" ] || { echo "error: $run is there already: name a new folder" >&2; exit 2; }
 rm -f "$run.log" "$run.memory.jsonl"
 begin 2
 wait_until saved 80

@@ -97,6 +97,17 @@ def test_what_does_not_fit_has_a_remedy():
     assert remedies(found[0][1], big) == [] or remedies(found[0][1], big)[0][1].step_seconds < found[0][1].step_seconds
 
 
+def test_a_remedy_is_flags_that_go_with_the_others():
+    """DGC cannot go with AdamW, the default."""
+    cfg = config(backbone="resnet18", feature_dim=32, global_batch=16, head="full")
+    few = Data(100, 10_000, (3, 16, 16))
+    plan = Plan.of(cfg, cluster(network=1e6), few)
+    flags = [flags for flags, _ in remedies(plan, few)]
+    assert "@recipes/sgd.args --exchange dgc" in flags and "--exchange dgc" not in flags
+    sgd = replace(cfg, optimizer="sgd", lr=0.1, head_lr_scale=1.0)
+    assert "--exchange dgc" in [flags for flags, _ in remedies(Plan.of(sgd, plan.cluster, few), few)]
+
+
 @pytest.mark.parametrize("settings, text", [
     ({"model_parallel_size": 3}, "--model-parallel-size 3 does not divide ranks=8"),
     ({"global_batch": 4}, "--global-batch 4 is less than the 8 ranks"),

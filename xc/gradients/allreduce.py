@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from xc.optim.loss_scale import LossScale
 
-_SKETCH_SIZE = 2**15  # numbers in the sketch of a gradient
+SKETCH_SIZE = 2**15  # numbers in the sketch of a gradient
 
 
 class AllReduce:
@@ -88,11 +88,11 @@ class AllReduce:
 
     def _sketch(self, name, bucket, scale):
         if name not in self._sketches:
-            self._sketches[name] = bucket.flat.new_zeros(_SKETCH_SIZE)
-        sketch, rows = self._sketches[name], bucket.flat.split(_SKETCH_SIZE)
+            self._sketches[name] = bucket.flat.new_zeros(SKETCH_SIZE)
+        sketch, rows = self._sketches[name], bucket.flat.split(SKETCH_SIZE)
         random = np.random.default_rng([self.noise_seed, self._buckets.index(bucket)])  # the same on all ranks
-        signs = torch.from_numpy(random.integers(2, size=2 * _SKETCH_SIZE) * 2 - 1).to(bucket.flat)
-        for row, first in zip(rows, random.integers(_SKETCH_SIZE, size=len(rows)).tolist(), strict=True):
+        signs = torch.from_numpy(random.integers(2, size=2 * SKETCH_SIZE) * 2 - 1).to(bucket.flat)
+        for row, first in zip(rows, random.integers(SKETCH_SIZE, size=len(rows)).tolist(), strict=True):
             sketch[: len(row)].addcmul_(row, signs[first : first + len(row)], value=1 / scale)
 
     def norms(self, plan):

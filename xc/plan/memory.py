@@ -22,6 +22,7 @@ from xc.knn.cells import SAMPLES_PER_CELL, number_of_cells
 from xc.knn.graph import shift_of
 from xc.plan.workload import Workload
 
+MAX_LOAD = 0.9  # share of the memory; above it, fragments and other processes may make the run fail
 ON_HOST = ("batches", "checkpoint copy", "libraries")  # parts in host memory if the run uses a GPU
 _LIBRARIES = 160 * 2**20  # what torch imports for its optimizers (80 MiB), and what the allocators of threads hold
 _SEARCH_BYTES = 2**27  # query rows of a block in the exact search for neighbours
@@ -147,7 +148,7 @@ class _HeadSize:
             num_cells = number_of_cells(work.num_classes)
             sample = SAMPLES_PER_CELL * num_cells // work.num_shards
             cells = num_cells * (6 * self._row + 8 * 192)
-            return (2**25 + 16 * work.num_rows + 3 * sample * self._row + cells + min(12 * rows, _ROUND_BYTES))
+            return 2**25 + 16 * work.num_rows + 3 * sample * self._row + cells + min(12 * rows, _ROUND_BYTES)
         block = min(work.num_rows, _SEARCH_BYTES // self._row)
         return 2**25 + rows + block * work.num_neighbors * _EDGE_BYTES + 2 * min(rows, _SEARCH_BYTES)
 

@@ -8,13 +8,12 @@ from xc.errors import UserError
 from xc.optim.schedule import Schedule
 from xc.plan.backbone_size import BackboneSize
 from xc.plan.cluster import Cluster
-from xc.plan.memory import ON_HOST, MemoryPlan
+from xc.plan.memory import MAX_LOAD, ON_HOST, MemoryPlan
 from xc.plan.sent import Sent
 from xc.plan.times import Times
 from xc.plan.workload import Workload
 
-_GAIN = 0.03  # of a step or of the memory, from which on another setting is worth a line
-_FULL = 0.9  # share of the memory that a run should leave free is the rest
+_GAIN = 0.03  # of a step, from which on another setting is worth a line
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,13 @@ class Data:
 class Plan:
     """Of one rank, the first one, which no rank exceeds.
 
-    builds        of the graph in the whole run, and each of them begins it anew
-    host_memory   bytes of `memory` that lie on the host where the rank is a GPU
+    builds  of the graph in the whole run
     """
 
     cfg: object
     cluster: Cluster
     work: Workload
+    backbone: BackboneSize
     schedule: Schedule
     memory: MemoryPlan
     sent: Sent
@@ -75,7 +74,7 @@ class Plan:
                                max_accumulation_steps=schedule.max_accumulation_steps)
         sent = Sent.of(work, backbone, cluster.ranks_per_host)
         builds = schedule.times_due(cfg.graph_every, cfg.graph_from) if work.num_neighbors else 0
-        return cls(cfg, cluster, work, schedule, memory, sent, Times.of(work, backbone, cluster), builds)
+        return cls(cfg, cluster, work, backbone, schedule, memory, sent, Times.of(work, backbone, cluster), builds)
 
     @property
     def step_seconds(self):
@@ -98,7 +97,7 @@ class Plan:
 
     @property
     def fits(self):
-        return self.rank_memory <= _FULL * self.cluster.memory
+        return self.rank_memory <= MAX_LOAD * self.cluster.memory
 
     @property
     def limit(self):
@@ -117,16 +116,17 @@ def remedies(plan, data):
         ("row_dtype", "bfloat16"), ("head_momentum", 0.0)] if getattr(cfg, name) != value]
     if cfg.head == "full":
         changes += [{"head": "knn", "active_classes": share} for share in (0.1, 0.01)]
-    found, backbone = [], BackboneSize.of(cfg, data.input_shape, ranks)
+    found = []
     for change in changes:
-        sgd = {"optimizer": "sgd", "lr": 0.1, "head_lr_scale": 1.0} if "dgc" in str(change.get("exchange")) else {}
+        needs_sgd = "exchange" in change and cfg.optimizer == "adamw"
+        sgd = {"optimizer": "sgd", "lr": 0.1, "head_lr_scale": 1.0} if needs_sgd else {}
         try:
-            other = Plan.of(replace(cfg, **change, **sgd), plan.cluster, data, backbone)
+            other = Plan.of(replace(cfg, **change, **sgd), plan.cluster, data, plan.backbone)
         except UserError:  # it contradicts other settings
             continue
         quicker = other.step_seconds < (1 - _GAIN) * plan.step_seconds
         if (quicker and (other.fits or not plan.fits)) or (other.fits and not plan.fits):
             flags = " ".join(f"--{name.replace('_', '-')} {value:g}" if isinstance(value, float) else
                              f"--{name.replace('_', '-')} {value}" for name, value in change.items())
-            found.append((flags, other))
+            found.append(("@recipes/sgd.args " * needs_sgd + flags, other))
     return sorted(found, key=lambda one: (not one[1].fits, one[1].step_seconds))

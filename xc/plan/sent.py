@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 from xc.comm.traffic import sent_all_gather, sent_all_reduce, sent_reduce_scatter
 from xc.config import FLAGS_OF_EXCHANGES
+from xc.gradients.allreduce import SKETCH_SIZE
 from xc.gradients.topk import message_bytes
 from xc.optim import noise_scale
 
 _FORMULAS = {"all_gather": sent_all_gather, "all_reduce": sent_all_reduce, "reduce_scatter": sent_reduce_scatter}
-_SKETCH_BYTES = 2 * 4 * 2**15  # of the two gradients whose norms give the noise scale
+_SKETCH_BYTES = 2 * 4 * SKETCH_SIZE  # of the two gradients whose norms give the noise scale
 PATHS = {"labels": "labels", "choice": "choice of classes", "features": "features and their gradients",
          "softmax": "softmax", "norm": "norm of the features", "rows": "row gradients of the copies",
          "backbone": "gradients of the backbone"}

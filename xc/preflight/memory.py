@@ -4,12 +4,10 @@ from dataclasses import replace
 
 from xc.errors import UserError
 from xc.plan.backbone_size import BackboneSize
-from xc.plan.memory import ON_HOST, MemoryPlan
+from xc.plan.memory import MAX_LOAD, ON_HOST, MemoryPlan
 from xc.plan.workload import Workload
 from xc.preflight.hosts import by_host
 from xc.preflight.report import on_rank_0, size_text
-
-_MAX_LOAD = 0.9  # share of the free memory; above it, fragments and other processes may make the run fail
 
 
 def report_memory(report, cfg, world, facts, examples):
@@ -34,10 +32,10 @@ def report_memory(report, cfg, world, facts, examples):
     free = f"{size_text(host_free)} free" + ("" if on_cpu else f" on the host, {size_text(gpu_free)} on the GPU")
     value = (f"a rank needs at most {size_text(plan.total)} more than its {size_text(facts[0]['taken'])} now, {free} ("
              + ", ".join(f"{name} {size_text(size)}" for name, size in parts if size >= 0.01 * plan.total) + ")")
-    if load(plan) <= _MAX_LOAD:
+    if load(plan) <= MAX_LOAD:
         report.add("memory", value)
     else:
-        remedies = _remedies(cfg, world.size, lambda *changed: load(planned(*changed)) <= _MAX_LOAD)
+        remedies = _remedies(cfg, world.size, lambda *changed: load(planned(*changed)) <= MAX_LOAD)
         remedies += [f"more than {size_text(host_free)} of memory for each rank"] * (not remedies)
         report.add("memory", f"{value}: {'does not fit' if load(plan) > 1 else 'leaves less than 10 % free'}",
                    "wrong" if load(plan) > 1 else "warning", " or ".join(remedies))
