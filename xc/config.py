@@ -21,7 +21,8 @@ SELECTS = ("scores", "labels")
 MARGINS = ("none", "cosface", "arcface")
 EVALUATIONS = ("classify", "retrieval")
 SCHEDULES = ("constant", "cosine", "step", "fccs")
-FLAGS_OF_EXCHANGES = {"dense": (), "dgc": ("density", "density_warmup"), "dgc-hier": ("density", "density_warmup")}
+FLAGS_OF_EXCHANGES = {"dense": (), "dgc": ("density", "density_warmup"), "dgc-hier": ("density", "density_warmup"),
+                      "powersgd": ("powersgd_rank",)}
 
 
 def _flag(group, default, help, *, choices=None, least=None, above=None, most=None, below=None, time=False, alias=None):
@@ -137,10 +138,12 @@ class Config:
     micro_batches: int = _flag("communication", 1, "parts of a step's batch: one is computed while another's features "
                                "travel; 2 pay where features are many beside the backbone's weights", least=1)
     exchange: str = _flag("communication", "dense", "of the backbone's gradients: dense; dgc: the largest only; "
-                          "dgc-hier: dense inside a host, the largest between hosts", choices=tuple(FLAGS_OF_EXCHANGES))
+                          "dgc-hier: dense inside a host, the largest between hosts; powersgd: low-rank matrices",
+                          choices=tuple(FLAGS_OF_EXCHANGES))
     density: float = _flag("communication", 0.01, "dgc: share of the gradients that is sent", above=0, most=1)
     density_warmup: str = _flag("communication", "4epochs", "dgc: time in which the density falls from a quarter",
                                 time=True)
+    powersgd_rank: int = _flag("communication", 4, "powersgd: rank of the matrices", least=1)
     gradient_bits: int = _flag("communication", 32, "of the backbone's gradients when sent; 16: dense as float16, dgc "
                                "as bfloat16", choices=(32, 16))
     feature_bits: int = _flag("communication", 32, "when sent; 16: features as float16, their gradients as bfloat16",

@@ -136,7 +136,8 @@ def test_a_network_is_as_it_is_built(name, shape):
 
 @pytest.mark.parametrize("ranks, width, settings", [
     (1, 0, {}), (3, 0, {"head_momentum": 0.9}), (2, 0, {"head": "knn"}), (3, 0, {"head": "selective"}),
-    (2, 0, {"exchange": "dgc", "optimizer": "sgd", "lr": 0.1}), (2, 1, {"row_dtype": "bfloat16"})])
+    (2, 0, {"exchange": "dgc", "optimizer": "sgd", "lr": 0.1}), (3, 0, {"exchange": "powersgd"}),
+    (2, 1, {"row_dtype": "bfloat16"})])
 def test_a_checkpoint_is_as_large_as_planned(ranks, width, settings, tmp_path):
     cfg = Config(data="d", out="o", active_classes=900.0, model_parallel_size=width, **settings)
     net = backbones.build("mlp", (16,), cfg.feature_dim, 0, World())

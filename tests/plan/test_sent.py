@@ -64,7 +64,7 @@ def measured_in_every_step(monkeypatch):
 @pytest.mark.parametrize("settings", [
     {}, {"feature_bits": 16, "gradient_bits": 16}, {"head": "sampled"}, {"head": "selective"},
     {"head": "knn", "select": "labels"}, {"micro_batches": 3}, {"head": "selective", "micro_batches": 2}, DGC,
-    DGC | {"gradient_bits": 16, "micro_batches": 2}])
+    DGC | {"gradient_bits": 16, "micro_batches": 2}, {"exchange": "powersgd", "powersgd_rank": 3}])
 def test_a_step_sends_what_is_planned(ranks, width, settings):
     cfg = config(model_parallel_size=width, active_classes=300.0, **settings)
     plan = planned(cfg, ranks)

@@ -21,3 +21,8 @@ def give(net, exchange, seed, scale=1.0, density=1.0, passes=1):
             exchange.before_last_backward(now(density))
         images = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(seed * 10 + i))
         (net(images) * scale).square().sum().backward()
+
+
+def matrices(net):
+    """Its parameters that an exchange may compress, by name."""
+    return {name: p for name, p in net.named_parameters() if p.dim() > 1}

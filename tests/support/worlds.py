@@ -87,6 +87,13 @@ class ThreadGroup(Group):
         counts = self._meeting.exchange(self.rank, ("all_to_all counts",), list(counts))
         return [part.split(count)[self.rank] for part, count in zip(parts, counts, strict=True)]
 
+    def all_to_all_async(self, tensor, counts, received):
+        own = counts[self.rank] * tensor[:1].nbytes
+        self.traffic.sent[f"{self.name}.all_to_all"] += tensor.nbytes - own
+        parts = self.all_to_all(tensor, list(counts))
+        assert [len(part) for part in parts] == list(received)
+        return self._unchanged(tensor, torch.cat(parts))
+
     def shift_async(self, tensor, num_rows):
         parts = self._exchange("shift_async", tensor, tuple(tensor.shape[1:]))
         taken = parts[(self.rank - 1) % self.size]

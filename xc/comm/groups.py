@@ -64,6 +64,12 @@ class Group:
         """Send the r-th piece, of counts[r] rows, to rank r. Returns a list with the piece received from every rank."""
         return [tensor]
 
+    def all_to_all_async(self, tensor, counts, received):
+        """Begin an all-to-all in which rank r sends received[r] rows to this rank. The result has them in the order of
+        ranks, in one tensor.
+        """
+        return lambda: tensor
+
     def shift_async(self, tensor, num_rows):
         """Begin to send a tensor to the next rank of the ring, and to receive num_rows rows from the previous rank."""
         return lambda: tensor
@@ -175,6 +181,15 @@ class MpiGroup(Group):
                                  [_raw(out), [n * width for n in received]])
         return out.to(tensor.device).split(received)
 
+    def all_to_all_async(self, tensor, counts, received):
+        host = tensor.detach().cpu().contiguous()
+        out = host.new_empty((sum(received), *host.shape[1:]))
+        width = _width(host)
+        request = self._comm.Ialltoallv([_raw(host), [n * width for n in counts]],
+                                        [_raw(out), [n * width for n in received]])
+        return self._begin("all_to_all", host.nbytes - counts[self.rank] * width * host.itemsize, request,
+                           lambda: out.to(tensor.device))
+
     def shift_async(self, tensor, num_rows):
         host = tensor.detach().cpu().contiguous()
         out = host.new_empty((num_rows, *host.shape[1:]))
@@ -230,10 +245,15 @@ def _raw(tensor):
     return (tensor.view(torch.int16) if tensor.is_floating_point() and tensor.itemsize == 2 else tensor).numpy()
 
 
+def _known_to_horovod(tensor):
+    """The tensor in a type that Horovod and NCCL can move: they have no bfloat16 and no int16."""
+    return tensor.view(torch.float16) if tensor.dtype in (torch.bfloat16, torch.int16) else tensor
+
+
 class HorovodGroup(MpiGroup):
     """A group that uses Horovod. Its NCCL operations take CUDA tensors without a copy, on a stream of their own.
 
-    Horovod cannot shift and cannot reduce uint8. mpi4py does these, and all_to_all. No training step needs them.
+    Horovod cannot shift and cannot reduce uint8. mpi4py does these, and `all_to_all`. No training step needs them.
     """
 
     def __init__(self, comm, traffic, name, process_set):
@@ -262,10 +282,17 @@ class HorovodGroup(MpiGroup):
 
     def all_gather_async(self, tensor, counts=None):
         tensor = tensor.detach().contiguous()
-        bits = tensor.view(torch.float16) if tensor.dtype == torch.bfloat16 else tensor  # Horovod has no bfloat16
-        handle = self._hvd.allgather_async(bits, **self._call_options())
+        handle = self._hvd.allgather_async(_known_to_horovod(tensor), **self._call_options())
         return self._begin_horovod("all_gather", sent_all_gather(self.size, tensor.nbytes), handle,
                                    lambda gathered: gathered.view(tensor.dtype))
+
+    def all_to_all_async(self, tensor, counts, received):
+        tensor = tensor.detach().contiguous()
+        handle = self._hvd.alltoall_async(_known_to_horovod(tensor), torch.tensor(counts, dtype=torch.int32),
+                                          **self._call_options())
+        own = counts[self.rank] * _width(tensor) * tensor.itemsize
+        return self._begin_horovod("all_to_all", tensor.nbytes - own, handle,
+                                   lambda result: result[0].view(tensor.dtype).view(-1, *tensor.shape[1:]))
 
     def reduce_scatter_async(self, tensor, counts):
         whole = tensor.detach().to(sum_dtype(tensor))

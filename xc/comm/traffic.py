@@ -76,6 +76,11 @@ def sent_reduce_scatter(size, whole_bytes):
     return (size - 1) / size * whole_bytes
 
 
+def sent_all_to_all(size, own_bytes):
+    """Bytes that one of `size` ranks sends in an all-to-all of near-equal pieces, of which one is its own."""
+    return (size - 1) / size * own_bytes
+
+
 def sent_all_reduce(size, whole_bytes):
     """Bytes that one of `size` ranks sends in a ring all-reduce of whole_bytes: reduce-scatter, then all-gather."""
     return 2 * (size - 1) / size * whole_bytes

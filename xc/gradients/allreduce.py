@@ -175,9 +175,12 @@ class Bucket:
     missing  number of parameters whose gradient of the last backward pass is not there yet
     """
 
-    def __init__(self, parameters):
+    def __init__(self, parameters, flat=None):
+        """flat: zeros; None for new ones"""
         sizes = [p.numel() for p in parameters]
-        self.flat = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
+        if flat is None:
+            flat = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
+        self.flat = flat
         self._num_parameters = len(parameters)
         self._reset()
         on_gradient = weakref.WeakMethod(self._on_gradient)  # weak, since gc cannot free cycles through autograd

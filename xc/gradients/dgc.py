@@ -1,25 +1,18 @@
-"""Deep gradient compression: each rank sends only the largest of its accumulated gradients.
-
-Wire format: each rank sends one message for each bucket: an int32 buffer with the indices of the k values, then the k
-values. `pack` writes it and `unpack` reads it, both in topk.py. An all-gather brings the messages to all ranks. All of
-them have the same k, so a message needs no header.
-"""
-
-import math
+"""Deep gradient compression: each rank sends only the largest of its accumulated gradients."""
 
 import torch
-from safetensors import safe_open
 
-from xc.comm.groups import Group
 from xc.comm.shard import Shard
-from xc.comm.traffic import sent_all_gather, sent_all_reduce
-from xc.gradients.allreduce import AllReduce, Bucket, fill_buckets, residual_files
-from xc.gradients.topk import message_bytes, pack, topk_indices, unpack
+from xc.errors import UserError
+from xc.gradients import sparse_sum
+from xc.gradients.allreduce import Bucket, fill_buckets
+from xc.gradients.error_feedback import ErrorFeedback
+from xc.gradients.topk import unpack
 
-_BUCKET_BYTES = 2**18  # smaller layers share a bucket: one selection and one message
+_BUCKET_BYTES = 2**18  # smaller layers share a bucket and a selection
 
 
-class Dgc(AllReduce):
+class Dgc(ErrorFeedback):
     """Deep gradient compression (Lin et al. 2018), without gradient clipping and without Nesterov momentum.
 
     Each rank keeps a momentum u and a residual v for every bucket. With g the rank's gradient and m the factor:
@@ -28,16 +21,17 @@ class Dgc(AllReduce):
         v ← v + u                                       residual
         send the k largest |v|; there v ← 0 and u ← 0   momentum factor masking
 
-    The sum of what all ranks sent replaces the gradient. k is the density of the StepPlan times the size of the bucket.
-    The density falls during a warm-up. With 16 bits, values are sent as bfloat16 and v keeps the rounding error. Law:
-    the sum of all u so far is what was sent plus the residuals.
+    The sum of what was sent replaces the gradient. k is the density of the StepPlan times the size of the bucket. The
+    density falls during a warm-up. Numbers are sent to the ranks that own them, and the owners send the largest sums to
+    all (sparse_sum.py); Lin et al. send all numbers to all ranks. With 16 bits, values are sent as bfloat16 and v keeps
+    the rounding error. Law: the sum of all u so far is what was delivered plus the residuals.
 
     A bucket is a layer; layers below 256 KiB share one. Two kinds of tensors are summed dense:
 
     - those of fewer than two dimensions. The optimizer applies their momentum.
-    - buckets whose sparse messages would not be smaller, above a density of about 1/W. Their u is not masked. So with
-      density 1, or on one rank, all numbers are those of the dense exchange with momentum and without weight decay.
-      Weight decay is not accumulated here, see optim/optimizers.py.
+    - buckets whose sparse messages would not be smaller. Their u is not masked. So with density 1, or on one rank, all
+      numbers are those of the dense exchange with momentum and without weight decay. Weight decay is not accumulated
+      here, see optim/optimizers.py.
 
     momentum   the factor m
     two_level  sum gradients dense inside each host first. Each rank of a host then selects in its own part of every
@@ -45,20 +39,40 @@ class Dgc(AllReduce):
     """
 
     keeps_momentum = True
+    unsent_names = "uv"
 
     def __init__(self, backbone, world, bucket_mb=4.0, bits=32, loss_scale=None, *, momentum=0.9, two_level=False):
-        self.momentum = momentum
-        self.inner, self.outer = (world.host, world.cross_host) if two_level else (Group(), world.all_ranks)
-        self.sparse_buckets = []
-        super().__init__(backbone, world, bucket_mb, bits, loss_scale)
+        self.momentum, self._density, self._rounds = momentum, None, []
+        super().__init__(backbone, world, bucket_mb, bits, loss_scale, two_level)
 
     def _make_buckets(self, parameters, max_bytes):
         super()._make_buckets([p for p in parameters if p.dim() <= 1], max_bytes)
+        members = list(fill_buckets([p for p in parameters if p.dim() > 1], _BUCKET_BYTES))
+        numbers = sum(p.numel() for bucket in members for p in bucket) + self.outer.size  # see Unsent
+        if numbers >= 2**31:
+            raise UserError(f"--exchange dgc has indices of 31 bits, too few for a backbone of {numbers:,} numbers: "
+                            "give --exchange dense or powersgd")
+        self._flat = torch.zeros(numbers, device=self.world.device)
         first = 0
-        for members in fill_buckets([p for p in parameters if p.dim() > 1], _BUCKET_BYTES):
-            self.sparse_buckets.append(SparseBucket(members, first, self))
-            first = self.sparse_buckets[-1].last
-        self._buckets += self.sparse_buckets
+        for bucket in members:
+            self.compressed.append(SparseBucket(bucket, first, self, self._flat))
+            first = self.compressed[-1].last
+        self._buckets += self.compressed
+
+    def before_last_backward(self, plan):
+        if plan.density != self._density:
+            self._density, size = plan.density, self.outer.size
+            pieces = sparse_sum.cut([bucket.longest for bucket in self.compressed], plan.density, size, self.bits)
+            self._rounds = []
+            for bucket in self.compressed:
+                bucket.round = None
+            for indices in sparse_sum.rounds(pieces, self.bits):
+                buckets = [self.compressed[i] for i in indices]
+                of_buckets = [(bucket.table, pieces[i]) for bucket, i in zip(buckets, indices, strict=True)]
+                self._rounds.append(sparse_sum.Round(self.outer, of_buckets, self.bits))
+                for bucket in buckets:
+                    bucket.round = self._rounds[-1]
+        super().before_last_backward(plan)
 
     def launch_in_order(self):
         """Begin the exchange of all complete buckets up to the first incomplete one.
@@ -67,7 +81,7 @@ class Dgc(AllReduce):
         while the next one is summed inside the host.
         """
         before = None
-        for bucket in self.sparse_buckets:
+        for bucket in self.compressed:
             if bucket.missing:
                 return
             bucket.launch()
@@ -77,95 +91,44 @@ class Dgc(AllReduce):
                 before.select()
             before = bucket
 
-    def before_last_backward(self, plan):
-        self._plan, self._buffers_differ = plan, True
-        if not self.loss_scale.active:
-            super().before_last_backward(plan)
-
-    def reduce(self):
-        if self.loss_scale.active:  # nothing was sent yet: if any rank overflowed, no rank may change its residuals
-            for bucket in self._buckets:
-                bucket.flat.div_(self.loss_scale.scale)
-            overflow = torch.tensor([not self._all_finite()], dtype=torch.int32, device=self.world.device)
-            if self.world.all_ranks.all_reduce(overflow, "max").item():
-                return False
-            super().before_last_backward(self._plan)
-        self._exchange()
-        return True
-
     def _exchange(self):
-        for bucket in self.sparse_buckets:
+        for bucket in self.compressed:
             bucket.launch()
-        for bucket in self.sparse_buckets:
+        for bucket in self.compressed:
             bucket.select()
+        for one in self._rounds:
+            one.reduce()
+        for bucket in self.compressed:
+            if bucket.round:
+                bucket.flat.zero_()
+        for one in self._rounds:
+            values, indices = unpack(self.inner.all_gather(one.finish()))
+            self._flat.index_add_(0, indices, values)
         super()._exchange()
-
-    def on_bucket_ready(self, bucket):
-        if "first" in self._sketches:
-            self._sketch("all", bucket, 1.0)  # `reduce` has divided its gradients by the loss scale already
-
-    def files(self):
-        tables = {f"{name}.{bucket.first + bucket.part.first}": rows
-                  for bucket in self.sparse_buckets for name, rows in bucket.unsent.items()}
-        return super().files() | {f"residuals-{self.outer.rank:06d}-{self.inner.rank:06d}.safetensors": tables}
-
-    def load(self, folder):
-        """Read the files of a checkpoint of any number W' of ranks. Rank r mod W adds what rank r of W' had.
-
-        ValueError for the files of another exchange. Not collective.
-        """
-        if not residual_files(folder):
-            raise ValueError("it holds no residuals of DGC: resume with the --exchange that it was written with")
-        for bucket in self.sparse_buckets:
-            for rows in bucket.unsent.values():
-                rows.fill_(-0.0)  # -0 + x has the bits of x for every x, 0 + x has not
-        for path in residual_files(folder):
-            if int(path.stem.split("-")[1]) % self.outer.size == self.outer.rank:
-                with safe_open(path, "pt") as file:
-                    self._add_residuals(file)
-        self._load_buffers(folder)
-
-    def _add_residuals(self, file):
-        for key in file.keys():
-            name, first = key.split(".")
-            saved, first = file.get_slice(key), int(first)
-            last = first + saved.get_shape()[0]
-            for bucket in self.sparse_buckets:
-                mine = Shard(bucket.first + bucket.part.first, bucket.first + bucket.part.last)
-                start, stop = max(first, mine.first), min(last, mine.last)
-                if start < stop:
-                    bucket.unsent[name][start - mine.first : stop - mine.first] += saved[start - first : stop - first]
 
 
 class SparseBucket(Bucket):
-    """Layers that share a selection and a message.
+    """Layers that share a selection.
 
     first, last  range of the bucket among all sparse parameters, laid end to end
     part         the Shard of `flat` in which this rank selects: all of it, or one part for each rank of the host
-    unsent       {"u": momentum (n,), "v": residual (n,)} of that part. Checkpoints use the same names
+    longest      numbers of the longest part
+    unsent       {"u": momentum (n,), "v": residual (n,)} of that part
+    round        the Round that its numbers travel with; None if it is summed dense
     """
 
-    def __init__(self, parameters, first, dgc):
-        super().__init__(parameters)
-        self.first, self.last, self._dgc = first, first + len(self.flat), dgc
+    def __init__(self, parameters, first, dgc, flat):
+        self.first, self.last, self._dgc = first, first + sum(p.numel() for p in parameters), dgc
+        super().__init__(parameters, flat[first : self.last])
         self._parts = [Shard.of(len(self.flat), dgc.inner.size, rank) for rank in range(dgc.inner.size)]
-        self.part = self._parts[dgc.inner.rank]
-        self.unsent = {name: torch.zeros_like(self.flat[: len(self.part)]) for name in "uv"}
-        self._sums = self._messages = None
-
-    def before_last_backward(self, plan):
-        super().before_last_backward(plan)
-        self.density = plan.density
+        self.part, self.longest = self._parts[dgc.inner.rank], len(self._parts[0])
+        self.table = sparse_sum.Unsent(first + self.part.first, self.longest, dgc.outer.size, self.flat)
+        self.unsent = {"u": self.table.momentum[: len(self.part)], "v": self.table.residual[: len(self.part)]}
+        self.round = self._sums = None
+        self._selected = False
 
     def _on_complete(self):
         self._dgc.launch_in_order()
-
-    def _num_sent(self, part):
-        """k, the number of values sent of a part; None if a dense sum sends no more bytes."""
-        longest, size = len(self._parts[0]), self._dgc.outer.size  # the longest part decides for all parts
-        k = math.ceil(self.density * longest)
-        sparse = sent_all_gather(size, message_bytes(k, self._dgc.bits))
-        return None if k >= longest or sparse >= sent_all_reduce(size, 4 * longest) else min(k, len(part))
 
     def launch(self):
         """Begin the sum inside the host, unless it was begun."""
@@ -174,37 +137,21 @@ class SparseBucket(Bucket):
             self._wait = self._dgc.inner.reduce_scatter_async(self.flat, [len(part) for part in self._parts])
 
     def select(self):
-        """Add the gradient to momentum and residual, and begin to send the largest residuals, unless that was begun."""
-        if self._sums is not None or self._messages is not None:
+        """Add the gradient to momentum and residual, and select what is sent, unless that was done."""
+        if self._selected:
             return
-        dgc, grad, momentum, residual = self._dgc, self._wait(), self.unsent["u"], self.unsent["v"]
-        momentum.mul_(dgc.momentum).add_(grad)
+        self._selected, momentum, residual = True, self.unsent["u"], self.unsent["v"]
+        momentum.mul_(self._dgc.momentum).add_(self._wait())
         residual.add_(momentum)
-        k = self._num_sent(self.part)
-        if k is None:
-            self._sums = dgc.outer.all_reduce_async(residual.clone())
+        if self.round:
+            self.round.select()
+        else:
+            self._sums = self._dgc.outer.all_reduce_async(residual.clone())
             residual.zero_()
-            return
-        indices = topk_indices(residual, k)
-        message, sent = pack(residual[indices], indices, dgc.bits)
-        residual[indices] -= sent
-        momentum[indices] = 0
-        self._messages = dgc.outer.all_gather_async(message)
 
     def finish(self):
-        """Wait for the messages of all ranks and sum them into `flat`."""
-        inner, outer = self._dgc.inner, self._dgc.outer
+        """Wait for the sum, if it is dense."""
         if self._sums:
-            self.flat.copy_(inner.all_gather(self._sums(), [len(part) for part in self._parts]))
-        else:
-            ks = [self._num_sent(part) for part in self._parts]
-            sizes = [message_bytes(k, self._dgc.bits) // 4 for k in ks]
-            messages = inner.all_gather(self._messages(), [outer.size * size for size in sizes])
-            self.flat.zero_()
-            by_part = messages.split([outer.size * size for size in sizes])
-            for part, k, part_messages in zip(self._parts, ks, by_part, strict=True):
-                for message in part_messages.chunk(outer.size):
-                    values, indices = unpack(message, k, self._dgc.bits)
-                    self.flat[part.first : part.last].index_add_(0, indices, values)
-        self._sums = self._messages = None
+            self.flat.copy_(self._dgc.inner.all_gather(self._sums(), [len(part) for part in self._parts]))
+        self._sums, self._selected = None, False
         self._reset()

@@ -10,6 +10,7 @@ from xc.config import FLAGS_OF_EXCHANGES, option, unused_flags
 from xc.errors import UserError
 from xc.gradients.allreduce import AllReduce
 from xc.gradients.dgc import Dgc
+from xc.gradients.powersgd import PowerSgd
 from xc.optim.loss_scale import LossScale
 
 
@@ -33,7 +34,11 @@ def _dgc_hier(backbone, world, cfg):
     return _dgc(backbone, world, cfg, two_level=True)
 
 
-EXCHANGES = {"dense": _dense, "dgc": _dgc, "dgc-hier": _dgc_hier}
+def _powersgd(backbone, world, cfg):
+    return PowerSgd(backbone, world, bits=cfg.gradient_bits, loss_scale=LossScale.of(cfg), rank=cfg.powersgd_rank)
+
+
+EXCHANGES = {"dense": _dense, "dgc": _dgc, "dgc-hier": _dgc_hier, "powersgd": _powersgd}
 
 
 def build(backbone, world, cfg):

@@ -8,48 +8,54 @@ import torch
 
 
 def topk_indices(values, k):
-    """Indices (k,) of the k largest |values| (N,). Exact, in no order; among equal values, any.
+    """Indices (P, k) of the k largest |values| (P, N) of every row. Exact, in no order; among equal values, any.
 
-    Divide: arrange the values in columns, and find the maximum of each. Let t be the k-th largest maximum. The k
-    columns with the largest maxima hold at least k values >= t, and all other columns only values <= t. So these
-    columns hold k largest values, and all of them are >= t.
+    Divide: arrange the values of a row in columns, and find the maximum of each. Let t be the k-th largest maximum. The
+    k columns with the largest maxima hold at least k values >= t, and all other columns only values <= t. So these
+    columns hold k largest values.
     Conquer: take the k largest of those. With columns of sqrt(N/k) values this reads 2 sqrt(N k) numbers after one
     pass over all.
     """
-    height = int((len(values) / max(1, k)) ** 0.5)
+    length = values.shape[1]
+    height = int((length / max(1, k)) ** 0.5)
     if height < 4:  # columns would gain nothing
-        return values.abs().topk(k, sorted=False).indices
-    width = len(values) // height
+        return values.abs().topk(k, 1, sorted=False).indices
+    width = length // height
     whole = height * width  # the values after these are candidates, too
-    table = values[:whole].view(height, width)
-    maxima = torch.maximum(table.amax(0), table.amin(0).neg_())  # reads the table twice, but writes no copy of it
-    least, columns = maxima.topk(k, sorted=False)
-    row, column = (~(table.index_select(1, columns).abs() < least.min())).nonzero(as_tuple=True)  # keeps NaN
-    indices = torch.cat([row * width + columns[column], torch.arange(whole, len(values), device=values.device)])
-    return indices[values[indices].abs().topk(k, sorted=False).indices]
+    table = values[:, :whole].unflatten(1, (height, width))
+    maxima = torch.maximum(table.amax(1), table.amin(1).neg_())  # reads the table twice, but writes no copy of it
+    columns = maxima.topk(k, 1, sorted=False).indices
+    begins = width * torch.arange(height, device=values.device)
+    rest = torch.arange(whole, length, device=values.device).expand(len(values), -1)
+    candidates = torch.cat([(begins[:, None] + columns[:, None]).flatten(1), rest], 1)
+    largest = values.gather(1, candidates).abs_().topk(k, 1, sorted=False).indices
+    return candidates.gather(1, largest)
 
 
 def pack(values, indices, bits):
-    """The message of k values: one int32 buffer with the indices (k,), then the values (k,).
+    """The message of k values, a row for each: its index, then the value.
 
     values   (k,)  float32
-    indices  (k,)
-    bits     of a value in the message: 32, or 16 for bfloat16 with two values in one int32
-    returns  the buffer, (2 k,) for 32 bits or (k + ceil(k/2),) for 16; the values (k,) as the receiver will get them
+    indices  (k,)  below 2^31
+    bits     of a value in the message: 32, or 16 for bfloat16
+    returns  the message, (k, 2) int32 or (k, 3) int16; the values (k,) as the receiver will get them
     """
+    indices = indices.int()[:, None]
     if bits == 32:
-        return torch.cat([indices.int(), values.view(torch.int32)]), values
+        return torch.cat([indices, values.view(torch.int32)[:, None]], 1), values
     short = values.bfloat16()
-    even = torch.nn.functional.pad(short, (0, len(short) % 2))
-    return torch.cat([indices.int(), even.view(torch.int32)]), short.float()
+    return torch.cat([indices.view(torch.int16), short.view(torch.int16)[:, None]], 1), short.float()
 
 
-def unpack(buffer, k, bits):
-    """Read a buffer of `pack`. Returns values (k,) float32, indices (k,) int32."""
-    indices, values = buffer[:k], buffer[k:]
-    return (values.view(torch.float32) if bits == 32 else values.view(torch.bfloat16)[:k].float()), indices
+def unpack(message):
+    """Read a message of `pack`. Returns values (k,) float32, indices (k,) int32."""
+    if message.dtype == torch.int32:
+        indices, values = message.T.contiguous()
+        return values.view(torch.float32), indices
+    values = message[:, 2].contiguous().view(torch.bfloat16).float()
+    return values, message[:, :2].flatten().view(torch.int32)
 
 
-def message_bytes(k, bits):
-    """Bytes of a buffer of `pack` with k values."""
-    return 4 * (2 * k if bits == 32 else k + (k + 1) // 2)
+def row_bytes(bits):
+    """Bytes of a row of a message."""
+    return 8 if bits == 32 else 6

@@ -23,6 +23,7 @@ class BackboneSize:
     trained      parameters that are trained
     flops        floating-point operations of the forward pass of one example
     buckets      numbers in each of the buckets in which DGC selects
+    shapes       of the parameters that are trained
     """
 
     matrices: int
@@ -33,6 +34,7 @@ class BackboneSize:
     trained: int
     flops: int = 0
     buckets: tuple = ()
+    shapes: tuple = ()
 
     @classmethod
     def of(cls, cfg, input_shape, num_ranks=1):
@@ -56,9 +58,10 @@ class BackboneSize:
         del features  # only now, since freed memory could be used twice and would be counted once
         parameters = list(backbone.parameters())
         trained = [p for p in parameters if p.requires_grad]
-        buckets = tuple(len(bucket.flat) for bucket in Dgc(backbone, World()).sparse_buckets)
+        buckets = tuple(len(bucket.flat) for bucket in Dgc(backbone, World()).compressed)
         return cls(_nbytes(p for p in trained if p.dim() > 1), _nbytes(parameters), _nbytes(backbone.buffers()),
-                   activations, 4 * math.prod(input_shape), _nbytes(trained), counter.get_total_flops() // 2, buckets)
+                   activations, 4 * math.prod(input_shape), _nbytes(trained), counter.get_total_flops() // 2, buckets,
+                   tuple(tuple(p.shape) for p in trained))
 
 
 def _nbytes(tensors):

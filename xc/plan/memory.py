@@ -10,6 +10,7 @@ short runs on CPUs (400 to 1,460 MiB; all heads, a ResNet-18 with and without mi
 these parts are computed from the code. It was not compared with a run on a GPU.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,10 @@ from xc.checkpoint.snapshot import MOST_KEPT_BYTES
 from xc.config import FLAGS_OF_EXCHANGES
 from xc.data.augment import PIECE
 from xc.data.loader import PREFETCH
+from xc.gradients.powersgd import numbers_sent
 from xc.knn.cells import SAMPLES_PER_CELL, number_of_cells
 from xc.knn.graph import shift_of
+from xc.plan.sent import low_rank_shapes
 from xc.plan.workload import Workload
 
 MAX_LOAD = 0.9  # share of the memory; above it, fragments and other processes may make the run fail
@@ -60,6 +63,9 @@ class MemoryPlan:
         num_parts = cfg.micro_batches * max_accumulation_steps
         batch = num_examples * backbone.example
         sparse = backbone.matrices if "density" in FLAGS_OF_EXCHANGES[cfg.exchange] else 0
+        low_rank = low_rank_shapes(cfg, backbone)  # an error for each number, and Q
+        residuals = 2 * sparse + 4 * sum(math.prod(shape) + numbers_sent(shape, cfg.powersgd_rank)[1]
+                                         for shape in low_rank)
         weights = backbone.parameters + backbone.buffers
         momentum = backbone.trained - sparse if cfg.momentum else 0
         if cfg.optimizer == "adamw":
@@ -67,7 +73,7 @@ class MemoryPlan:
         in_flight = min(3, num_parts)  # micro-batches in the forward pass, the softmax and the backward pass
         parts = {
             "backbone": weights, "backbone gradients": backbone.trained, "backbone momentum": momentum,
-            "residuals": 2 * sparse, "activations": (2 * in_flight + 1) * num_examples * backbone.activations // 2,
+            "residuals": residuals, "activations": (2 * in_flight + 1) * num_examples * backbone.activations // 2,
             "class rows": head.table, "row momentum": head.momentum,
             "row gradients": head.gradients(max_accumulation_steps),
             "logits and active rows": head.logits(), "candidates": _PAIR_BYTES * work.num_pairs,
@@ -76,9 +82,9 @@ class MemoryPlan:
             "batches": (num_parts + max(num_parts, PREFETCH) + 4 * cfg.loader_threads) * batch + order_bytes,
             "inputs": 0 if work.on_cpu else num_parts * batch + 6 * min(batch, 4 * PIECE["cuda"]),
             "scores by class": 9 * work.num_rows,  # examples, hits and frequency of each class
-            "checkpoint copy": head.copied + 2 * sparse + weights + momentum, "libraries": _LIBRARIES,
+            "checkpoint copy": head.copied + residuals + weights + momentum, "libraries": _LIBRARIES,
         }
-        on_disk = work.num_shards * head.saved + 2 * num_ranks * sparse + weights + momentum
+        on_disk = work.num_shards * head.saved + num_ranks * residuals + weights + momentum
         return cls({name: size for name, size in parts.items() if size}, on_disk)
 
 

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 
 from xc.comm.traffic import sent_all_gather, sent_all_reduce, sent_reduce_scatter
 from xc.config import FLAGS_OF_EXCHANGES
+from xc.gradients import sparse_sum
 from xc.gradients.allreduce import SKETCH_SIZE
-from xc.gradients.topk import message_bytes
+from xc.gradients.powersgd import numbers_sent
+from xc.gradients.topk import row_bytes
 from xc.optim import noise_scale
 
-_FORMULAS = {"all_gather": sent_all_gather, "all_reduce": sent_all_reduce, "reduce_scatter": sent_reduce_scatter}
+_FORMULAS = {"all_gather": sent_all_gather, "all_reduce": sent_all_reduce, "reduce_scatter": sent_reduce_scatter,
+             "all_to_all": lambda size, num_bytes: num_bytes}
 _SKETCH_BYTES = 2 * 4 * SKETCH_SIZE  # of the two gradients whose norms give the noise scale
 PATHS = {"labels": "labels", "choice": "choice of classes", "features": "features and their gradients",
          "softmax": "softmax", "norm": "norm of the features", "rows": "row gradients of the copies",
@@ -66,7 +69,9 @@ class _Ledger:
         self.by_path, self.by_collective, self.calls = Counter(), Counter(), Counter()
 
     def add(self, path, group, collective, num_bytes, times=1):
-        """num_bytes: of the whole in an all-reduce and a reduce-scatter, of this rank in an all-gather"""
+        """num_bytes: of the whole in an all-reduce and a reduce-scatter; of this rank in an all-gather; to other ranks
+        in an all-to-all
+        """
         size = self.sizes[group]
         if size == 1:
             return
@@ -113,18 +118,36 @@ def _backbone(ledger, cfg, backbone):
     if cfg.micro_batches > 1:
         ledger.add("backbone", "all_ranks", "all_reduce", _SKETCH_BYTES / noise_scale.EVERY)
     if "density" not in FLAGS_OF_EXCHANGES[cfg.exchange]:
-        ledger.add("backbone", "backbone", "dense", backbone.trained * cfg.gradient_bits // 32)
+        low_rank = low_rank_shapes(cfg, backbone)
+        dense = backbone.trained - 4 * sum(map(math.prod, low_rank))
+        ledger.add("backbone", "backbone", "dense", dense * cfg.gradient_bits // 32)
+        for side in (0, 1) if low_rank else ():
+            ledger.add("backbone", "backbone", "dense",
+                       4 * sum(numbers_sent(shape, cfg.powersgd_rank)[side] for shape in low_rank))
         return
     ledger.add("backbone", "backbone", "dense", (backbone.trained - backbone.matrices) * cfg.gradient_bits // 32)
     by_host = cfg.exchange == "dgc-hier"
-    inner, outer = ("host", "cross_host") if by_host else (None, "all_ranks")
-    num_inner, num_outer = ledger.sizes[inner] if by_host else 1, ledger.sizes[outer]
-    for size in backbone.buckets:
-        part = -(-size // num_inner)
-        k = math.ceil(cfg.density * part)
-        message = message_bytes(k, cfg.gradient_bits)
-        dense = k >= part or sent_all_gather(num_outer, message) >= sent_all_reduce(num_outer, 4 * part)
-        ledger.add("backbone", outer, "all_reduce" if dense else "all_gather", 4 * part if dense else message)
+    num_inner = ledger.sizes["host"] if by_host else 1
+    outer = "cross_host" if by_host else "all_ranks"
+    num_outer, width = ledger.sizes[outer], row_bytes(cfg.gradient_bits)
+    longest = [-(-size // num_inner) for size in backbone.buckets]  # part of a rank of the host
+    pieces = sparse_sum.cut(longest, cfg.density, num_outer, cfg.gradient_bits)
+    for size, part, of_bucket in zip(backbone.buckets, longest, pieces, strict=True):
         if by_host:
             ledger.add("backbone", "host", "reduce_scatter", 4 * size)
-            ledger.add("backbone", "host", "all_gather", 4 * part if dense else num_outer * message)
+        if not of_bucket:
+            ledger.add("backbone", outer, "all_reduce", 4 * part)
+        if not of_bucket and by_host:
+            ledger.add("backbone", "host", "all_gather", 4 * part)
+    for together in sparse_sum.rounds(pieces, cfg.gradient_bits):
+        of_round = [pieces[i] for i in together]
+        to_owners, to_all = sparse_sum.rows_sent(of_round, 0, num_outer)
+        ledger.add("backbone", outer, "all_to_all", width * to_owners)
+        ledger.add("backbone", outer, "all_gather", width * to_all)
+        if by_host:
+            ledger.add("backbone", "host", "all_gather", width * sum(one.count * one.kept for one in of_round))
+
+
+def low_rank_shapes(cfg, backbone):
+    """Shapes of the parameters that PowerSGD sends as two matrices; none with another exchange."""
+    return [shape for shape in backbone.shapes if cfg.exchange == "powersgd" and numbers_sent(shape, cfg.powersgd_rank)]

@@ -42,6 +42,8 @@ def check(group, members, me):
         assert len(got) == len(members)
         for r, piece in zip(members, got, strict=True):
             assert torch.equal(piece, of(r, (me + r) % 3, 4, dtype=dtype) * (me + 1))
+        sizes = [len(piece) for piece in pieces]
+        assert torch.equal(group.all_to_all_async(torch.cat(pieces), sizes, sizes)(), torch.cat(list(got)))
         waits = [group.all_gather_async(of(me, 2, 3, dtype=dtype)), group.all_reduce_async(of(me, 5, dtype=dtype))]
         gathered, total = (wait() for wait in waits)
         assert torch.equal(gathered, torch.cat([of(r, 2, 3, dtype=dtype) for r in members]))
@@ -56,6 +58,12 @@ def check(group, members, me):
         whole = sum(of(r, len(members), 3) / 64 for r in members)
         piece = group.reduce_scatter((of(me, len(members), 3) / 64).to(dtype), [1] * len(members))
         assert piece.dtype == torch.float32 and torch.equal(piece[0], whole[group.rank])
+    short = torch.arange(3 * len(members), dtype=torch.int16).view(-1, 3)  # the messages of DGC with 16 bits
+    counts = [1] * len(members)
+    assert torch.equal(group.all_to_all_async(short + me, counts, counts)(),
+                       torch.stack([short[group.rank] + r for r in members]))
+    assert torch.equal(group.all_gather(short[: me % 2], [r % 2 for r in members]),
+                       torch.cat([short[: r % 2] for r in members]))
     marks = torch.tensor([me, 0], dtype=torch.uint8)
     assert group.all_reduce(marks, "max").tolist() == [max(members), 0]
     assert group.all_gather_object({"rank": me}) == [{"rank": r} for r in members]
