@@ -28,10 +28,7 @@ begin() {
 
 # Waits until the run has saved, or logged, a share of its steps, in percent. Fails where the launcher ends before.
 wait_until() {
-    until python benchmarks/watch_run.py "$1" "$run" "$2" 2> /dev/null; do
-        kill -0 "$launcher" 2> /dev/null || { tail "$run.log" >&2; exit 1; }
-        sleep 2
-    done
+    python benchmarks/watch_run.py "$1" "$run" "$2" "$launcher" || { tail "$run.log" >&2; exit 1; }
 }
 
 [ ! -e "$run" ] || { echo "error: $run is there already: name a new folder" >&2; exit 2; }

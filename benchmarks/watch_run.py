@@ -1,13 +1,14 @@
 """Looks at a run from outside, for benchmarks/hundred_million.sh.
 
     python benchmarks/watch_run.py memory PID RANKS FILE     the memory of the ranks of the launcher PID, until it ends
-    python benchmarks/watch_run.py saved RUN PERCENT         0 where the run has a checkpoint of that share of its steps
-    python benchmarks/watch_run.py logged RUN PERCENT        0 where it has a line of metrics of that share
+    python benchmarks/watch_run.py saved RUN PERCENT PID     waits until RUN has a checkpoint of that share of its steps
+    python benchmarks/watch_run.py logged RUN PERCENT PID    waits until it has a line of metrics of that share
     python benchmarks/watch_run.py report RUN FILE -- FLAGS  all launches, against the plan of a run with FLAGS
 
 `memory` appends a line of JSON to FILE: rank_mb, the highest of any rank; sum_mb, of all ranks together. It is that of
 the processes' own (RssAnon), looked at every half a second. Files that they map are not counted: the system can take
-their pages back. `report` takes off what a process has after its imports. Its last line is one JSON object.
+their pages back. `saved` and `logged` end with 1 where the process PID ends before. `report` takes off what a process
+has after its imports. Its last line is one JSON object.
 """
 
 import json
@@ -26,7 +27,7 @@ from xc.optim.schedule import Schedule
 from xc.plan.cluster import Cluster
 from xc.plan.plan import Data, Plan
 
-LOOK_SECONDS = 0.5
+LOOK_SECONDS, WAIT_SECONDS = 0.5, 2.0
 
 
 def memory(pid, ranks, file):
@@ -54,14 +55,29 @@ def own_mb(pid):
     return int(found[1]) / 1024 if found else 0.0
 
 
-def saved(run, percent):
-    folders = sorted((Path(run) / "checkpoints").glob("step-*"))
-    return bool(folders) and int(folders[-1].name[5:]) >= steps_of(run) * float(percent) / 100 - 1
+def wait_until(reached, run, percent, pid):
+    """Wait until reached(run, step) holds for the step at this share of the run. 1 where the process ends before."""
+    run, step = Path(run), None
+    while Path(f"/proc/{pid}").exists():
+        if step is None and (run / "run.args").exists():
+            step = steps_of(run) * float(percent) / 100 - 1
+        if step is not None and reached(run, step):
+            return 0
+        time.sleep(WAIT_SECONDS)
+    return 1
 
 
-def logged(run, percent):
-    lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
-    return bool(lines) and json.loads(lines[-1])["step"] >= steps_of(run) * float(percent) / 100
+def saved(run, step):
+    folders = sorted((run / "checkpoints").glob("step-*"))
+    return bool(folders) and int(folders[-1].name[5:]) >= step
+
+
+def logged(run, step):
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        return bool(lines) and json.loads(lines[-1])["step"] >= step
+    except (OSError, ValueError):  # not begun, or in the middle of a line
+        return False
 
 
 def steps_of(run):
@@ -101,10 +117,10 @@ def main():
     match sys.argv[1:]:
         case "memory", pid, ranks, file:
             memory(pid, ranks, file)
-        case "saved", run, percent:
-            sys.exit(not saved(run, percent))
-        case "logged", run, percent:
-            sys.exit(not logged(run, percent))
+        case "saved", run, percent, pid:
+            sys.exit(wait_until(saved, run, percent, pid))
+        case "logged", run, percent, pid:
+            sys.exit(wait_until(logged, run, percent, pid))
         case "report", run, file, "--", *flags:
             report(run, file, flags)
         case _:
