@@ -13,18 +13,21 @@ Of W ranks with B examples each, G = W B, features of D numbers, a backbone of N
     softmax    all-reduce of G maxima and of 2 G sums: 2 (W-1)/W 3 G numbers of 4 bytes
                --head knn, by scores: before it, of G maxima and of G sums for the choice: 2 (W-1)/W 5 G in all
     backbone   dense: all-reduce of the gradients, 2 (W-1)/W N numbers of 4 or 2 bytes
-               dgc: all-gather of values and places, (W-1) n of 8 or 6 bytes; dense where that is less: for vectors, and
-               for layers of which the places would send more
+               dgc: n values and indices, of 8 or 6 bytes, to the ranks that own them, and the largest 4 n of their sums
+               to all: about 5 n (W-1)/W; dense where that is less: for vectors, and for layers of which the indices
+               would send more
                hier (dgc-hier, L ranks on each of H hosts): inside a host reduce-scatter of N numbers, (L-1)/L N of 4
-               bytes; between hosts (H-1) n/L values and places; inside a host these messages, (L-1) H n/L
+               bytes; between hosts 5 n/L (H-1)/H values and indices; inside a host those of the sums, (L-1) 4 n/L
+               powersgd: all-reduces of P and Q, 2 (W-1)/W r (n + m) numbers of 4 bytes for a layer (n, m); dense for
+               vectors
                all: sums of the features' norm over the batch, 2 (W-1)/W (4 D + 1) numbers of 8 bytes
     rows       with R copies of the classifier (--model-parallel-size W/R) of S rows a shard: 2 (R-1)/R S D numbers of 4
                bytes; with them W and G are of a copy in `features` and `softmax`
 
-Keys: W.SETTING.PATH.predicted_mb and .counted_mb, of a rank; W.SETTING.link_mb, what the median host's link sent in one
-step (headers, acknowledgements and Horovod's coordination included), for the settings dense, dense16, dgc, dgc16 (16:
-bits, of features too) and hier (several ranks on a host); and model.W.SETTING, the sum for more ranks, each a host of
-its own.
+Keys: W.SETTING.PATH.predicted_mb and .counted_mb, of a rank; W.SETTING.link_mb, what the median host's link sent in a
+step (headers, acknowledgements and Horovod's coordination included); model.W.SETTING, the sum for more ranks, each on a
+host. Settings: dense, dense16 (16 bits, of features too), dgc, dgc16, dgc8 (8 bits of the features), powersgd
+(with 16 bits of the features), hier (with several ranks on a host).
 """
 
 import argparse
@@ -54,7 +57,7 @@ from xc.run.metrics import Timer
 from xc.train import pipeline
 
 SETTINGS = {"dense": ("dense", 32), "dense16": ("dense", 16), "dgc": ("dgc", 32), "dgc16": ("dgc", 16),
-            "hier": ("dgc-hier", 32)}
+            "dgc8": ("dgc", 8), "powersgd": ("powersgd", 16), "hier": ("dgc-hier", 32)}
 COLUMNS = {"features": ("labels", "features"), "softmax": ("choice", "softmax"), "backbone": ("norm", "backbone"),
            "rows": ("rows",)}
 MODELLED = (64, 256, 1024)
@@ -117,11 +120,11 @@ def main():
 
 def config(args, size, kind, bits):
     """The Config of a step of so many ranks."""
-    sgd = {"optimizer": "sgd", "lr": 0.1, "density": args.density} if kind != "dense" else {}
+    sgd = {"optimizer": "sgd", "lr": 0.1, "density": args.density} if kind.startswith("dgc") else {}
     return Config(data="-", out="-", backbone=args.backbone, image_size=args.image_size, head=args.head,
                   feature_dim=args.dim, active_classes=0.5, global_batch=args.batch_per_rank * size,
-                  model_parallel_size=args.model_parallel_size, exchange=kind, feature_bits=bits, gradient_bits=bits,
-                  **sgd)
+                  model_parallel_size=args.model_parallel_size, exchange=kind, feature_bits=bits,
+                  gradient_bits=max(bits, 16), **sgd)
 
 
 def predicted_mb(args, size, kind, bits):

@@ -146,8 +146,8 @@ class Config:
     powersgd_rank: int = _flag("communication", 4, "powersgd: rank of the matrices", least=1)
     gradient_bits: int = _flag("communication", 32, "of the backbone's gradients when sent; 16: dense as float16, dgc "
                                "as bfloat16", choices=(32, 16))
-    feature_bits: int = _flag("communication", 32, "when sent; 16: features as float16, their gradients as bfloat16",
-                              choices=(32, 16))
+    feature_bits: int = _flag("communication", 0, "when sent; 16: features as float16, their gradients as bfloat16; 8: "
+                              "with a scale for each example; 0: 16 with --amp, else 32", choices=(0, 32, 16, 8))
 
     out: str = _flag("checkpoints and faults", "", "run folder for settings, metrics and checkpoints; must not hold "
                      "another run")

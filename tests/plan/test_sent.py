@@ -7,6 +7,7 @@ import torch
 
 from tests.support.worlds import run_ranks
 from xc.comm.shard import Shard
+from xc.comm.short_rows import bits_of
 from xc.config import Config
 from xc.gradients import exchanges
 from xc.model import backbone as backbones
@@ -41,7 +42,7 @@ def counted(cfg, num_ranks, per_host=0, num_classes=C):
         plan = StepPlan(0.1, cfg.global_batch, cfg.micro_batches, cfg.density)
         head.select(labels, 0, micro_batches=cfg.micro_batches)
         exchange.noise_seed = 1
-        forward_backward(net, head, exchange, parts, labels, plan, Timer(), cfg.feature_bits)
+        forward_backward(net, head, exchange, parts, labels, plan, Timer(), bits_of(cfg))
         exchange.reduce()
         head.reduce()
         exchange.norms(plan)
@@ -62,9 +63,10 @@ def measured_in_every_step(monkeypatch):
 
 @pytest.mark.parametrize("ranks, width", GRIDS)
 @pytest.mark.parametrize("settings", [
-    {}, {"feature_bits": 16, "gradient_bits": 16}, {"head": "sampled"}, {"head": "selective"},
-    {"head": "knn", "select": "labels"}, {"micro_batches": 3}, {"head": "selective", "micro_batches": 2}, DGC,
-    DGC | {"gradient_bits": 16, "micro_batches": 2}, {"exchange": "powersgd", "powersgd_rank": 3}])
+    {}, {"feature_bits": 16, "gradient_bits": 16}, {"feature_bits": 8}, {"amp": "bf16"}, {"head": "sampled"},
+    {"head": "selective"}, {"head": "knn", "select": "labels"}, {"micro_batches": 3},
+    {"head": "selective", "micro_batches": 2}, DGC, DGC | {"gradient_bits": 16, "micro_batches": 2},
+    {"exchange": "powersgd", "powersgd_rank": 3}])
 def test_a_step_sends_what_is_planned(ranks, width, settings):
     cfg = config(model_parallel_size=width, active_classes=300.0, **settings)
     plan = planned(cfg, ranks)

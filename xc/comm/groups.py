@@ -287,15 +287,21 @@ class HorovodGroup(MpiGroup):
                                    lambda gathered: gathered.view(tensor.dtype))
 
     def all_to_all_async(self, tensor, counts, received):
+        own = counts[self.rank] * _width(tensor) * tensor.itemsize
+        return self._all_to_all("all_to_all", tensor.nbytes - own, tensor, counts)
+
+    def _all_to_all(self, name, num_bytes, tensor, counts):
         tensor = tensor.detach().contiguous()
         handle = self._hvd.alltoall_async(_known_to_horovod(tensor), torch.tensor(counts, dtype=torch.int32),
                                           **self._call_options())
-        own = counts[self.rank] * _width(tensor) * tensor.itemsize
-        return self._begin_horovod("all_to_all", tensor.nbytes - own, handle,
+        return self._begin_horovod(name, num_bytes, handle,
                                    lambda result: result[0].view(tensor.dtype).view(-1, *tensor.shape[1:]))
 
     def reduce_scatter_async(self, tensor, counts):
-        whole = tensor.detach().to(sum_dtype(tensor))
+        if sum_dtype(tensor) != tensor.dtype:  # Horovod would sum in 16 bits
+            wait = self._all_to_all("reduce_scatter", sent_reduce_scatter(self.size, tensor.nbytes), tensor, counts)
+            return lambda: wait().view(self.size, counts[self.rank], *tensor.shape[1:]).sum(0, dtype=sum_dtype(tensor))
+        whole = tensor.detach()
         if counts == [len(Shard.of(len(whole), self.size, rank)) for rank in range(self.size)]:  # as Horovod cuts
             handle = self._hvd.reducescatter_async(whole, op=self._hvd.Sum, **self._call_options())
             return self._begin_horovod("reduce_scatter", sent_reduce_scatter(self.size, whole.nbytes), handle,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from xc.comm.short_rows import bits_of
 from xc.data import loader
 from xc.data.pack_split import PackSplit
 from xc.errors import UserError
@@ -112,13 +113,14 @@ def remedies(plan, data):
     changes = [{"micro_batches": n} for n in (2, 4) if cfg.micro_batches < n]
     changes += [{"model_parallel_size": width} for width in sorted(widths) if 1 <= width < ranks]
     changes += [{name: value} for name, value in [
-        ("feature_bits", 16), ("gradient_bits", 16), ("exchange", "dgc"), ("exchange", "dgc-hier"),
+        ("gradient_bits", 16), ("exchange", "dgc"), ("exchange", "dgc-hier"), ("exchange", "powersgd"),
         ("row_dtype", "bfloat16"), ("head_momentum", 0.0)] if getattr(cfg, name) != value]
+    changes += [{"feature_bits": bits} for bits in (16, 8) if bits < bits_of(cfg)]
     if cfg.head == "full":
         changes += [{"head": "knn", "active_classes": share} for share in (0.1, 0.01)]
     found = []
     for change in changes:
-        needs_sgd = "exchange" in change and cfg.optimizer == "adamw"
+        needs_sgd = change.get("exchange", "").startswith("dgc") and cfg.optimizer == "adamw"
         sgd = {"optimizer": "sgd", "lr": 0.1, "head_lr_scale": 1.0} if needs_sgd else {}
         try:
             other = Plan.of(replace(cfg, **change, **sgd), plan.cluster, data, plan.backbone)

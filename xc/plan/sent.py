@@ -8,12 +8,12 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from xc.comm.short_rows import bits_of, row_bytes
 from xc.comm.traffic import sent_all_gather, sent_all_reduce, sent_reduce_scatter
 from xc.config import FLAGS_OF_EXCHANGES
-from xc.gradients import sparse_sum
+from xc.gradients import sparse_sum, topk
 from xc.gradients.allreduce import SKETCH_SIZE
 from xc.gradients.powersgd import numbers_sent
-from xc.gradients.topk import row_bytes
 from xc.optim import noise_scale
 
 _FORMULAS = {"all_gather": sent_all_gather, "all_reduce": sent_all_reduce, "reduce_scatter": sent_reduce_scatter,
@@ -106,11 +106,13 @@ def _choice(ledger, work):
 
 
 def _features(ledger, work):
-    of_one = work.cfg.feature_dim * work.cfg.feature_bits // 8
+    bits = bits_of(work.cfg)
+    of_one = row_bytes(work.cfg.feature_dim, bits)
     ledger.add("features", "shards", "all_gather", work.examples * of_one)
-    # Horovod with NCCL sums in the type that it is given, so there gradients travel in float32.
-    ledger.add("features", "shards", "reduce_scatter",
-               work.group * (of_one if work.on_cpu else 4 * work.cfg.feature_dim))
+    if bits == 8:
+        ledger.add("features", "shards", "all_to_all", (work.group - work.examples) * of_one)
+    else:
+        ledger.add("features", "shards", "reduce_scatter", work.group * of_one)
 
 
 def _backbone(ledger, cfg, backbone):
@@ -129,7 +131,7 @@ def _backbone(ledger, cfg, backbone):
     by_host = cfg.exchange == "dgc-hier"
     num_inner = ledger.sizes["host"] if by_host else 1
     outer = "cross_host" if by_host else "all_ranks"
-    num_outer, width = ledger.sizes[outer], row_bytes(cfg.gradient_bits)
+    num_outer, width = ledger.sizes[outer], topk.row_bytes(cfg.gradient_bits)
     longest = [-(-size // num_inner) for size in backbone.buckets]  # part of a rank of the host
     pieces = sparse_sum.cut(longest, cfg.density, num_outer, cfg.gradient_bits)
     for size, part, of_bucket in zip(backbone.buckets, longest, pieces, strict=True):

@@ -8,6 +8,7 @@ Song et al. 2020, overlapping pipeline; the sequence is ours, since the paper's 
 
 import torch
 
+from xc.comm import short_rows
 from xc.comm.shard import Shard
 
 
@@ -17,8 +18,7 @@ def forward_backward(backbone, head, exchange, batch, labels, plan, timer, featu
     batch         [(images (B, …), labels (B,)), …] of this rank: its near-equal part of each micro-batch of the plan
     labels        of all of them, as `head.select` got them
     plan          the StepPlan
-    feature_bits  32, or 16: features travel as float16 and their gradients, which can be very small, as bfloat16.
-                  Gradients are summed in float32 all the same
+    feature_bits  32, 16 or 8: of each number of the features and of their gradients on the way, see comm/short_rows.py
     returns       the loss (), the same on every rank; the features (B, D) of the first micro-batch, detached
 
     The numbers are those of the unsplit step, since examples are independent. With norms over a batch they are those of
@@ -34,17 +34,14 @@ def forward_backward(backbone, head, exchange, batch, labels, plan, timer, featu
     features, gathered, gradients = {}, {}, {}  # by micro-batch, until they are used
     losses, of_first = [], None
 
-    def short(tensor, dtype):
-        return tensor if feature_bits == 32 else tensor.to(dtype)
-
     for i in range(num_parts + 2):
         if i < num_parts:
             with timer("forward"):
                 features[i] = head.directions(backbone(batch[i][0]))
-                gathered[i] = shards.all_gather_async(short(features[i].detach(), torch.float16), counts)
+                gathered[i] = short_rows.gather_async(features[i].detach(), shards, counts, feature_bits)
         if 0 <= (j := i - 1) < num_parts:
             with timer("wait"):
-                group_features = gathered.pop(j)().to(features[j].dtype).requires_grad_()  # (G, D)
+                group_features = gathered.pop(j)().requires_grad_()  # (G, D)
             with timer("head"):
                 if j % per_selection == 0:
                     head.use_selection(j // per_selection)
@@ -52,12 +49,12 @@ def forward_backward(backbone, head, exchange, batch, labels, plan, timer, featu
                 loss = head.loss(group_features, torch.cat(pieces[j::num_parts]), plan.global_batch, last)
                 loss.backward()
                 losses.append(loss.detach())
-                gradients[j] = shards.reduce_scatter_async(short(group_features.grad, torch.bfloat16), counts)
+                gradients[j] = short_rows.reduce_scatter_async(group_features.grad, shards, counts, feature_bits)
                 if j == num_parts - 1:
                     head.reduce_async()
         if 0 <= (j := i - 2):
             with timer("wait"):
-                gradient = gradients.pop(j)().to(features[j].dtype)  # (B, D)
+                gradient = gradients.pop(j)()  # (B, D)
             if j == 0:
                 of_first = features[0].detach()
             if j == num_parts - 1:

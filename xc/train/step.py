@@ -2,6 +2,7 @@
 
 import torch
 
+from xc.comm.short_rows import bits_of
 from xc.optim import noise_scale
 from xc.optim.optimizers import set_lr
 from xc.train.pipeline import forward_backward
@@ -21,7 +22,7 @@ def train_step(state, batch, plan, progress, schedule, cfg, timer):
         head.select(labels, plan.first_accumulation_step, plan.accumulation_steps, plan.micro_batches)
     measured = progress.step % noise_scale.EVERY == 0 and schedule.is_warm(progress)
     exchange.noise_seed = progress.step if measured else None
-    loss, features = forward_backward(state.backbone, head, exchange, batch, labels, plan, timer, cfg.feature_bits)
+    loss, features = forward_backward(state.backbone, head, exchange, batch, labels, plan, timer, bits_of(cfg))
     with timer("exchange"):
         finite = exchange.reduce()
         head.reduce()
