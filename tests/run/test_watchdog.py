@@ -17,7 +17,7 @@ class Mailbox:
 
     def __init__(self, rank, answers):
         self._rank, self._answers, self._inbox = rank, answers, queue.SimpleQueue()
-        self.sent = []
+        self.sent, self.received = [], 0
 
     def send(self, rank, word, *rest):
         self.sent.append((rank, word))
@@ -27,6 +27,7 @@ class Mailbox:
             self._inbox.put((rank, "answer", *self._answers[rank]))
 
     def receive(self):
+        self.received += 1
         return None if self._inbox.empty() else self._inbox.get()
 
 
@@ -47,9 +48,9 @@ def watched(monkeypatch):
     monkeypatch.setattr(watchdog, "_GRACE_SECONDS", 0.2)
     dogs = []
 
-    def begin(rank, size, answers):
+    def begin(rank, size, answers, seconds=0.1):
         world = Rank(rank, size, answers)
-        dogs.append(watchdog.Watchdog(world, 0.1))
+        dogs.append(watchdog.Watchdog(world, seconds))
         return world
 
     yield begin
@@ -85,6 +86,26 @@ def test_a_rank_that_works_for_long_is_no_stall(busy, watched):
     threading.Thread(target=lambda: _until(lambda: world.mailbox.sent.count((1, "continue")) >= 5, enough)).start()
     assert enough.wait(_PATIENCE_SECONDS)
     assert not world.ended.is_set() and (1, "end") not in world.mailbox.sent
+
+
+@pytest.mark.parametrize("rank, seconds", [(0, 0), (0, 100), (1, 100)])
+def test_a_step_that_takes_long_says_what_it_does(rank, seconds, watched, monkeypatch, capfd):
+    """Once in every _SAY_SECONDS, on rank 0; a new step says nothing before."""
+    said = []
+    monkeypatch.setattr(watchdog, "print", lambda line, **_: said.append(line), raising=False)
+    watchdog.at_step(7)
+    watchdog.progress("search of neighbours", 0.255)
+    watchdog.heartbeat("a block of it")
+    world = watched(rank, 2, {}, seconds)
+    assert not said
+    monkeypatch.setattr(watchdog, "_SAY_SECONDS", 0.03)
+    if rank:
+        assert _until(lambda: world.mailbox.received > 20) and not said
+        return
+    assert _until(lambda: len(said) == 2) and set(said) == {"step 7: search of neighbours, 26% done"}
+    watchdog.progress("search of neighbours", 1.0)
+    watchdog.heartbeat("exchange")
+    assert _until(lambda: said[-1] == "step 7: exchange")
 
 
 def test_what_other_threads_do_is_no_progress(watched):

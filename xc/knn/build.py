@@ -157,8 +157,9 @@ def _distribute(blocks, shard, num_classes, num_neighbors, group, device):
     table = EdgeTable(shard, num_classes, num_neighbors, received, device)
     first, parts = shard.first, _popped(blocks, step)
     num_rounds = torch.tensor([sum(-(-len(block) // step) for block in blocks)], device=device)
-    for _ in range(group.all_reduce(num_rounds, "max").item()):
-        watchdog.heartbeat("distribution of the graph")
+    num_rounds = group.all_reduce(num_rounds, "max").item()
+    for i in range(num_rounds):
+        watchdog.progress("distribution of the graph", i / num_rounds)
         rows = next(parts, torch.empty(0, num_neighbors, dtype=torch.int32, device=device))
         row, place = (rows >= 0).nonzero(as_tuple=True)
         neighbors = rows[row, place]

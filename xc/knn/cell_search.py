@@ -33,7 +33,7 @@ def search_cells(weight, shard, num_classes, cells, probes, num_neighbors, group
     parts = _parts(sizes, nearest, weight.shape[1], group.size)
     ends = torch.tensor([Shard.of(num_classes, group.size, rank).last for rank in range(group.size)], device=device)
     for first in range(0, len(parts), group.size):
-        watchdog.heartbeat("search of neighbours")
+        watchdog.progress("search of neighbours", first / len(parts))
         wanted = [nearest[part.start : part.stop].unique().long() for part in parts[first : first + group.size]]
         places, of_cell, counts = _places(wanted, bounds)
         places = order[places].long()

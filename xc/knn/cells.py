@@ -51,8 +51,8 @@ class Cells:
         first = own[:num_cells].nonzero().squeeze(1)
         sums[first] = rows[: len(first)].double()
         centroids = directions(group.all_reduce(sums))
-        for _ in range(_ITERATIONS):
-            watchdog.heartbeat("k-means of the rows")
+        for i in range(_ITERATIONS):
+            watchdog.progress("k-means of the rows", i / _ITERATIONS)
             # Sums in float64 give the same float32 centroids in any order, so cells do not depend on W.
             sums.zero_().index_add_(0, _nearest(rows, centroids), rows.double())
             group.all_reduce(sums)
@@ -76,7 +76,7 @@ class Cells:
         order, bounds = self.sorted_rows()
         for cell, rows in enumerate(order.split(bounds.diff().tolist())):
             if cell % 1024 == 0:
-                watchdog.heartbeat("finding the cells of the rows")
+                watchdog.progress("finding the cells of the rows", cell / len(self))
             if len(rows):
                 products = directions(weight.index_select(0, rows)) @ moved.centroids.index_select(0, near[cell]).T
                 moved.of_row[rows] = near[cell].index_select(0, products.argmax(1))
@@ -118,5 +118,5 @@ def _blocks(num_rows, width):
     """Slices of range(num_rows), for rows of so many numbers."""
     size = max(1, _NUMBERS // width)
     for first in range(0, num_rows, size):
-        watchdog.heartbeat("finding the cells of the rows")
+        watchdog.progress("finding the cells of the rows", first / num_rows)
         yield slice(first, min(first + size, num_rows))

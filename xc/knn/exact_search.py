@@ -49,7 +49,7 @@ class ExactSearch:
             best = torch.full((len(rows), K), EMPTY, device=device)
             best_so_far = lambda best=best: best  # noqa: E731  # waits for the results; each hop calls it once
             for hop in range(group.size):
-                watchdog.heartbeat("search of neighbours")
+                watchdog.progress("search of neighbours", (first + size * hop / group.size) / max(counts))
                 next_size = sizes[(group.rank - hop - 1) % group.size]
                 if hop + 1 < group.size:
                     next_rows, next_ids = group.shift_async(rows, next_size), group.shift_async(ids, next_size)

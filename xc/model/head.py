@@ -238,7 +238,7 @@ class Head:
         target = group.all_reduce(target)[:, None]  # (G, 1)
         above = torch.zeros_like(labels)
         for block in self.blocks(len(self.weight), len(labels)):
-            watchdog.heartbeat("evaluation")
+            watchdog.progress("comparing a batch with all classes", block.start / len(self.weight))
             scores = features @ self._unit(self.weight[block]).T  # (G, block)
             ids = torch.arange(block.start, block.stop, device=labels.device) + self.shard.first
             below = (scores < target) | ((scores == target) & (ids > labels[:, None]))  # False where a score is NaN
@@ -272,7 +272,7 @@ class Head:
         best = features.new_full((len(labels), top), -torch.inf)  # highest logits so far, and whether they are active
         covered, compared = torch.zeros_like(best, dtype=torch.bool), torch.zeros_like(labels)
         for block in self.blocks(len(self.weight), len(labels)):
-            watchdog.heartbeat("evaluation")
+            watchdog.progress("comparing the choice with all classes", block.start / len(self.weight))
             logits = self.scale * features @ self._unit(self.weight[block]).T  # (G, block)
             full_lse = torch.logaddexp(full_lse, logits.logsumexp(1))
             offset = selection.offsets(block, features.dtype)[part_of]  # (G, block)

@@ -1,5 +1,5 @@
 """A watchdog against stalls: where no rank makes progress for too long, it names the rank that the others wait for,
-prints the Python stacks of all ranks and ends the run."""
+prints the Python stacks of all ranks and ends the run. While a step takes long it says once a minute what it does."""
 
 import faulthandler
 import sys
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 _TICK_SECONDS = 0.5
 _GRACE_SECONDS = 5.0  # for the ranks to answer; a rank that does not is frozen
+_SAY_SECONDS = 60.0  # between two lines on a step that takes long
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class _Activity:
 
 
 _activity = _Activity("set-up", False, time.monotonic())
-_step = 0
+_step, _step_began = 0, time.monotonic()
+_work = None  # (what, share that is done) of long work in this step
 
 
 def heartbeat(what, waits=False):
@@ -34,10 +36,18 @@ def heartbeat(what, waits=False):
     _set(what, waits)
 
 
+def progress(what, share):
+    """A `heartbeat` of long work of which this share, 0 to 1, is done."""
+    global _work
+    heartbeat(what)
+    if threading.current_thread() is threading.main_thread():
+        _work = (what, share) if share < 1 else None
+
+
 def at_step(step):
-    """The number of the step that the main thread is in, for the error line."""
-    global _step
-    _step = step
+    """The number of the step that the main thread is in, for what is printed."""
+    global _step, _step_began, _work
+    _step, _step_began, _work = step, time.monotonic(), None
 
 
 @contextmanager
@@ -66,11 +76,12 @@ class Watchdog:
     """
 
     def __init__(self, world, seconds):
-        """seconds: 0 switches the watchdog off."""
+        """seconds: 0: for ever; then it only says what takes long"""
         self._world, self._seconds, self._closed = world, seconds, threading.Event()
         self._reported = self._asked = None  # when
+        self._said = 0.0
         self._clock_start, self._answers = time.monotonic(), {}
-        if seconds:
+        if seconds or world.rank == 0:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def close(self):
@@ -79,6 +90,9 @@ class Watchdog:
 
     def _watch(self):
         while not self._closed.wait(_TICK_SECONDS):
+            self._say_what_takes_long()
+            if not self._seconds:
+                continue
             # This fires where a call holds the interpreter, and with it this thread.
             faulthandler.dump_traceback_later(self._seconds + _GRACE_SECONDS)
             while message := self._world.mailbox.receive():
@@ -92,6 +106,14 @@ class Watchdog:
             if self._reported and now - self._reported >= 4 * _GRACE_SECONDS:
                 self._end(f"rank 0: no answer; {self._describe({self._world.rank: _activity.facts()})}")
         faulthandler.cancel_dump_traceback_later()
+
+    def _say_what_takes_long(self):
+        now = time.monotonic()
+        if self._world.rank == 0 and now - max(self._said, _step_began) >= _SAY_SECONDS:
+            self._said = now
+            what, share = _work or (_activity.what, None)
+            done = "" if share is None else f", {share:.0%} done"
+            print(f"step {_step}: {what}{done}", file=sys.stderr, flush=True)
 
     def _handle_message(self, rank, word, *rest):
         if word == "report" and not self._asked:
