@@ -26,6 +26,7 @@ from xc.run.log import RunLog
 from xc.run.signals import StopSignal
 from xc.run.watchdog import Watchdog
 from xc.train import setup
+from xc.train.batches import StepBatches
 from xc.train.due import Due
 from xc.train.evaluate import Evaluator
 from xc.train.start import Start
@@ -70,7 +71,7 @@ def main():
         log.evaluation(progress, scores, evaluator.details())
 
     # --- the loop over steps ---
-    batches = loader.train(progress.examples, schedule.examples, schedule.micro_batch)
+    batches = StepBatches(loader, progress, schedule, world)
     while not schedule.done(progress):
         log.step_begins(progress)
         plan = schedule.plan(progress, state.noise.grown)
@@ -80,9 +81,9 @@ def main():
             refreshed = state.head.refresh(plan.first_accumulation_step, due=stale)
         log.values(progress, refreshed)
         with log.timer("data"):
-            batch = batches.take(plan.micro_batches)
+            batch, labels = batches.take(plan.micro_batches)
         if progress.step not in checkpoints.skipped_steps:
-            evaluator.examples = train_step(state, batch, plan, progress, schedule, cfg, log.timer)
+            evaluator.examples = train_step(state, batch, labels, plan, progress, schedule, cfg, log.timer)
         progress = progress.after(plan)
 
         due = Due.after(progress, schedule, cfg, splits)
@@ -94,8 +95,9 @@ def main():
         with world.traffic.uncounted():
             divergence = checkpoints.divergence(progress, before_save=due.save or due.evaluate or stopping)
         if divergence:
+            batches.close()
             progress = checkpoints.roll_back(divergence)
-            batches = loader.train(progress.examples, schedule.examples, schedule.micro_batch)
+            batches = StepBatches(loader, progress, schedule, world)
             log.rewind(progress)
             continue
         if due.log:
@@ -110,6 +112,7 @@ def main():
             if scores:
                 log.evaluation(progress, scores, evaluator.details())
         if stopping:
+            batches.close()
             checkpoints.finish()
             raise stop.exit(progress, cfg)
 

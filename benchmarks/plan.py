@@ -42,6 +42,7 @@ from xc.plan.times import Times
 from xc.plan.workload import Workload
 from xc.run.metrics import Timer
 from xc.train import setup
+from xc.train.batches import StepBatches
 from xc.train.step import train_step
 
 ROOT = Path(__file__).parent.parent
@@ -143,21 +144,22 @@ def measure(cfg, world, num_steps):
     state, progress = setup.state(cfg, splits["train"], world), Progress()
     if cfg.head == "knn":
         state.head.graph = random_graph(state.head)
-    batches = loader.train(0, schedule.examples, schedule.micro_batch)
+    batches = StepBatches(loader, progress, schedule, world)
     seconds, sent, timer = [], [], Timer()
     for _ in range(min(WARM_UP + num_steps, schedule.num_steps)):
         plan = schedule.plan(progress)
         state.head.refresh(plan.first_accumulation_step, due=cfg.head == "selective" and not progress.step)
-        batch = batches.take(plan.micro_batches)
+        batch, labels = batches.take(plan.micro_batches)
         world.all_ranks.all_reduce(torch.zeros(1))
         world.traffic.sent.clear()
         start = time.perf_counter()
-        train_step(state, batch, plan, progress, schedule, cfg, timer)
+        train_step(state, batch, labels, plan, progress, schedule, cfg, timer)
         seconds.append(time.perf_counter() - start)
         sent.append(sum(world.traffic.sent.values()))
         progress = progress.after(plan)
         if progress.step == WARM_UP:
             timer = Timer()
+    batches.close()
     phases = timer.take(len(seconds) - WARM_UP, 1)
     if world.rank == 0:
         print("  " + ", ".join(f"{name} {value:.1f}" for name, value in phases.items() if name.endswith("_ms")))

@@ -8,8 +8,7 @@ link; and what the plan says of more ranks. Root: the hosts are made on this mac
 
 Of W ranks with B examples each, G = W B, features of D numbers, a backbone of N numbers of which DGC sends n:
 
-    features   all-gather of features and of labels, reduce-scatter of the features' gradients: (W-1) B D numbers of 4
-               or 2 bytes each way, (W-1) (B + 1) of 8 bytes
+    features   all-gather of features, reduce-scatter of their gradients: (W-1) B D numbers of 4, 2 or 1 bytes each way
     softmax    all-reduce of G maxima and of 2 G sums: 2 (W-1)/W 3 G numbers of 4 bytes
                --head knn, by scores: before it, of G maxima and of G sums for the choice: 2 (W-1)/W 5 G in all
     backbone   dense: all-reduce of the gradients, 2 (W-1)/W N numbers of 4 or 2 bytes
@@ -20,7 +19,8 @@ Of W ranks with B examples each, G = W B, features of D numbers, a backbone of N
                bytes; between hosts 5 n/L (H-1)/H values and indices; inside a host those of the sums, (L-1) 4 n/L
                powersgd: all-reduces of P and Q, 2 (W-1)/W r (n + m) numbers of 4 bytes for a layer (n, m); dense for
                vectors
-               all: sums of the features' norm over the batch, 2 (W-1)/W (4 D + 1) numbers of 8 bytes
+               all: sums of the features' norm over the batch, 2 (W-1)/W (4 D + 1) numbers of 8 bytes; all-gather of
+               labels, (W-1) B of 8 bytes
     rows       with R copies of the classifier (--model-parallel-size W/R) of S rows a shard: 2 (R-1)/R S D numbers of 4
                bytes; with them W and G are of a copy in `features` and `softmax`
 
@@ -58,7 +58,7 @@ from xc.train import pipeline
 
 SETTINGS = {"dense": ("dense", 32), "dense16": ("dense", 16), "dgc": ("dgc", 32), "dgc16": ("dgc", 16),
             "dgc8": ("dgc", 8), "powersgd": ("powersgd", 16), "hier": ("dgc-hier", 32)}
-COLUMNS = {"features": ("labels", "features"), "softmax": ("choice", "softmax"), "backbone": ("norm", "backbone"),
+COLUMNS = {"features": ("features",), "softmax": ("choice", "softmax"), "backbone": ("labels", "norm", "backbone"),
            "rows": ("rows",)}
 MODELLED = (64, 256, 1024)
 CLASSES = 1000
@@ -159,6 +159,8 @@ def measure(args, settings):
             world.all_ranks.all_reduce(torch.zeros(1))
             world.traffic.sent.clear()
             before = link_bytes()
+            counts = [count] * world.size
+            head.know_labels(labels, counts, world.all_ranks.all_gather(labels, counts))
             head.select(labels, 0)
             plan = StepPlan(0.1, count * world.size, 1, args.density)
             pipeline.forward_backward(net, head, of_net, [(images, labels)], labels, plan, Timer(), bits)

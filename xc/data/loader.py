@@ -125,10 +125,19 @@ class BatchQueue:
     def take(self, count):
         """A list of the next `count` batches, fewer at the end. Then max(count, PREFETCH) more are being loaded."""
         watchdog.heartbeat("data")
-        for job in islice(self._jobs, max(0, count + max(count, PREFETCH) - len(self._pending))):
-            self._pending.append((job, self._pool.submit(self._loaded, job)))
+        self._load_ahead(count)
         taken = [self._pending.popleft() for _ in range(min(count, len(self._pending)))]
         return [self._on_device(job, loading.result()) for job, loading in taken]
+
+    def labels_ahead(self, count):
+        """The labels [(B,), …] of the next `count` batches, fewer at the end, once they are loaded."""
+        self._load_ahead(count)
+        return [loading.result()[1].to(self._device, non_blocking=True)
+                for _, loading in islice(self._pending, count)]
+
+    def _load_ahead(self, count):
+        for job in islice(self._jobs, max(0, count + max(count, PREFETCH) - len(self._pending))):
+            self._pending.append((job, self._pool.submit(self._loaded, job)))
 
     def _loaded(self, job):
         inputs, *others = self._load(*job)

@@ -310,10 +310,22 @@ class Head:
 
     def gather_labels(self, labels):
         """Numbers of labels of the shard group's ranks and all their labels (G,); keeps the last result. Collective."""
+        ranks = self.world.shard_ranks
+        counts, of_all = self.gather_all_labels(labels)
+        first, counts = sum(counts[: ranks.start]), counts[ranks.start : ranks.stop]
+        return counts, of_all[first : first + sum(counts)]
+
+    def gather_all_labels(self, labels):
+        """The same of all ranks. Collective, unless the labels are those of the last call or of `know_labels`."""
         if labels is not self._own_labels:
-            counts = self._counts(labels, self.world.shards)
-            self._own_labels, self._group_labels = labels, (counts, self.world.shards.all_gather(labels, counts))
-        return self._group_labels
+            counts = self._counts(labels, self.world.all_ranks)
+            self.know_labels(labels, counts, self.world.all_ranks.all_gather(labels, counts))
+        return self._all_labels
+
+    def know_labels(self, labels, counts, of_all):
+        """Labels (B,) of this rank, the B of every rank and the labels of all ranks, as `gather_all_labels` gives them.
+        """
+        self._own_labels, self._all_labels = labels, (counts, of_all)
 
     @staticmethod
     def _counts(labels, group):

@@ -17,7 +17,7 @@ def initial_rows(shard, feature_dim, seed, dtype=torch.float32):
     rows = torch.empty(len(shard), feature_dim, dtype=dtype)
     for block in range(shard.first // _INIT_BLOCK, -(-shard.last // _INIT_BLOCK)):
         first = block * _INIT_BLOCK
-        watchdog.progress("making the class rows", max(0, first - shard.first) / len(shard))
+        watchdog.progress("making the class rows", max(0, first - shard.first) / max(1, len(shard)))
         start, stop = max(first, shard.first), min(first + _INIT_BLOCK, shard.last)
         rows[start - shard.first : stop - shard.first] = _drawn(block, feature_dim, seed)[start - first : stop - first]
     return rows

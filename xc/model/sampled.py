@@ -96,12 +96,7 @@ class SampledHead(Head):
 
     def _labels_by_accumulation_step(self, labels, accumulation_steps):
         """[labels (G,) of all replicas, …] of each accumulation step: all replicas choose alike. Collective."""
-        all_ranks = self.world.all_ranks
-        if self.world.replicas.size == 1:
-            counts, labels = self.gather_labels(labels)
-        else:
-            counts = self._counts(labels, all_ranks)
-            labels = all_ranks.all_gather(labels, counts)
+        counts, labels = self.gather_all_labels(labels)
         pieces = labels.split([count // accumulation_steps for count in counts for _ in range(accumulation_steps)])
         return [torch.cat(pieces[i::accumulation_steps]) for i in range(accumulation_steps)]
 

@@ -82,11 +82,7 @@ class _Ledger:
 
 
 def _labels(ledger, work):
-    own, chooses = 8 * work.examples * work.cfg.micro_batches, work.cfg.head != "full"
-    groups = ["shards"] + ["all_ranks"] * (chooses and not work.by_scores and work.num_copies > 1)
-    for group in groups:
-        ledger.add("labels", group, "all_gather", 8)
-        ledger.add("labels", group, "all_gather", own)
+    ledger.add("labels", "all_ranks", "all_gather", 8 * work.examples, times=work.cfg.micro_batches)
 
 
 def _choice(ledger, work):

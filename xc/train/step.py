@@ -1,28 +1,27 @@
 """One step of training: one update of the backbone and of the class rows."""
 
-import torch
-
 from xc.comm.short_rows import bits_of
 from xc.optim import noise_scale
 from xc.optim.optimizers import set_lr
 from xc.train.pipeline import forward_backward
 
 
-def train_step(state, batch, plan, progress, schedule, cfg, timer):
+def train_step(state, batch, labels, plan, progress, schedule, cfg, timer):
     """One update of the backbone and of the class rows. Collective.
 
     batch    [(images (B, …), labels (B,)), …] of this rank, one pair a micro-batch of the StepPlan `plan`
-    returns  features (B, D) of the first micro-batch, labels of all of them
+    labels   StepLabels
+    returns  features (B, D) of the first micro-batch, labels of this rank of all of them
     """
     head, exchange = state.head, state.exchange
     set_lr(state.backbone_optimizer, plan.lr * cfg.backbone_lr_scale)
     set_lr(state.head_optimizer, plan.lr * cfg.head_lr_scale)
     with timer("select"):
-        labels = torch.cat([labels for _, labels in batch])
-        head.select(labels, plan.first_accumulation_step, plan.accumulation_steps, plan.micro_batches)
+        head.know_labels(labels.own, labels.counts, labels.of_all)
+        head.select(labels.own, plan.first_accumulation_step, plan.accumulation_steps, plan.micro_batches)
     measured = progress.step % noise_scale.EVERY == 0 and schedule.is_warm(progress)
     exchange.noise_seed = progress.step if measured else None
-    loss, features = forward_backward(state.backbone, head, exchange, batch, labels, plan, timer, bits_of(cfg))
+    loss, features = forward_backward(state.backbone, head, exchange, batch, labels.own, plan, timer, bits_of(cfg))
     with timer("exchange"):
         finite = exchange.reduce()
         head.reduce()
@@ -36,4 +35,4 @@ def train_step(state, batch, plan, progress, schedule, cfg, timer):
         exchange.zero_grad()
         head.zero_grad()
         state.losses.add(loss, progress.step)
-    return features, labels
+    return features, labels.own
