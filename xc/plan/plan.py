@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 
-from xc.comm.short_rows import bits_of
 from xc.data import loader
 from xc.data.pack_split import PackSplit
 from xc.errors import UserError
@@ -10,6 +9,7 @@ from xc.optim.schedule import Schedule
 from xc.plan.backbone_size import BackboneSize
 from xc.plan.cluster import Cluster
 from xc.plan.memory import MAX_LOAD, ON_HOST, MemoryPlan
+from xc.plan.remedies import flags_of, in_micro_batches, saving_memory, sending_less
 from xc.plan.sent import Sent
 from xc.plan.times import Times
 from xc.plan.workload import Workload
@@ -108,18 +108,9 @@ class Plan:
 
 def remedies(plan, data):
     """[(flags, Plan)]: settings each of which alone makes the step shorter, or the memory fit. Best first."""
-    cfg, ranks = plan.cfg, plan.cluster.ranks
-    widths = {plan.cluster.ranks_per_host} | {ranks // n for n in (2, 4, 8) if ranks % n == 0}
-    changes = [{"micro_batches": n} for n in (2, 4) if cfg.micro_batches < n]
-    changes += [{"model_parallel_size": width} for width in sorted(widths) if 1 <= width < ranks]
-    changes += [{name: value} for name, value in [
-        ("gradient_bits", 16), ("exchange", "dgc"), ("exchange", "dgc-hier"), ("exchange", "powersgd"),
-        ("row_dtype", "bfloat16"), ("head_momentum", 0.0)] if getattr(cfg, name) != value]
-    changes += [{"feature_bits": bits} for bits in (16, 8) if bits < bits_of(cfg)]
-    if cfg.head == "full":
-        changes += [{"head": "knn", "active_classes": share} for share in (0.1, 0.01)]
-    found = []
-    for change in changes:
+    cfg, found = plan.cfg, []
+    changes = sending_less(cfg, plan.cluster.ranks, plan.cluster.ranks_per_host)
+    for change in saving_memory(cfg) + in_micro_batches(cfg, 2) + changes:
         needs_sgd = change.get("exchange", "").startswith("dgc") and cfg.optimizer == "adamw"
         sgd = {"optimizer": "sgd", "lr": 0.1, "head_lr_scale": 1.0} if needs_sgd else {}
         try:
@@ -128,7 +119,5 @@ def remedies(plan, data):
             continue
         quicker = other.step_seconds < (1 - _GAIN) * plan.step_seconds
         if (quicker and (other.fits or not plan.fits)) or (other.fits and not plan.fits):
-            flags = " ".join(f"--{name.replace('_', '-')} {value:g}" if isinstance(value, float) else
-                             f"--{name.replace('_', '-')} {value}" for name, value in change.items())
-            found.append(("@recipes/sgd.args " * needs_sgd + flags, other))
+            found.append(("@recipes/sgd.args " * needs_sgd + flags_of(change), other))
     return sorted(found, key=lambda one: (not one[1].fits, one[1].step_seconds))

@@ -5,6 +5,7 @@ from dataclasses import replace
 from xc.errors import UserError
 from xc.plan.backbone_size import BackboneSize
 from xc.plan.memory import MAX_LOAD, ON_HOST, MemoryPlan
+from xc.plan.remedies import flags_of, in_micro_batches, saving_memory
 from xc.plan.workload import Workload
 from xc.preflight.hosts import by_host
 from xc.preflight.report import on_rank_0, size_text
@@ -56,11 +57,8 @@ def _remedies(cfg, num_ranks, fits):
         except UserError:  # the change contradicts other flags
             return False
 
-    found = [flags for flags, change in [
-        ("--head-momentum 0", {"head_momentum": 0.0}), ("--row-dtype bfloat16", {"row_dtype": "bfloat16"}),
-        ("--head knn --active-classes 0.1", {"head": "knn", "active_classes": 0.1})] if helps(**change)]
-    parts = (cfg.micro_batches * 2**i for i in range(1, 6))
-    found += [f"--micro-batches {n}" for n in parts if helps(micro_batches=n)][:1]
+    found = [flags_of(change) for change in saving_memory(cfg) if helps(**change)]
+    found += [flags_of(change) for change in in_micro_batches(cfg, 5) if helps(**change)][:1]
     more = (num_ranks * 2**i for i in range(1, 13))
     one_copy = {"model_parallel_size": 0}
     found += [f"{n} ranks, with no more on a host than now"
