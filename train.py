@@ -55,7 +55,7 @@ def main():
     log = RunLog(cfg, progress, schedule, world)
     stop = StopSignal(world)
     evaluator = Evaluator(cfg, state, splits, stop, world)
-    setup.warn_of_unused(cfg, splits["train"], world)
+    setup.warn_of_unused(cfg, splits["train"], schedule, world)
     setup.say_what_is_evaluated(cfg, splits, world)
     start.record()
     if not start.fill_rows(loader, stop.requested):

@@ -160,7 +160,7 @@ def measure(args, settings):
             world.traffic.sent.clear()
             before = link_bytes()
             counts = [count] * world.size
-            head.know_labels(labels, counts, world.all_ranks.all_gather(labels, counts))
+            head.labels.know(labels, counts, world.all_ranks.all_gather(labels, counts))
             head.select(labels, 0)
             plan = StepPlan(0.1, count * world.size, 1, args.density)
             pipeline.forward_backward(net, head, of_net, [(images, labels)], labels, plan, Timer(), bits)

@@ -42,7 +42,7 @@ def counted(cfg, num_ranks, per_host=0, num_classes=C):
         plan = StepPlan(0.1, cfg.global_batch, cfg.micro_batches, cfg.density)
         counts = [len(Shard.of(cfg.global_batch // cfg.micro_batches, world.size, rank)) * cfg.micro_batches
                   for rank in range(world.size)]
-        head.know_labels(labels, counts, world.all_ranks.all_gather(labels, counts))
+        head.labels.know(labels, counts, world.all_ranks.all_gather(labels, counts))
         head.select(labels, 0, micro_batches=cfg.micro_batches)
         exchange.noise_seed = 1
         forward_backward(net, head, exchange, parts, labels, plan, Timer(), bits_of(cfg))

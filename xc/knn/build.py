@@ -13,7 +13,7 @@ import torch
 
 from xc.comm.shard import Shard
 from xc.knn.cell_search import search_cells
-from xc.knn.cells import Cells
+from xc.knn.cells import MOST_CELLS, Cells, number_of_cells
 from xc.knn.exact_search import ExactSearch, neighbors_of_few
 from xc.knn.graph import EdgeTable
 from xc.run import watchdog
@@ -61,7 +61,7 @@ def build(weight, shard, num_classes, num_neighbors, group, method="exact", seed
         if not kept:
             cells = Cells.found(weight, *where, group, seed)
             probes = cells.probes = _choose_probes(cells, *to_choose)
-        probes = min(probes, _affordable_probes(len(cells), num_classes, num_neighbors, weight, group))
+        probes = min(probes, affordable_probes(num_classes, num_neighbors, weight.shape[1], group.size, device.type))
         found = search_cells(weight, *where, cells, probes, num_neighbors, group)
     graph = _distribute(_in_blocks(found, len(weight), num_neighbors, device), *where, num_neighbors, group, device)
     graph.cells = cells
@@ -115,12 +115,14 @@ def _most_probes(num_cells, num_classes, num_neighbors):
     return min(num_cells, max(8, min(_MOST_PROBES, num_cells // 16), 4 * num_neighbors * num_cells // num_classes))
 
 
-def _affordable_probes(num_cells, num_classes, num_neighbors, weight, group):
+def affordable_probes(num_classes, num_neighbors, feature_dim, num_shards, device_type):
     """The largest P that is worth its time. Young rows have no clusters and would need nearly all cells: the classifier
     is as good with few, though recall is lower. And 10^8 rows would be searched for hours. They hold 4 K rows."""
-    of_one = _seconds(num_classes**2 / num_cells, weight.shape[1], group.size, weight.device.type)
+    num_cells = number_of_cells(num_classes)
+    of_one = _seconds(num_classes**2 / num_cells, feature_dim, num_shards, device_type)
     most = min(_MOST_SEARCHED, int(_SEARCH_SECONDS / of_one))
-    return max(_FEW_PROBES, most, 4 * num_neighbors * num_cells // num_classes)
+    few = _FEW_PROBES if num_cells < MOST_CELLS else _FEW_PROBES // 2  # with more classes cells are larger
+    return max(few, most, 4 * num_neighbors * num_cells // num_classes)
 
 
 def _in_blocks(found, num_rows, num_neighbors, device):

@@ -18,6 +18,7 @@ from xc.knn.similar_parts import similar_parts
 from xc.run import watchdog
 
 SAMPLES_PER_CELL, _ITERATIONS = 32, 5
+MOST_CELLS = 20_000  # 10^8 rows are compared with them in 20 minutes on two cores, with 40,000 in 45
 _CELLS_OF_PART = 4  # cells with numbers side by side, which are near each other
 _NEAR = 64  # cells among which a row looks for a nearer one
 _NUMBERS = 2**21  # in the rows whose cells are found at a time
@@ -105,8 +106,9 @@ class Cells:
 
 
 def number_of_cells(num_classes):
-    """N, so that a row is compared with as many centroids as with rows of a few cells."""
-    return max(1, min(int(4 * num_classes**0.5), num_classes // 16))
+    """N, so that a row is compared with as many centroids as with rows of the cells that are searched: 16 of them, and
+    a few where there are so many classes that no more can be afforded."""
+    return max(1, min(int(4 * num_classes**0.5), MOST_CELLS, num_classes // 16))
 
 
 def _nearest(rows, centroids):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from xc.comm.autograd import gather_rows, group_logsumexp
 from xc.comm.shard import Shard
+from xc.model.group_labels import GroupLabels
 from xc.model.initial_rows import initial_rows
 from xc.model.logit_scale import logit_scale
 from xc.model.margin import MARGINS
@@ -102,6 +103,7 @@ class Head:
                         the list: not chosen yet
     selection           the Selection that `row_grad` and the next loss() belong to
     step                number of the step, set by `select`; random choices depend on it
+    labels              GroupLabels: those of all ranks
     has_built           whether `refresh` has built what the choice of classes depends on, or `load` has read it
     """
 
@@ -126,7 +128,7 @@ class Head:
         self.compute_dtype = torch.promote_types(dtype, torch.float32)
         self.step, self.selections, self.selection, self.row_grad = 0, [Selection()], Selection(), None
         self.active_row_cache = None  # ActiveRows of the selection, made by its first loss()
-        self._workspace, self._own_labels, self._reduced = {}, None, None
+        self._workspace, self._reduced, self.labels = {}, None, GroupLabels(world)
 
     @classmethod
     def of(cls, cfg, num_classes, world):
@@ -174,7 +176,7 @@ class Head:
 
         This call, not backward(), computes the gradient of the class rows and adds it to `row_grad`.
         """
-        counts, labels = self.gather_labels(labels)  # (G,)
+        counts, labels = self.labels.of_copy(labels)  # (G,)
         features = gather_rows(self.directions(features), self.world.shards, counts)  # (G, D)
         return self.loss(features, labels, global_batch, last)
 
@@ -264,7 +266,7 @@ class Head:
             return {"active": num_active}
         part_of = selection.parts_of_examples(len(labels))
         features, labels, _ = self._gathered(features, labels)
-        part_of = group.all_gather(part_of, self.gather_labels(self._own_labels)[0])
+        part_of = group.all_gather(part_of, self.labels.counts_of_last())
         top = min(_TOP, self.num_classes)
 
         full_lse = features.new_full((len(labels),), -torch.inf)
@@ -303,33 +305,10 @@ class Head:
     def _gathered(self, features, labels):
         """Of the shard group: features (G, D) from `directions`, labels (G,), and the slice that is this rank's."""
         group = self.world.shards
-        counts, labels = self.gather_labels(labels)
+        counts, labels = self.labels.of_copy(labels)
         first = sum(counts[: group.rank])
         features = group.all_gather(self.directions(features), counts)
         return features, labels, slice(first, first + counts[group.rank])
-
-    def gather_labels(self, labels):
-        """Numbers of labels of the shard group's ranks and all their labels (G,); keeps the last result. Collective."""
-        ranks = self.world.shard_ranks
-        counts, of_all = self.gather_all_labels(labels)
-        first, counts = sum(counts[: ranks.start]), counts[ranks.start : ranks.stop]
-        return counts, of_all[first : first + sum(counts)]
-
-    def gather_all_labels(self, labels):
-        """The same of all ranks. Collective, unless the labels are those of the last call or of `know_labels`."""
-        if labels is not self._own_labels:
-            counts = self._counts(labels, self.world.all_ranks)
-            self.know_labels(labels, counts, self.world.all_ranks.all_gather(labels, counts))
-        return self._all_labels
-
-    def know_labels(self, labels, counts, of_all):
-        """Labels (B,) of this rank, the B of every rank and the labels of all ranks, as `gather_all_labels` gives them.
-        """
-        self._own_labels, self._all_labels = labels, (counts, of_all)
-
-    @staticmethod
-    def _counts(labels, group):
-        return group.all_gather(torch.tensor([len(labels)], device=labels.device)).tolist()
 
     def directions(self, features):
         """Features or rows (N, D) as the logits use them: scaled to length 1 for cosine logits."""

@@ -96,7 +96,7 @@ class SampledHead(Head):
 
     def _labels_by_accumulation_step(self, labels, accumulation_steps):
         """[labels (G,) of all replicas, …] of each accumulation step: all replicas choose alike. Collective."""
-        counts, labels = self.gather_all_labels(labels)
+        counts, labels = self.labels.of_all(labels)
         pieces = labels.split([count // accumulation_steps for count in counts for _ in range(accumulation_steps)])
         return [torch.cat(pieces[i::accumulation_steps]) for i in range(accumulation_steps)]
 

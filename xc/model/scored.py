@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from xc.comm.autograd import group_logsumexp
 from xc.errors import UserError
 from xc.knn.similar_parts import similar_parts
+from xc.model.group_labels import counts_of
 from xc.model.head import Part, Selection
 from xc.model.knn import KnnHead, num_neighbors
 from xc.model.sampled import budget, skip
@@ -68,7 +69,7 @@ class ScoredKnnHead(KnnHead):
             return super()._selections_of(labels, accumulation_steps, micro_batches)
         micro_batches = micro_batches or accumulation_steps
         self._per_accumulation_step = micro_batches // accumulation_steps
-        counts, _ = self.gather_labels(labels)
+        counts, _ = self.labels.of_copy(labels)
         self._first = sum(counts[: self.world.shards.rank]) // micro_batches  # example of this rank in a micro-batch
         return [None] * micro_batches
 
@@ -81,7 +82,7 @@ class ScoredKnnHead(KnnHead):
     def _choose(self, features, labels):
         """The Selection of a micro-batch, by the features (G, D) and labels (G,) of this replica. Collective."""
         replicas = self.world.replicas
-        counts = self._counts(labels, replicas)
+        counts = counts_of(labels, replicas)
         first = sum(counts[: replicas.rank])
         own = slice(first, first + counts[replicas.rank])
         features, labels = replicas.all_gather(features, counts), replicas.all_gather(labels, counts)

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from xc.model.group_labels import counts_of
 from xc.model.sampled import SampledHead
 
 _MAX_CELLS, _PROBES, _ROWS_PER_CELL = 1024, 4, 40
@@ -45,7 +46,7 @@ class SelectiveHead(SampledHead):
     def _choose_by_feature(self, features, labels):
         """The current Selection, by the features (G, D) of a micro-batch with these labels (G,). Collective."""
         replicas = self.world.replicas
-        all_features = replicas.all_gather(features.detach(), self._counts(labels, replicas))
+        all_features = replicas.all_gather(features.detach(), counts_of(labels, replicas))
         of_selection = self._labels[self._current]
         return self.choose(of_selection, self.step + self._current, *self._search(all_features, of_selection))
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
+from xc.knn.build import affordable_probes
 from xc.knn.cells import SAMPLES_PER_CELL, number_of_cells
 from xc.plan.sent import Sent
 
 _GEMMS = 3  # of the softmax: logits, gradient of the features, gradient of the rows; and logits again if not kept
-_PROBES = 8  # cells that an approximate search looks into; trained rows need 6 to 16
+_PROBES = 8  # cells that an approximate search looks into, if they can be afforded; trained rows need 6 to 16
 _KMEANS = 6  # passes over the sample of the rows
 _SHARE_HIDDEN = 0.9  # of the backward pass, during which gradients travel
 
@@ -145,10 +146,11 @@ class _Clock:
                 pairs * self.costs.candidate) + self.sent_in_build(4 * C * self.dim), "distribution": edges}
         num_cells = number_of_cells(C)
         sample = _KMEANS * SAMPLES_PER_CELL * num_cells * num_cells / w
-        compared = {"finding cells": sample + C * num_cells / w, "search": C * _PROBES * (C / num_cells) / w}
+        probes = min(_PROBES, affordable_probes(C, K, self.dim, w, "cpu" if work.on_cpu else "cuda"))
+        compared = {"finding cells": sample + C * num_cells / w, "search": C * probes * (C / num_cells) / w}
         found = {name: self.products(2 * pairs * self.dim, self.dim) + self.operations(pairs * self.costs.candidate)
                  for name, pairs in compared.items()}
-        found["search"] += self.sent_in_build(4 * self.dim * C / w * min(w, _PROBES)) + num_cells / w * (
+        found["search"] += self.sent_in_build(4 * self.dim * C / w * min(w, probes)) + num_cells / w * (
             _CALLS_OF_CELL * self.costs.call + _COLLECTIVES_OF_CELL * self.cluster.latency)
         return found | {"distribution": edges}
 

@@ -30,7 +30,7 @@ class ClassScores:
 
     def add(self, labels, hits):
         """Count the examples of this rank: labels (B,) and whether each is a top-1 hit (B,). Collective."""
-        counts, labels = self._head.gather_labels(labels)  # (G,)
+        counts, labels = self._head.labels.of_copy(labels)  # (G,)
         hits = self._head.world.shards.all_gather(hits.to(torch.uint8), counts)
         own = self._head.shard.owns(labels)
         rows, ones = labels[own] - self._head.shard.first, torch.ones_like(labels[own], dtype=torch.int32)

@@ -28,7 +28,7 @@ def forward_backward(backbone, head, exchange, batch, labels, plan, timer, featu
     counts = [len(Shard.of(plan.global_batch // num_parts, world.size, rank)) for rank in world.shard_ranks]
     assert [len(part) for _, part in batch] == num_parts * [counts[shards.rank]]
     # The labels of the group are in the order of ranks, and those of a rank in the order of micro-batches.
-    pieces = head.gather_labels(labels)[1].split([count for count in counts for _ in range(num_parts)])
+    pieces = head.labels.of_copy(labels)[1].split([count for count in counts for _ in range(num_parts)])
     scale = exchange.loss_scale.scale
     per_selection = num_parts // len(head.selections)
     features, gathered, gradients = {}, {}, {}  # by micro-batch, until they are used

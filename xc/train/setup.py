@@ -51,7 +51,7 @@ def run_folder(cfg, train_split, resumed, world):
             folder.keep_classes(cfg.out, index, resumed)
 
 
-def warn_of_unused(cfg, train_split, world):
+def warn_of_unused(cfg, train_split, schedule, world):
     """Warnings of rank 0 about flags that do nothing."""
     if world.rank != 0:
         return
@@ -59,6 +59,9 @@ def warn_of_unused(cfg, train_split, world):
         print("warning: --input-norm has no effect on vectors", file=sys.stderr, flush=True)
     if cfg.init_rows != "features" and not cfg.init:
         print(f"warning: --init-rows {cfg.init_rows} has no effect without --init", file=sys.stderr, flush=True)
+    if cfg.head in ("knn", "selective") and not (cfg.init or schedule.times_due(cfg.graph_every, cfg.graph_from)):
+        print(f"warning: --head {cfg.head} takes random classes in the whole run, since --graph-from {cfg.graph_from} "
+              f"and --graph-every {cfg.graph_every} leave no time for a graph", file=sys.stderr, flush=True)
     if cfg.freeze and not cfg.init:
         print(f"warning: --freeze {cfg.freeze} without --init keeps random weights as they are", file=sys.stderr,
               flush=True)

@@ -17,7 +17,7 @@ def train_step(state, batch, labels, plan, progress, schedule, cfg, timer):
     set_lr(state.backbone_optimizer, plan.lr * cfg.backbone_lr_scale)
     set_lr(state.head_optimizer, plan.lr * cfg.head_lr_scale)
     with timer("select"):
-        head.know_labels(labels.own, labels.counts, labels.of_all)
+        head.labels.know(labels.own, labels.counts, labels.of_all)
         head.select(labels.own, plan.first_accumulation_step, plan.accumulation_steps, plan.micro_batches)
     measured = progress.step % noise_scale.EVERY == 0 and schedule.is_warm(progress)
     exchange.noise_seed = progress.step if measured else None
