@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from xc.run import watchdog
 
 _NUM_BUSY_POLLS = 200  # polls without a pause take a fraction of a millisecond; most small collectives end by then
-_SLEEP_SECONDS = 1e-4  # between later polls, so that a waiting rank leaves its core to others
+_SLEEP_SECONDS = 1e-4, 1e-2  # between later polls, so that a waiting rank leaves its core to others: the least, the most
+_SLEEP_SHARE = 1e-3  # of the time that it has waited: in a long wait, polls took most of a core
 
 
 class Traffic:
@@ -42,7 +43,8 @@ class Traffic:
                 while not poll():
                     num_polls += 1
                     if num_polls > _NUM_BUSY_POLLS:
-                        time.sleep(_SLEEP_SECONDS)
+                        least, most = _SLEEP_SECONDS
+                        time.sleep(min(most, max(least, _SLEEP_SHARE * (time.perf_counter() - start))))
             end = time.perf_counter()
             self.waited += end - start
             if self.on_end:
