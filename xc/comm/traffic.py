@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from xc.run import watchdog
 
 _NUM_BUSY_POLLS = 200  # polls without a pause take a fraction of a millisecond; most small collectives end by then
-_SLEEP_SECONDS = 1e-4, 1e-2  # between later polls, so that a waiting rank leaves its core to others: the least, the most
+_SLEEP_SECONDS = 1e-4, 1e-2  # between later polls, so that a waiting rank leaves its core to others: least and most
 _SLEEP_SHARE = 1e-3  # of the time that it has waited: in a long wait, polls took most of a core
 
 
