@@ -5,7 +5,8 @@
 Blocks of --every steps with a save at their begin take turns with blocks without one. A step is that of the head alone,
 with features made up. FOLDER is on the disk that is measured; what is written there is removed.
 
-overhead         a block with a save (until it is on the disk, where that takes longer) to one without, less 1; medians
+overhead         a block with a save to one without, less 1; medians
+wait_seconds     from the end of such a block until the save is on the disk
 save_ms          what the step in which a save begins takes longer: copies of the backbone and of residuals
 write_seconds    from the begin of a save to its end, with nothing computed meanwhile
 save_to_dd       its speed by that of dd, which writes as many bytes in one file with fsync
@@ -97,12 +98,13 @@ def measure(args, world):
             head.zero_grad()
             features.grad = None
             steps += 1
+        stepping = time.perf_counter() - begin
         writer.finish()
-        return time.perf_counter() - begin, saving
+        return stepping, saving, time.perf_counter() - begin - stepping
 
     block(saves=True)  # the first one finds new memory and a new file
     blocks = [(block(saves=False)[0], *block(saves=True)) for _ in range(args.rounds)]
-    without, behind, saving = (statistics.median(column) for column in zip(*blocks, strict=True))
+    without, behind, saving, wait = (statistics.median(column) for column in zip(*blocks, strict=True))
 
     seconds, cpu = [], []
     for _ in range(args.rounds):
@@ -142,10 +144,13 @@ def measure(args, world):
             file.unlink()
         folder.rmdir()
         folder.parent.rmdir()
-    numbers = torch.tensor([without, behind, saving, statistics.median(cpu), write, load, resume], dtype=torch.float64)
-    without, behind, saving, cpu_seconds, write, load, resume = world.all_ranks.all_reduce(numbers, "max").tolist()
+    numbers = torch.tensor([without, behind, saving, statistics.median(cpu), write, load, resume, wait],
+                           dtype=torch.float64)
+    numbers = world.all_ranks.all_reduce(numbers, "max").tolist()
+    without, behind, saving, cpu_seconds, write, load, resume, wait = numbers
     return {"head": args.head, "classes": args.classes, "ranks": world.size, "checkpoint_mb": num_bytes / 2**20,
             "step_ms": 1e3 * without / args.every, "overhead": behind / without - 1, "save_ms": 1e3 * saving,
+            "wait_seconds": wait,
             "write_seconds": write, "cpu_seconds": cpu_seconds, "dd_write_seconds": dd_write,
             "dd_read_seconds": dd_read, "load_seconds": load, "resume_seconds": resume,
             "save_to_dd": dd_write / write, "load_to_dd": dd_read / load, "resume_to_dd": dd_read / resume}

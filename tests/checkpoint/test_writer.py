@@ -146,6 +146,28 @@ def test_steps_go_on_while_their_rows_are_written(head, ranks, tmp_path, monkeyp
     assert torch.equal(state.head_optimizer.momentum_rows, expected.head_optimizer.momentum_rows)
 
 
+@pytest.mark.parametrize("room, waits_for_it", [(0, "an update"), (2**28, "the end")])
+def test_a_save_that_rests_hurries_when_it_is_waited_for(room, waits_for_it, tmp_path, monkeypatch):
+    """Else this would take for ever."""
+    monkeypatch.setattr(savers, "_WORK_SECONDS", 0.0)
+    monkeypatch.setattr(savers, "_REST", 1e8)
+    monkeypatch.setattr(savers, "Snapshot", lambda tables, on_wait: snapshots.Snapshot(tables, room, on_wait))
+    monkeypatch.setattr(tensor_file, "PIECE", 64)
+    monkeypatch.setattr(snapshots, "_BLOCK_BYTES", 64)
+
+    def body(world):
+        state = state_of(world, seed=1)
+        saver = savers.CheckpointWriter(tmp_path, world, IDENTITY, keep=1)
+        saver._rests = True
+        saver.save(state, position(3))
+        if waits_for_it == "an update":
+            state.head_optimizer.before_update(slice(0, len(state.head.weight)))
+        saver.finish(last=True)
+
+    run_ranks(2, body)
+    assert newest.to_resume("auto", tmp_path, World()).name == "step-00000003"
+
+
 def test_the_best_is_kept_beside_the_last(tmp_path):
     for step, top1 in enumerate([0.5, 0.9, None, 0.7, 0.9, None, 0.2], 1):
         run_ranks(2, lambda w, step=step, top1=top1: save(w, tmp_path, step, top1=top1))

@@ -24,8 +24,9 @@ class Snapshot:
     and `close` when nothing is read any more.
     """
 
-    def __init__(self, tables, most_bytes=MOST_KEPT_BYTES):
-        """tables: {name: tensor}; most_bytes: for rows that were copied"""
+    def __init__(self, tables, most_bytes=MOST_KEPT_BYTES, on_wait=lambda: None):
+        """tables: {name: tensor}; most_bytes: for rows that were copied; on_wait: called when an update must wait"""
+        self._on_wait = on_wait
         self._tables, self._most_bytes = dict(tables), most_bytes
         self._num_rows = len(next(iter(self._tables.values()), ()))
         row_bytes = max((table[:1].nbytes for table in self._tables.values()), default=0)
@@ -106,6 +107,7 @@ class Snapshot:
     def _wait(self):
         """Wait until the thread has read on."""
         watchdog.heartbeat("writing a checkpoint")
+        self._on_wait()
         seen = self._moved
         while self._moved == seen and not self._closed:
             self._lock.wait(_POLL_SECONDS)

@@ -5,6 +5,7 @@ import secrets
 import shutil
 import sys
 import threading
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,6 +26,7 @@ class SaveError(UserError):
 
 
 _POLL_SECONDS = 0.2  # between two looks at how far the writing is
+_WORK_SECONDS, _REST = 0.02, 24  # the thread works for so long, then rests so many times as long as it worked
 
 
 class CheckpointWriter:
@@ -33,6 +35,9 @@ class CheckpointWriter:
     The class rows and their momentum are read as the thread comes to them: see Snapshot. What the choice of classes
     depends on never changes in place. The rest is copied by `save`, into memory that stays: residuals, and on rank 0
     the backbone.
+
+    Where ranks have no core to spare, the thread rests most of the time, so that steps are hardly longer; a save then
+    takes minutes. It hurries as soon as anything waits for it: an update, the next save, the end of the run.
 
     A save that fails on one rank is given up on all of them with a warning; older checkpoints stay. After
     `most_failures` failures in a row every rank raises a SaveError.
@@ -52,17 +57,20 @@ class CheckpointWriter:
         self._copies = {}  # {file name: {name: tensor}} of the last save, of what is copied
         self._snapshot, self._row_optimizer = None, None
         self._moved = 0, False  # blocks that the thread has done, and whether it waits for other ranks
+        self._hurry, self._worked = threading.Event(), 0.0
+        self._rests = world.host.size * torch.get_num_threads() >= len(os.sched_getaffinity(0))
 
     def save(self, state, progress, top1=None):
         """Begin to write the state at this progress, with the top-1 of its evaluation, if any. Collective."""
         self.finish()
+        self._hurry.clear()
         of_rows, of_head, others = checkpoint.files_of(state, self._world)
         last = self._copies
         self._copies = {name: {key: _copied(tensor, last.get(name, {}).get(key)) for key, tensor in tables.items()}
                         for name, tables in others.items()}
         files = {}
         for name, tables in of_rows.items():  # one file at most; first, since rows that change meanwhile are put aside
-            self._snapshot, self._row_optimizer = Snapshot(tables), state.head_optimizer
+            self._snapshot, self._row_optimizer = Snapshot(tables, on_wait=self._hurry.set), state.head_optimizer
             self._row_optimizer.before_update = self._snapshot.before_update
             files[name] = self._snapshot.tensors()
         files |= {name: {key: tensor_file.pieces_of(tensor) for key, tensor in tables.items()}
@@ -90,6 +98,7 @@ class CheckpointWriter:
         if self._thread is None:
             return
         seen = None
+        self._hurry.set()
         while self._thread.is_alive():
             if self._moved != seen:
                 seen = self._moved
@@ -115,6 +124,7 @@ class CheckpointWriter:
         """The background thread. All ranks do the same, each with its own files."""
         with suppress(AttributeError, OSError):  # on Linux: this thread alone, so that training comes first
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        self._worked = time.thread_time()
         group, rank, snapshot = self._world.background, self._world.rank, self._snapshot
         folder = self._folder / f"step-{meta['step']:08d}"
         partial = folder.with_name(f".{folder.name}.partial")
@@ -128,7 +138,7 @@ class CheckpointWriter:
             with _agreed(group):
                 try:
                     for name, tables in files.items():
-                        written[name] = tensor_file.write(partial / name, tables, progress=self._moves_on)
+                        written[name] = tensor_file.write(partial / name, tables, progress=self._work_done)
                 finally:
                     if snapshot:
                         snapshot.close()  # before the other ranks are heard of: no step must wait for what is not read
@@ -153,7 +163,15 @@ class CheckpointWriter:
             if snapshot:
                 snapshot.close()
 
-    def _moves_on(self, num_bytes=0):
+    def _work_done(self, num_bytes):
+        """Called after every piece that was written."""
+        self._moves_on()
+        worked = time.thread_time() - self._worked
+        if self._rests and worked > _WORK_SECONDS:
+            self._hurry.wait(_REST * worked)
+            self._worked = time.thread_time()
+
+    def _moves_on(self):
         self._moved = self._moved[0] + 1, False
 
     def _prune(self, newest):
