@@ -61,8 +61,8 @@ def test_killed_again_and_again_a_run_loses_nothing_but_steps_since_its_last_che
 
 
 @pytest.mark.parametrize("ranks, fault, sentence", [
-    (3, "sleep", "rank 1: in data; ranks 0, 2: waiting in shards.all_gather"),
-    (2, "spin", "rank 1: no answer; rank 0: waiting in shards.all_gather")])
+    (3, "sleep", "rank 1: in data; ranks 0, 2: waiting in all_ranks.all_reduce"),
+    (2, "spin", "rank 1: no answer; rank 0: waiting in all_ranks.all_reduce")])
 def test_a_rank_that_stalls_is_named_and_the_run_ends(ranks, fault, sentence, tmp_path):
     """It stalls until it is ended; tests/run/test_watchdog.py has more, and ranks that work for long."""
     out = tmp_path / "run"
