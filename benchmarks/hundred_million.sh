@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A hundred million classes on one machine: trained on two ranks until one is killed, resumed on one, finished on three.
 #
-#     bash benchmarks/hundred_million.sh RUN [CLASSES]        20 GiB of memory, 35 GB of disk, about an hour and a half
+#     bash benchmarks/hundred_million.sh RUN [CLASSES]        20 GiB of memory, 35 GB of disk, two and a half hours
 #
 # 50,000 classes, scattered over all, have examples; the rows of all others compete with theirs in every evaluation. The
 # graph of all rows is built once, after 60 % of the run. The last line is one JSON object (benchmarks/watch_run.py):

@@ -163,13 +163,22 @@ class MpiGroup(Group):
     def reduce_scatter_async(self, tensor, counts):
         # Ranks exchange the pieces and each rank sums its own. This takes one round and half the bytes of recursive
         # halving. It works for 16-bit numbers, too, which MPI cannot sum.
+        own, dtype = counts[self.rank], sum_dtype(tensor)
+        return self._all_to_all("reduce_scatter", sent_reduce_scatter(self.size, tensor.nbytes), tensor, counts,
+                                [own] * self.size,
+                                lambda rows: rows.view(self.size, own, *tensor.shape[1:]).sum(0, dtype=dtype))
+
+    def all_to_all_async(self, tensor, counts, received):
+        own = counts[self.rank] * _width(tensor) * tensor.itemsize
+        return self._all_to_all("all_to_all", tensor.nbytes - own, tensor, counts, received, lambda rows: rows)
+
+    def _all_to_all(self, name, num_bytes, tensor, counts, received, result_of):
         host = tensor.detach().cpu().contiguous()
-        out = host.new_empty((self.size, counts[self.rank], *host.shape[1:]))
+        out = host.new_empty((sum(received), *host.shape[1:]))
         width = _width(host)
         request = self._comm.Ialltoallv([_raw(host), [n * width for n in counts]],
-                                        [_raw(out), [counts[self.rank] * width] * self.size])
-        return self._begin("reduce_scatter", sent_reduce_scatter(self.size, host.nbytes), request,
-                           lambda: out.sum(0, dtype=sum_dtype(out)).to(tensor.device))
+                                        [_raw(out), [n * width for n in received]])
+        return self._begin(name, num_bytes, request, lambda: result_of(out).to(tensor.device))
 
     def all_to_all(self, tensor, counts):
         host = tensor.detach().cpu().contiguous()
@@ -180,15 +189,6 @@ class MpiGroup(Group):
             self._comm.Alltoallv([_raw(host), [n * width for n in counts]],
                                  [_raw(out), [n * width for n in received]])
         return out.to(tensor.device).split(received)
-
-    def all_to_all_async(self, tensor, counts, received):
-        host = tensor.detach().cpu().contiguous()
-        out = host.new_empty((sum(received), *host.shape[1:]))
-        width = _width(host)
-        request = self._comm.Ialltoallv([_raw(host), [n * width for n in counts]],
-                                        [_raw(out), [n * width for n in received]])
-        return self._begin("all_to_all", host.nbytes - counts[self.rank] * width * host.itemsize, request,
-                           lambda: out.to(tensor.device))
 
     def shift_async(self, tensor, num_rows):
         host = tensor.detach().cpu().contiguous()
@@ -286,21 +286,16 @@ class HorovodGroup(MpiGroup):
         return self._begin_horovod("all_gather", sent_all_gather(self.size, tensor.nbytes), handle,
                                    lambda gathered: gathered.view(tensor.dtype))
 
-    def all_to_all_async(self, tensor, counts, received):
-        own = counts[self.rank] * _width(tensor) * tensor.itemsize
-        return self._all_to_all("all_to_all", tensor.nbytes - own, tensor, counts)
-
-    def _all_to_all(self, name, num_bytes, tensor, counts):
+    def _all_to_all(self, name, num_bytes, tensor, counts, received, result_of):
         tensor = tensor.detach().contiguous()
         handle = self._hvd.alltoall_async(_known_to_horovod(tensor), torch.tensor(counts, dtype=torch.int32),
                                           **self._call_options())
-        return self._begin_horovod(name, num_bytes, handle,
-                                   lambda result: result[0].view(tensor.dtype).view(-1, *tensor.shape[1:]))
+        return self._begin_horovod(name, num_bytes, handle, lambda result: result_of(
+            result[0].view(tensor.dtype).view(-1, *tensor.shape[1:])))
 
     def reduce_scatter_async(self, tensor, counts):
         if sum_dtype(tensor) != tensor.dtype:  # Horovod would sum in 16 bits
-            wait = self._all_to_all("reduce_scatter", sent_reduce_scatter(self.size, tensor.nbytes), tensor, counts)
-            return lambda: wait().view(self.size, counts[self.rank], *tensor.shape[1:]).sum(0, dtype=sum_dtype(tensor))
+            return super().reduce_scatter_async(tensor, counts)
         whole = tensor.detach()
         if counts == [len(Shard.of(len(whole), self.size, rank)) for rank in range(self.size)]:  # as Horovod cuts
             handle = self._hvd.reducescatter_async(whole, op=self._hvd.Sum, **self._call_options())

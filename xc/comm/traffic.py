@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from xc.run import watchdog
 
 _NUM_BUSY_POLLS = 200  # polls without a pause take a fraction of a millisecond; most small collectives end by then
-_SLEEP_SECONDS = 1e-4, 1e-2  # between later polls, so that a waiting rank leaves its core to others: least and most
-_SLEEP_SHARE = 1e-3  # of the time that it has waited: in a long wait, polls took most of a core
+# Between later polls a waiting rank leaves its core to others, for a share of the time that it has waited.
+_SLEEP_SHARE, _LEAST_SLEEP, _MOST_SLEEP = 1e-3, 1e-4, 1e-2
 
 
 class Traffic:
@@ -43,8 +43,8 @@ class Traffic:
                 while not poll():
                     num_polls += 1
                     if num_polls > _NUM_BUSY_POLLS:
-                        least, most = _SLEEP_SECONDS
-                        time.sleep(min(most, max(least, _SLEEP_SHARE * (time.perf_counter() - start))))
+                        waited = time.perf_counter() - start
+                        time.sleep(min(_MOST_SLEEP, max(_LEAST_SLEEP, _SLEEP_SHARE * waited)))
             end = time.perf_counter()
             self.waited += end - start
             if self.on_end:
@@ -76,11 +76,6 @@ def sent_all_gather(size, own_bytes):
 def sent_reduce_scatter(size, whole_bytes):
     """Bytes that one of `size` ranks sends in a reduce-scatter of whole_bytes into near-equal pieces."""
     return (size - 1) / size * whole_bytes
-
-
-def sent_all_to_all(size, own_bytes):
-    """Bytes that one of `size` ranks sends in an all-to-all of near-equal pieces, of which one is its own."""
-    return (size - 1) / size * own_bytes
 
 
 def sent_all_reduce(size, whole_bytes):

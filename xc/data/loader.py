@@ -129,11 +129,12 @@ class BatchQueue:
         taken = [self._pending.popleft() for _ in range(min(count, len(self._pending)))]
         return [self._on_device(job, loading.result()) for job, loading in taken]
 
-    def labels_ahead(self, count):
-        """The labels [(B,), …] of the next `count` batches, fewer at the end, once they are loaded."""
-        self._load_ahead(count)
+    def labels_ahead(self, first, last):
+        """The labels [(B,), …] of the batches first … last - 1 from the next one on, fewer at the end, once they are
+        loaded."""
+        self._load_ahead(last)
         return [loading.result()[1].to(self._device, non_blocking=True)
-                for _, loading in islice(self._pending, count)]
+                for _, loading in islice(self._pending, first, last)]
 
     def _load_ahead(self, count):
         for job in islice(self._jobs, max(0, count + max(count, PREFETCH) - len(self._pending))):

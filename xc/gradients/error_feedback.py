@@ -68,9 +68,10 @@ class ErrorFeedback(AllReduce):
         for bucket in self.compressed:
             for rows in bucket.unsent.values():
                 rows.fill_(-0.0)  # -0 + x has the bits of x for every x, 0 + x has not
-        for path in residual_files(folder):
+        for i, path in enumerate(residual_files(folder)):
             with safe_open(path, "pt") as file:
-                self._load_shared(file)
+                if not i:
+                    self._load_shared(file)
                 if int(path.stem.split("-")[1]) % self.outer.size == self.outer.rank:
                     self._add_residuals(file)
         self._load_buffers(folder)

@@ -76,7 +76,7 @@ class LowRankBucket(Bucket):
         super().__init__(parameters)
         self.first, self.last, self.part = first, first + len(self.flat), Shard(0, len(self.flat))
         self.unsent = {"e": torch.zeros_like(self.flat)}
-        self._exchange, self._begun, self._wait_second = exchange, False, None
+        self._exchange, self._wait_second = exchange, None
         errors, sums = (flat.split([p.numel() for p in parameters]) for flat in (self.unsent["e"], self.flat))
         self.layers = [Layer(error.view(len(p), -1), total.view(len(p), -1), exchange.low_rank, first + i)
                        for i, (p, error, total) in enumerate(zip(parameters, errors, sums, strict=True))]

@@ -8,8 +8,8 @@ cut into pieces, and each piece has a rank that owns it. Two rounds of messages 
 
 What an owner does not send stays with it. A sparse sum in two such rounds is that of SparCML (Renggli et al. 2019) and
 Ok-Topk (Li and Hoefler 2022). Ours differs in this: each rank selects as many numbers of every piece, so all messages
-have sizes that every rank knows, and no owner gets more than another. The owner adds all of its own numbers, not its
-largest only. And a round holds many buckets, so that a step at many ranks has few messages.
+have sizes that every rank knows, and ranks own as many pieces as each other, but for one. The owner adds all of its own
+numbers, not its largest only. And a round holds many buckets, so that a step at many ranks has few messages.
 """
 
 import math
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from xc.comm.traffic import sent_all_reduce, sent_all_to_all
+from xc.comm.traffic import sent_all_reduce, sent_reduce_scatter
 from xc.gradients.topk import pack, row_bytes, topk_indices, unpack
 
 KEPT = 4  # numbers of a piece's sum that its owner sends, for each one that a rank sends to the owner
@@ -52,7 +52,8 @@ class Pieces:
         length = -(-numbers // count)
         kept = min(KEPT * sent, length)
         dense = sent_all_reduce(num_ranks, 4 * numbers)
-        sparse = sent_all_to_all(num_ranks, row_bytes(bits) * count * (sent + kept))
+        # An all-to-all and an all-gather of near-equal parts send as many bytes as one reduce-scatter of them all.
+        sparse = sent_reduce_scatter(num_ranks, row_bytes(bits) * count * (sent + kept))
         return None if k >= numbers or sparse >= dense else cls(count, length, sent, kept, first)
 
     def owners(self, num_ranks):

@@ -18,7 +18,7 @@ from xc.knn.similar_parts import similar_parts
 from xc.run import watchdog
 
 SAMPLES_PER_CELL, _ITERATIONS = 32, 5
-MOST_CELLS = 20_000  # 10^8 rows are compared with them in 20 minutes on two cores, with 40,000 in 45
+MOST_CELLS = 20_000  # with 40,000, two cores took 76 minutes to find those of 10^8 rows, beside other work
 _CELLS_OF_PART = 4  # cells with numbers side by side, which are near each other
 _NEAR = 64  # cells among which a row looks for a nearer one
 _NUMBERS = 2**21  # in the rows whose cells are found at a time

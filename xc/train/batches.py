@@ -49,5 +49,5 @@ class StepBatches:
             self._ahead.popleft()[1]()
 
     def _gather(self, count):
-        for labels in self._queue.labels_ahead(count)[len(self._ahead) :]:
+        for labels in self._queue.labels_ahead(len(self._ahead), max(count, len(self._ahead))):
             self._ahead.append((labels, self._group.all_gather_async(labels, self._counts)))
