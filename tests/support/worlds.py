@@ -85,7 +85,9 @@ class ThreadGroup(Group):
         assert len(tensor) == sum(counts) and len(counts) == self.size
         parts = self._exchange("all_to_all", tensor, tuple(tensor.shape[1:]))
         counts = self._meeting.exchange(self.rank, ("all_to_all counts",), list(counts))
-        return [part.split(count)[self.rank] for part, count in zip(parts, counts, strict=True)]
+        firsts = [sum(count[: self.rank]) for count in counts]  # split would make W pieces of each of W tensors
+        return [part[first : first + count[self.rank]]
+                for part, first, count in zip(parts, firsts, counts, strict=True)]
 
     def all_to_all_async(self, tensor, counts, received):
         own = counts[self.rank] * tensor[:1].nbytes

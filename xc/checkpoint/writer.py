@@ -36,8 +36,8 @@ class CheckpointWriter:
     depends on never changes in place. The rest is copied by `save`, into memory that stays: residuals, and on rank 0
     the backbone.
 
-    Where ranks have no core to spare, the thread rests most of the time, so that steps are hardly longer; a save then
-    takes minutes. It hurries as soon as anything waits for it: an update, the next save, the end of the run.
+    Where ranks have no core to spare, the thread rests most of the time, so that steps are less delayed; a save
+    then takes minutes. It hurries as soon as anything waits for it: an update, the next save, the end of the run.
 
     A save that fails on one rank is given up on all of them with a warning; older checkpoints stay. After
     `most_failures` failures in a row every rank raises a SaveError.
