@@ -32,6 +32,12 @@ def rss_mb():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def reset_peak():
+    """Let the highest resident memory of this process (xc.run.metrics.peak_rss_mb) begin anew. Linux only."""
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
 def report(title, values):
     """Print one result: a line for every value, then all of them as one JSON object on the last line."""
     print(title)

@@ -8,7 +8,6 @@ import torch
 from tests.support.facts import facts_of
 from xc.comm.world import World
 from xc.config import Config
-from xc.plan.memory import ON_HOST
 from xc.preflight import hosts, storage
 from xc.preflight.memory import report_memory
 from xc.preflight.report import Report
@@ -68,9 +67,8 @@ def test_memory_of_a_gpu_is_not_the_hosts():
     cfg = Config(data="d", out="o")
     gpu = {"count": 1, "name": "G", "free": 2**40, "index": 0}  # for both ranks
     plan, state, _ = planned(cfg, 2**40, "cuda", gpu)
-    on_host = sum(plan.parts[part] for part in ON_HOST)
-    assert state == "ok" and plan.parts["checkpoint copy"] < on_host < plan.total
-    there = plan.total - on_host
+    on_host, there = plan.on_host, plan.on_gpu
+    assert state == "ok" and plan.parts["checkpoint copy"] < on_host < plan.total == on_host + there
     assert planned(cfg, 2.5 * on_host, "cuda", gpu | {"free": 2.5 * there})[1] == "ok"
     assert planned(cfg, 1.5 * on_host, "cuda", gpu)[1] == "wrong"
     assert planned(cfg, 2**40, "cuda", gpu | {"free": 1.5 * there})[1] == "wrong"

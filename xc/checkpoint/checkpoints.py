@@ -90,6 +90,10 @@ class Checkpoints:
         self._state.losses = LossMeter(self._world.device)
         return self._load(folder)
 
+    def wait(self):
+        """Wait until no save is in flight."""
+        self._writer.finish()
+
     def finish(self):
         """Wait until the last checkpoint is on the disk. SaveError where it could not be written."""
         self._writer.finish(last=True)

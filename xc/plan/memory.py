@@ -3,11 +3,9 @@
 Class rows, their momentum and the graph are exact. Other parts are computed from the sizes that the code keeps. The
 temporaries of a backward pass, and of building a graph or an index, were fitted to measurements.
 
-The sum of the parts is an upper bound, since they do not all exist at the same time. The constants were fitted to eight
-short runs on CPUs (400 to 1,460 MiB; all heads, a ResNet-18 with and without micro-batches and DGC). There the sum was
-2 to 10 % above the peak, 20 to 25 % for selective, 36 % for knn with an approximate graph. In two other runs it was 5 %
-(full, 500,000 x 96, with momentum) and 27 % (a ResNet-34) above. Saves and approximate graphs take less since then:
-these parts are computed from the code. It was not compared with a run on a GPU.
+The most at one time is an upper bound, since not all other parts reach their largest size together either. The
+constants were fitted to runs on CPUs; docs/scale.md has what was planned and what was measured. It was not compared
+with a run on a GPU.
 """
 
 import math
@@ -26,7 +24,8 @@ from xc.plan.sent import low_rank_shapes
 from xc.plan.workload import Workload
 
 MAX_LOAD = 0.9  # share of the memory; above it, fragments and other processes may make the run fail
-ON_HOST = ("batches", "checkpoint copy", "libraries")  # parts in host memory if the run uses a GPU
+_ON_HOST = ("batches", "checkpoint copy", "libraries")  # parts in host memory if the run uses a GPU
+_BUILDING, _BESIDE_STEPS = ("building graph or index",), ("checkpoint copy", "evaluation")  # never at the same time
 _LIBRARIES = 160 * 2**20  # what torch imports for its optimizers (80 MiB), and what the allocators of threads hold
 _SEARCH_BYTES = 2**27  # query rows of a block in the exact search for neighbours
 _EDGE_BYTES = 112  # temporaries for each edge of such a block
@@ -47,8 +46,18 @@ class MemoryPlan:
 
     @property
     def total(self):
-        """Bytes of all parts."""
-        return sum(self.parts.values())
+        """The most bytes of all parts at one time."""
+        return _at_one_time(self.parts)
+
+    @property
+    def on_gpu(self):
+        """The same of the parts that lie on the GPU of a rank that uses one."""
+        return _at_one_time({name: size for name, size in self.parts.items() if name not in _ON_HOST})
+
+    @property
+    def on_host(self):
+        """The same of the parts in host memory of a rank that uses a GPU."""
+        return _at_one_time({name: size for name, size in self.parts.items() if name in _ON_HOST})
 
     @classmethod
     def of(cls, work, backbone, *, order_bytes=0, max_accumulation_steps=1):
@@ -81,11 +90,17 @@ class MemoryPlan:
             "building graph or index": head.building, "features": 6 * in_flight * work.group * cfg.feature_dim * 4,
             "batches": (num_parts + max(num_parts, PREFETCH) + 4 * cfg.loader_threads) * batch + order_bytes,
             "inputs": 0 if work.on_cpu else num_parts * batch + 6 * min(batch, 4 * PIECE["cuda"]),
-            "scores by class": 9 * work.num_rows,  # examples, hits and frequency of each class
+            "class frequencies": work.num_rows, "evaluation": 8 * work.num_rows,  # examples and hits of each class
             "checkpoint copy": head.copied + residuals + weights + momentum, "libraries": _LIBRARIES,
         }
         on_disk = work.num_shards * head.saved + num_ranks * residuals + weights + momentum
         return cls({name: size for name, size in parts.items() if size}, on_disk)
+
+
+def _at_one_time(parts):
+    """No graph or index is built while a checkpoint is written or an evaluation runs."""
+    building, beside_steps = (sum(parts.get(name, 0) for name in names) for names in (_BUILDING, _BESIDE_STEPS))
+    return sum(parts.values()) - min(building, beside_steps)
 
 
 @dataclass(frozen=True)
@@ -160,14 +175,17 @@ class _HeadSize:
 
     @property
     def copied(self):
-        """What a checkpoint that is written holds: rows that change before they are written, at most; and the graph or
-        index of then."""
-        rows = self.table + self.momentum
-        return min(rows, MOST_KEPT_BYTES) + self.work.num_rows + self.saved - rows
+        """What a checkpoint that is written holds beyond the state: rows that change before they are written, at most;
+        and the rows of an index. A graph is never built while a save holds the last one."""
+        return min(self.table + self.momentum, MOST_KEPT_BYTES) + self.work.num_rows + self._indexed
 
     @property
     def saved(self):
         """What a checkpoint has of this rank's shard."""
-        index = self.work.num_rows * self._row if self.index else 0
-        return self.table + self.momentum + self.graph + index
+        return self.table + self.momentum + self.graph + self._indexed
+
+    @property
+    def _indexed(self):
+        """The rows of an index, as they were when it was built."""
+        return self.work.num_rows * self._row if self.index else 0
 

@@ -8,7 +8,7 @@ from xc.errors import UserError
 from xc.optim.schedule import Schedule
 from xc.plan.backbone_size import BackboneSize
 from xc.plan.cluster import Cluster
-from xc.plan.memory import MAX_LOAD, ON_HOST, MemoryPlan
+from xc.plan.memory import MAX_LOAD, MemoryPlan
 from xc.plan.remedies import flags_of, in_micro_batches, saving_memory, sending_less
 from xc.plan.sent import Sent
 from xc.plan.times import Times
@@ -93,8 +93,7 @@ class Plan:
     @property
     def rank_memory(self):
         """Bytes that must fit `memory` of the cluster: on a GPU without the parts that lie on the host."""
-        on_host = 0 if self.work.on_cpu else sum(self.memory.parts.get(part, 0) for part in ON_HOST)
-        return self.memory.total - on_host
+        return self.memory.total if self.work.on_cpu else self.memory.on_gpu
 
     @property
     def fits(self):

@@ -33,8 +33,8 @@ def _lines(plan, data, others):
            f"{work.examples * cfg.micro_batches:,} a rank")
     yield ""
     yield from _table("memory of a rank", "GiB", plan.memory.parts, 2**30)
-    yield (f"{'':2}{plan.rank_memory / 2**30:.2f} of {cluster.memory / 2**30:.2f} GiB"
-           + ("" if work.on_cpu else f"; {(plan.memory.total - plan.rank_memory) / 2**30:.2f} GiB on the host")
+    yield (f"{'':2}at one time {plan.rank_memory / 2**30:.2f} of {cluster.memory / 2**30:.2f} GiB"
+           + ("" if work.on_cpu else f" on the GPU and {plan.memory.on_host / 2**30:.2f} GiB on the host")
            + ("" if plan.fits else ": DOES NOT FIT with a tenth to spare")
            + f"; a checkpoint has {plan.memory.on_disk / 2**30:.1f} GiB")
     yield ""

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from xc.errors import UserError
 from xc.plan.backbone_size import BackboneSize
-from xc.plan.memory import MAX_LOAD, ON_HOST, MemoryPlan
+from xc.plan.memory import MAX_LOAD, MemoryPlan
 from xc.plan.remedies import flags_of, in_micro_batches, saving_memory
 from xc.plan.workload import Workload
 from xc.preflight.hosts import by_host
@@ -25,13 +25,13 @@ def report_memory(report, cfg, world, facts, examples):
 
     def load(plan):
         """The share of the free memory that it takes, on the host or on the GPU, whichever is more."""
-        host = plan.total if on_cpu else sum(plan.parts.get(part, 0) for part in ON_HOST)
-        return max(host / host_free, 0 if on_cpu else (plan.total - host) / gpu_free)
+        return plan.total / host_free if on_cpu else max(plan.on_host / host_free, plan.on_gpu / gpu_free)
 
     plan = planned(cfg, world.size)
     parts = sorted(plan.parts.items(), key=lambda part: -part[1])
     free = f"{size_text(host_free)} free" + ("" if on_cpu else f" on the host, {size_text(gpu_free)} on the GPU")
-    value = (f"a rank needs at most {size_text(plan.total)} more than its {size_text(facts[0]['taken'])} now, {free} ("
+    needed = size_text(plan.total) if on_cpu else f"{size_text(plan.on_host)} + {size_text(plan.on_gpu)}"
+    value = (f"a rank needs at most {needed} more than its {size_text(facts[0]['taken'])} now, {free} ("
              + ", ".join(f"{name} {size_text(size)}" for name, size in parts if size >= 0.01 * plan.total) + ")")
     if load(plan) <= MAX_LOAD:
         report.add("memory", value)
