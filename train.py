@@ -42,7 +42,7 @@ def main():
     watchdog = Watchdog(world, cfg.stall_seconds)
     if cfg.check:
         raise ExitRun(*preflight.check(cfg, world))
-    splits, loader, schedule = setup.data(cfg, world)
+    cfg, splits, loader, schedule = setup.data(cfg, world)
     if cfg.schedule_plot:
         return schedule_plot.draw(schedule, cfg.schedule_plot, world)
     state = setup.state(cfg, splits["train"], world)

@@ -116,7 +116,7 @@ def scores(new, old, flags):
     those that it would start from."""
     cfg = config.parse(["--data", str(new), *map(str, flags)])
     world = open_world(cfg.device)
-    splits, loader, schedule = setup.data(cfg, world)
+    cfg, splits, loader, schedule = setup.data(cfg, world)
     state = setup.state(cfg, splits["train"], world)
     checkpoints = Checkpoints(cfg, state, schedule, splits, world)
     checkpoints.resume()

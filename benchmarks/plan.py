@@ -140,7 +140,7 @@ def facts(world):
 
 def measure(cfg, world, num_steps):
     """(milliseconds of a step, median, of the slowest rank; MiB that rank 0 sends in it). Collective."""
-    splits, loader, schedule = setup.data(cfg, world)
+    cfg, splits, loader, schedule = setup.data(cfg, world)
     state, progress = setup.state(cfg, splits["train"], world), Progress()
     if cfg.head == "knn":
         state.head.graph = random_graph(state.head)

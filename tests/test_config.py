@@ -24,7 +24,7 @@ def test_defaults_and_types():
 
 def test_choices_are_those_of_the_tables():
     assert set(config.HEADS) == set(HEADS) and set(config.MARGINS) == set(MARGINS)
-    assert set(config.SCHEDULES) == set(DECAYS) and set(config.FLAGS_OF_EXCHANGES) == set(EXCHANGES)
+    assert set(config.SCHEDULES) == set(DECAYS) and set(config.FLAGS_OF_EXCHANGES) == {*EXCHANGES, "auto"}
 
 
 def test_argument_files_and_round_trip(tmp_path):

@@ -22,7 +22,7 @@ MARGINS = ("none", "cosface", "arcface")
 EVALUATIONS = ("classify", "retrieval")
 SCHEDULES = ("constant", "cosine", "step", "fccs")
 FLAGS_OF_EXCHANGES = {"dense": (), "dgc": ("density", "density_warmup"), "dgc-hier": ("density", "density_warmup"),
-                      "powersgd": ("powersgd_rank",)}
+                      "powersgd": ("powersgd_rank",), "auto": ()}
 
 
 def _flag(group, default, help, *, choices=None, least=None, above=None, most=None, below=None, time=False, alias=None):
@@ -138,7 +138,8 @@ class Config:
     micro_batches: int = _flag("communication", 1, "parts of a step's batch: one is computed while another's features "
                                "travel; 2 pay where features are many beside the backbone's weights", least=1)
     exchange: str = _flag("communication", "dense", "of the backbone's gradients: dense; dgc: the largest only; "
-                          "dgc-hier: dense inside a host, the largest between hosts; powersgd: low-rank matrices",
+                          "dgc-hier: dense inside a host, the largest between hosts; powersgd: low-rank matrices; "
+                          "auto: the quickest of dense, powersgd and, without AdamW, dgc, by a few steps at the start",
                           choices=tuple(FLAGS_OF_EXCHANGES))
     density: float = _flag("communication", 0.01, "dgc: share of the gradients that is sent", above=0, most=1)
     density_warmup: str = _flag("communication", "4epochs", "dgc: time in which the density falls from a quarter",

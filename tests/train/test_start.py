@@ -69,7 +69,7 @@ def started(ranks, *flags, stopped=lambda: False):
     cfg = config.parse([*map(str, [*QUICK, "--out", "unused", *flags])])
 
     def body(world):
-        splits, loader, _ = setup.data(cfg, world)
+        _, splits, loader, _ = setup.data(cfg, world)
         state = setup.state(cfg, splits["train"], world)
         before = state.head.weight.clone()
         start = Start(cfg, state, splits["train"], False, world)

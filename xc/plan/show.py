@@ -1,9 +1,11 @@
 """Prints a plan: tables for people, then one line of JSON."""
 
 import json
+from dataclasses import replace
 
 from xc.comm.launch import launched_rank
 from xc.errors import UserError
+from xc.gradients.choice import candidates, quickest
 from xc.plan.cluster import Cluster
 from xc.plan.plan import Data, Plan, remedies
 from xc.plan.sent import PATHS
@@ -18,9 +20,14 @@ def show(cfg):
                         "horovodrun")
     cluster = Cluster.parse(cfg.plan)
     data = Data.of(cfg, cluster)
+    taken = ""
+    if cfg.exchange == "auto":
+        plans = {name: Plan.of(replace(cfg, exchange=name), cluster, data) for name in candidates(cfg)}
+        cfg = replace(cfg, exchange=quickest({name: plan.step_seconds for name, plan in plans.items()}))
+        taken = f"--exchange auto would take {cfg.exchange}"
     plan = Plan.of(cfg, cluster, data)
     others = remedies(plan, data)
-    print("\n".join(_lines(plan, data, others)))
+    print("\n".join([taken] * bool(taken) + [*_lines(plan, data, others)]))
     print(json.dumps(_as_json(plan, others)))
 
 
@@ -77,7 +84,8 @@ def _duration(seconds):
 
 def _as_json(plan, others):
     return {"ranks": plan.cluster.ranks, "classes": plan.work.num_classes, "rows_per_rank": plan.work.num_rows,
-            "active": plan.work.quota * plan.work.num_shards, "fits": plan.fits, "rank_bytes": plan.rank_memory,
+            "active": plan.work.quota * plan.work.num_shards, "exchange": plan.cfg.exchange, "fits": plan.fits,
+            "rank_bytes": plan.rank_memory,
             "memory_bytes": plan.memory.parts, "checkpoint_bytes": plan.memory.on_disk,
             "sent_bytes": plan.sent.by_path, "collectives": plan.sent.calls,
             "step_seconds": plan.step_seconds, "phases": plan.times.step, "limit": plan.limit,

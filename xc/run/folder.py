@@ -74,6 +74,15 @@ def _tell_changed(path, cfg):
         print(f"note: settings that differ from those of the last launch: {', '.join(changed)}", flush=True)
 
 
+def exchange_before(cfg):
+    """The --exchange of the run that is resumed, which its checkpoints need; None where there is none to read."""
+    run = Path(cfg.out) if cfg.resume == "auto" else Path(cfg.resume).parent.parent
+    try:
+        return dict(json.loads((run / "config.json").read_text()))["exchange"] if cfg.resume else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
 def keep_classes(out, index, resumed):
     """Copy the index of the training pack, which has the names of the classes: the pack may change or go.
 

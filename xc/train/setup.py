@@ -1,12 +1,13 @@
 """What a run is made of: data, state, run folder. A mistake found on any rank is raised on all of them."""
 
 import sys
+from dataclasses import replace
 
 from xc.checkpoint.state import State
 from xc.data import loader
 from xc.data.evaluated import how_to_split, split_while_training
 from xc.data.pack_split import PackSplit
-from xc.gradients import exchanges
+from xc.gradients import choice, exchanges
 from xc.model import backbone as backbones
 from xc.model import head_table
 from xc.optim.noise_scale import NoiseScale
@@ -19,13 +20,44 @@ from xc.run.loss_meter import LossMeter
 def data(cfg, world):
     """Open the data and check that the run folder can be used; writes nothing. Collective.
 
-    returns  ({"train": split, …}, the Loader of the training split, the Schedule)
+    returns  (the Config, with what --exchange auto takes, {"train": split, …}, the Loader of the training split, the
+             Schedule)
     """
     with world.raise_on_all_ranks():
         if not cfg.schedule_plot:
             folder.check(cfg)
         splits = loader.open_splits(cfg)
-        return splits, loader.Loader(splits["train"], cfg, world), Schedule.of(cfg, len(splits["train"]), world.size)
+        train = splits["train"]
+        found = splits, loader.Loader(train, cfg, world), Schedule.of(cfg, len(train), world.size)
+    if cfg.exchange != "auto" or cfg.schedule_plot:
+        return cfg, *found
+    cfg = replace(cfg, exchange=_quickest_exchange(cfg, train, world))
+    with world.raise_on_all_ranks():
+        return cfg, *found[:2], Schedule.of(cfg, len(train), world.size)  # its density is of the exchange
+
+
+def _quickest_exchange(cfg, train, world):
+    """What --exchange auto takes: what the run took before, if it resumes; else by measurement. Collective."""
+    names, left_out = choice.candidates(cfg), ""
+    before = world.all_ranks.all_gather_object(folder.exchange_before(cfg))[0]
+    for name in names[:]:
+        try:
+            Schedule.of(replace(cfg, exchange=name), len(train), world.size)
+        except ValueError as e:  # the run is shorter than its warm-up
+            names.remove(name)
+            left_out += f"; not {name}: {e}"
+    if before in names:
+        found, why = before, "as the run did before"
+    elif world.size == 1:
+        found, why = "dense", "there is one rank"
+    else:
+        seconds = choice.measured(cfg, names, train.input_shape, world)
+        found = choice.quickest(seconds)
+        why = "the backbone's part of a step takes " + ", ".join(f"{1e3 * one:.1f} ms with {name}"
+                                                                 for name, one in seconds.items()) + left_out
+    if world.rank == 0:
+        print(f"note: --exchange auto takes {found}: {why}", flush=True)
+    return found
 
 
 def state(cfg, train_split, world):
