@@ -22,6 +22,7 @@ ratio.*         of milliseconds: partial_fc over knn at the same share; the best
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -236,6 +237,7 @@ def main():
 def measure(job, make, share):
     """{ms, cpu_ms, peak_mb, loss} of one classifier. Collective."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the last one freed goes back to the system
     batches = [job.examples(number) for number in range(WARM_UP + job.args.repeats)]
     reset_peak()
     idle = rss_mb()

@@ -113,7 +113,8 @@ class Head:
     def __init__(self, num_classes, feature_dim, world, *, cosine=True, scale=20.0, margin="none", margin_size=0.0,
                  logits_mb=0.0, seed=0, dtype=torch.float32):
         """
-        logits_mb  MiB for the logits that are kept; the others are computed twice; 0: 64 on a CPU, 256 on a GPU
+        logits_mb  MiB for the logits that are kept, and for rows that are gathered; the others are computed twice;
+                   0: 256
         dtype      of the class rows; gradients and logits of bfloat16 rows are float32
         """
         self.num_classes, self.feature_dim = num_classes, feature_dim
@@ -121,7 +122,7 @@ class Head:
         self.cosine, self.scale = cosine, scale if cosine else 1.0
         self.margin, self.margin_size = MARGINS[margin], margin_size
         on_cpu = world.device.type == "cpu"
-        self.memory_bytes = (logits_mb or (64 if on_cpu else 256)) * 2**20
+        self.memory_bytes = (logits_mb or 256) * 2**20
         self._block_bytes = min(self.memory_bytes, _CACHE_BYTES) if on_cpu else self.memory_bytes
         self.shard = Shard.of(num_classes, world.shards.size, world.shards.rank)
         self.weight = initial_rows(self.shard, feature_dim, seed, dtype).to(world.device)

@@ -45,7 +45,8 @@ class ShardedSoftmax(torch.autograd.Function):
             rows_grad = head.row_grad[block]
             examples, _ = pieces.rows.uses[i]
             if i in kept:
-                rows, length, share, top, target, slope = kept[i]
+                share, top, target, slope = kept[i]
+                rows, length = pieces.rows.block(i)
                 error = share.mul_((top - lse[examples, None]).exp_())  # softmax
             else:
                 rows, length, logits, target, slope = pieces.logits(i)
@@ -68,22 +69,22 @@ class ShardedSoftmax(torch.autograd.Function):
 
 
 def _log_sum_exp(pieces):
-    """Log-sum-exp (G,) and target logits (G,) of this shard; {i: (rows, length, share, top, target, slope)} of the
-    pieces whose logits are kept. share (N, A) is exp(logits - top), top (N, 1) the highest logit of the piece."""
+    """Log-sum-exp (G,) and target logits (G,) of this shard; {i: (share, top, target, slope)} of the pieces whose
+    logits are kept. share (N, A) is exp(logits - top), top (N, 1) the highest logit of the piece."""
     scaled, num_kept = pieces.scaled, pieces.rows.num_kept
     lse = scaled.new_full((len(scaled),), -torch.inf)
     target_logit = scaled.new_zeros(len(scaled))
     kept = {}
     for i, block in enumerate(pieces.rows.blocks):
         examples, _ = pieces.rows.uses[i]
-        rows, length, logits, target, slope = pieces.logits(i)
+        _, _, logits, target, slope = pieces.logits(i)
         if len(slope):
             target_logit[examples][target[0]] = logits[target]
         top = logits.amax(1, keepdim=True)
         share = logits.sub_(top).exp_()
         lse[examples] = torch.logaddexp(lse[examples], share.sum(1).log_().add_(top[:, 0]))
         if block.stop <= num_kept:
-            kept[i] = rows, length, share, top, target, slope
+            kept[i] = share, top, target, slope
     return lse, target_logit, kept
 
 
@@ -137,17 +138,19 @@ class _Pieces:
 class ActiveRows:
     """The active rows of a selection in blocks of classes, scaled to length 1 for cosine logits.
 
-    As many blocks as fit the memory for them, at least one, are gathered once and kept for both passes and all
-    micro-batches of the selection.
+    Of as many blocks as fit the memory for it, at least one, the logits are kept from one pass to the other. Where some
+    rows are active, those of these blocks are gathered once and kept as well, for all micro-batches of the selection.
+    Where all are, they need not be gathered, and only their lengths are kept: scaling them again is cheap.
 
     blocks    slices of the active rows; none has both shared rows and rows of one part of the examples
     uses      (examples, offset) of each block: the slice of the examples that are compared with it, and what is added
               to the logits, (A,) or None
-    num_kept  rows in the blocks that are kept
+    num_kept  rows in the blocks whose logits are kept
     """
 
     def __init__(self, head, num_examples):
         self._head, self.blocks, self.uses, num_bytes = head, [], [], []
+        self._gathers, self._lengths = head.selection.active is not None, {}
         for span, examples, offset in head.selection.spans(head.num_active):
             count = len(range(num_examples)[examples])
             # A part has few examples: then it is its rows that must fit the cache, beside their logits.
@@ -155,26 +158,31 @@ class ActiveRows:
             for block in head.blocks(span.stop - span.start, widest):
                 self.blocks.append(slice(span.start + block.start, span.start + block.stop))
                 self.uses.append((examples, None if offset is None else offset[block]))
-                num_bytes.append((block.stop - block.start) * (count + head.feature_dim) * head.compute_dtype.itemsize)
+                width = count + (head.feature_dim if self._gathers else 1)
+                num_bytes.append((block.stop - block.start) * width * head.compute_dtype.itemsize)
         num_fitting = sum(total <= head.memory_bytes for total in accumulate(num_bytes))
         kept = self.blocks[: max(1, num_fitting)]
         self.num_kept = kept[-1].stop if kept else 0
-        self._memory, self._kept = head.memory("rows", self.num_kept, head.feature_dim), {}
+        self._memory, self._kept = head.memory("rows", self.num_kept if self._gathers else 0, head.feature_dim), {}
+        longest = max((block.stop - block.start for block in self.blocks), default=0)
+        self._scratch = head.memory("row block", longest, head.feature_dim)  # for rows that are not kept
 
     def block(self, i):
-        """Rows (A, D) of block i and their lengths (A, 1); None for inner-product logits."""
+        """Rows (A, D) of block i, until the next call, and their lengths (A, 1), None for inner-product logits."""
         if i in self._kept:
             return self._kept[i]
         head, block = self._head, self.blocks[i]
-        keep, ids = block.stop <= self.num_kept, head.active_rows(block)
+        keep, ids = self._gathers and block.stop <= self.num_kept, head.active_rows(block)
+        out = self._memory[block] if keep else self._scratch[: block.stop - block.start]
         if isinstance(ids, slice):
             rows = head.weight[ids]
         else:
-            out = self._memory[block] if keep and head.weight.dtype == head.compute_dtype else None
-            rows = torch.index_select(head.weight, 0, ids, out=out)
+            rows = torch.index_select(head.weight, 0, ids, out=out if head.weight.dtype == head.compute_dtype else None)
         rows = rows.to(head.compute_dtype)
-        length = rows.norm(dim=1, keepdim=True).clamp_(min=1e-12) if head.cosine else None
-        rows = torch.div(rows, length, out=self._memory[block] if keep else None) if head.cosine else rows
+        length = self._lengths.get(i)
+        if length is None and head.cosine:
+            length = self._lengths[i] = rows.norm(dim=1, keepdim=True).clamp_(min=1e-12)
+        rows = torch.div(rows, length, out=out) if head.cosine else rows
         if keep:
             self._kept[i] = rows, length
         return rows, length

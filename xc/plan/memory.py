@@ -137,8 +137,8 @@ class _HeadSize:
     def logits(self):
         """Logits and rows that the softmax keeps within its memory limit, at least one block; and one block more."""
         work = self.work
-        per_class = 4 * work.group + self._row
-        return per_class * (work.num_kept + min(work.quota * work.num_parts, 2 * work.block))
+        blocks = min(work.quota * work.num_parts, 2 * work.block)
+        return work.bytes_kept * work.num_kept + (4 * work.group + self._row) * blocks
 
     @property
     def graph(self):

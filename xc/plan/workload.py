@@ -8,6 +8,8 @@ from xc.knn.build import method_of
 from xc.model import head_table as heads
 from xc.model.scored import NUM_FURTHER
 
+_LOGITS_BYTES = 2**28  # for logits and active rows that are kept
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -60,19 +62,18 @@ class Workload:
     @property
     def block(self):
         """Classes whose logits are computed at a time."""
-        memory = self.logits_bytes
-        return max(1, int((min(memory, 2**20) if self.on_cpu else memory) / (4 * self.group)))
+        memory = min(_LOGITS_BYTES, 2**20) if self.on_cpu else _LOGITS_BYTES
+        return max(1, int(memory / (4 * self.group)))
 
     @property
-    def logits_bytes(self):
-        """Memory for logits and active rows that are kept."""
-        return (64 if self.on_cpu else 256) * 2**20
+    def bytes_kept(self):
+        """Bytes of an active row that is kept: its logits, and the row where it was gathered, or its length."""
+        return 4 * (self.group + (self.cfg.feature_dim if self.cfg.head != "full" else 1))
 
     @property
     def num_kept(self):
         """Active rows of this shard whose logits are kept; those of the others are computed twice."""
-        per_class = 4 * (self.group + self.cfg.feature_dim)
-        return min(self.quota * self.num_parts, max(self.block, int(self.logits_bytes / per_class)))
+        return min(self.quota * self.num_parts, max(self.block, int(_LOGITS_BYTES / self.bytes_kept)))
 
     @property
     def by_scores(self):
