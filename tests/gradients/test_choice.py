@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from torch import nn
 
 from tests.support.training import SGD, call_main
 from tests.support.worlds import run_ranks
@@ -26,8 +27,12 @@ def test_another_exchange_must_save_a_tenth(seconds, name):
     ({}, ["dense", "powersgd"]), ({"optimizer": "sgd", "lr": 0.1, "micro_batches": 2}, ["dense", "powersgd", "dgc"])])
 def test_all_ranks_measure_the_same(settings, names):
     cfg = Config(data="d", out="o", exchange="auto", feature_dim=8, global_batch=14, **settings)
-    found = run_ranks(3, lambda world: choice.measured(cfg, choice.candidates(cfg), (9,), world))
+    found = run_ranks(3, lambda world: choice.measured(cfg, choice.candidates(cfg), make_network, (9,), world))
     assert found[0] == found[1] == found[2] and list(found[0]) == names and min(found[0].values()) > 0
+
+
+def make_network():
+    return nn.Linear(9, 8)
 
 
 def losses_of(monkeypatch, out, *flags, ranks=3):

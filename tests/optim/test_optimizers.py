@@ -12,6 +12,7 @@ from xc.config import Config
 from xc.gradients.dgc import Dgc
 from xc.model.head import Selection
 from xc.model.head_table import HEADS
+from xc.optim.add_rows import add_rows
 from xc.optim.optimizers import Lars, RowSGD, backbone_optimizer
 from xc.optim.schedule import StepPlan
 
@@ -228,3 +229,18 @@ def test_what_is_frozen_is_not_in_the_optimizer():
     for name in "sgd", "lars", "adamw":
         groups = backbone_optimizer(net, Config(data="d", out="o", optimizer=name, lr=0.1)).param_groups
         assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in net[1].parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [0, 1, 7, 5000])
+def test_rows_are_added_in_their_order(count, dtype):
+    """Also where ids repeat: the same bits as one row after another."""
+    generator = torch.Generator().manual_seed(count)
+    table = torch.randn(40, 5, dtype=dtype, generator=generator)
+    ids = torch.randint(40, (count,), generator=generator)
+    rows = torch.randn(count, 5, dtype=dtype, generator=generator)
+    expected = table.clone()
+    for i, row in zip(ids.tolist(), rows, strict=True):
+        expected[i] += row
+    add_rows(table, ids, rows)
+    assert torch.equal(table, expected)

@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 
 from xc.gradients import exchanges
-from xc.model import backbone as backbones
 from xc.optim.schedule import StepPlan
 from xc.run import watchdog
 
@@ -26,22 +25,23 @@ def quickest(seconds):
     return best if seconds[best] < (1 - _LEAST_GAIN) * seconds["dense"] else "dense"
 
 
-def measured(cfg, names, input_shape, world):
+def measured(cfg, names, make_network, input_shape, world):
     """{name: seconds} of a forward pass, a backward pass and the exchange, of each name. Collective.
+
+    make_network  makes a backbone as that of the run
 
     Random images of input_shape go through a network of its own; nothing of the run is touched. The seconds are the
     median of a few steps, on the slowest rank, so all ranks get the same numbers.
     """
-    return {name: _seconds(replace(cfg, exchange=name), input_shape, world) for name in names}
+    return {name: _seconds(replace(cfg, exchange=name), make_network, input_shape, world) for name in names}
 
 
-def _seconds(cfg, input_shape, world):
-    examples = max(1, cfg.global_batch // cfg.micro_batches // world.size)
+def _seconds(cfg, make_network, input_shape, world):
     with world.raise_on_all_ranks():
-        network = backbones.build(cfg.backbone, input_shape, cfg.feature_dim, cfg.seed, world, cfg.amp, examples,
-                                  cfg.freeze)
+        network = make_network()
         exchange = exchanges.EXCHANGES[cfg.exchange](network, world, cfg)
     plan = StepPlan(cfg.lr, cfg.global_batch, cfg.micro_batches, cfg.density)
+    examples = max(1, cfg.global_batch // cfg.micro_batches // world.size)
     images = torch.randn(examples, *input_shape, device=world.device)
     seconds = []
     for _ in range(_WARM_UP + _STEPS):

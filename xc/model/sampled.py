@@ -9,6 +9,7 @@ from xc.comm.shard import Shard
 from xc.data.hashing import SIGNED_GOLDEN, mix
 from xc.errors import UserError
 from xc.model.head import Head, Selection
+from xc.optim.add_rows import add_rows
 
 
 class SampledHead(Head):
@@ -85,7 +86,7 @@ class SampledHead(Head):
             known, self._summed = self._summed, union
             larger = self._sum.new_zeros(len(union), self.feature_dim)
             self._sum = larger.index_copy_(0, torch.searchsorted(union, known), self._sum)
-        self._sum.index_add_(0, torch.searchsorted(self._summed, active), self.row_grad)
+        add_rows(self._sum, torch.searchsorted(self._summed, active), self.row_grad)
         self.row_grad = None
 
     def reduce_async(self):

@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from xc.optim.add_rows import add_rows
+
 _BLOCK_BYTES = 2**22  # rows that are gathered at a time
 _LARS_TRUST = 0.001  # length of a layer's step at learning rate 1, as a share of its weights' (You et al. 2017)
 
@@ -110,7 +112,7 @@ class RowSGD:
             if isinstance(ids, slice) or head.weight.dtype == torch.bfloat16:
                 self._put(head.weight, ids, self._take(head.weight, ids).add_(grad, alpha=-lr))
             else:
-                head.weight.index_add_(0, ids, grad, alpha=-lr)  # needs no copy of the rows
+                add_rows(head.weight, ids, grad * -lr)  # needs no copy of the rows
 
     def _take(self, table, ids):
         """Rows of a table to compute with: a view where that is possible, else a copy."""

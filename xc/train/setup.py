@@ -51,7 +51,7 @@ def _quickest_exchange(cfg, train, world):
     elif world.size == 1:
         found, why = "dense", "there is one rank"
     else:
-        seconds = choice.measured(cfg, names, train.input_shape, world)
+        seconds = choice.measured(cfg, names, lambda: _backbone(cfg, train, world), train.input_shape, world)
         found = choice.quickest(seconds)
         why = "the backbone's part of a step takes " + ", ".join(f"{1e3 * one:.1f} ms with {name}"
                                                                  for name, one in seconds.items()) + left_out
@@ -64,14 +64,18 @@ def state(cfg, train_split, world):
     """All that training changes, at its start: the backbone on every rank, the class rows split over ranks.
     Collective."""
     with world.raise_on_all_ranks():
-        examples_of_rank = cfg.global_batch // cfg.micro_batches // world.size
-        backbone = backbones.build(cfg.backbone, train_split.input_shape, cfg.feature_dim, cfg.seed, world, cfg.amp,
-                                   examples_of_rank, cfg.freeze)
+        backbone = _backbone(cfg, train_split, world)
         head = head_table.build(cfg, train_split.num_classes, world)
         exchange = exchanges.build(backbone, world, cfg)
     return State(backbone, backbone_optimizer(backbone, cfg, exchange.keeps_momentum), head,
                  RowSGD(head, cfg.head_momentum), exchange, NoiseScale(),
                  LossMeter(world.device))
+
+
+def _backbone(cfg, train_split, world):
+    examples_of_rank = cfg.global_batch // cfg.micro_batches // world.size
+    return backbones.build(cfg.backbone, train_split.input_shape, cfg.feature_dim, cfg.seed, world, cfg.amp,
+                           examples_of_rank, cfg.freeze)
 
 
 def run_folder(cfg, train_split, resumed, world):
