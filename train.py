@@ -77,7 +77,7 @@ def main():
         plan = schedule.plan(progress, state.noise.grown)
         with log.timer("refresh"), world.traffic.uncounted():
             stale = schedule.due(progress, cfg.graph_every, "0" if cfg.init else cfg.graph_from, state.head.has_built)
-            stale = stale or (start.rows_known and not progress.step)
+            stale = state.head.builds and (stale or (start.rows_known and not progress.step))
             if stale:
                 checkpoints.wait()  # a save in flight holds the old graph, and there may be no memory for two
             refreshed = state.head.refresh(plan.first_accumulation_step, due=stale)

@@ -128,8 +128,8 @@ def main():
                        f"{name}_probes": stats["graph_probes"], f"{name}_mb": world.all_ranks.all_reduce(used).item()}
             cells = graph.cells
             del graph
-        values |= {"cells_kept": stats["graph_cells_kept"],
-                   "speedup": seconds * (args.approx / args.exact) ** 2 / values["approx_seconds"]}
+        values |= {"cells_kept": stats["graph_cells_kept"]} if args.moved else {}
+        values |= {"speedup": seconds * (args.approx / args.exact) ** 2 / values["approx_seconds"]}
     values |= {"bytes_per_class": stats["graph_bytes_per_class"]}
     if world.rank == 0:
         report(f"KNN graph, {world.size} ranks", values)

@@ -25,7 +25,8 @@ import argparse
 import ctypes
 import gc
 import json
-import os
+import math
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -126,10 +127,9 @@ def ours(job, share):
     return step, lambda: head.weight.detach()
 
 
-def torch_full(job, _, loss_of=None):
+def torch_full(job, share, loss_of=lambda features, rows, labels: F.cross_entropy(features @ rows.T, labels)):
     weight = torch.nn.Parameter(job.rows())
     optimizer = job.sgd([weight])
-    loss_of = loss_of or (lambda features, rows, labels: F.cross_entropy(features @ rows.T, labels))
 
     def step(features, labels):
         loss_of(SCALE * F.normalize(features), F.normalize(weight), labels).backward()
@@ -141,13 +141,13 @@ def torch_full(job, _, loss_of=None):
     return step, lambda: weight.detach()[job.shard.first : job.shard.last]
 
 
-def cce(job, _):
+def cce(job, share):
     from cut_cross_entropy.torch_compile import torch_compile_linear_cross_entropy
 
-    return torch_full(job, _, lambda features, rows, labels: torch_compile_linear_cross_entropy(features, rows, labels))
+    return torch_full(job, share, torch_compile_linear_cross_entropy)
 
 
-def loss_parallel(job, _):
+def loss_parallel(job, share):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
     from torch.distributed.tensor import Shard as Split
@@ -204,12 +204,15 @@ def main():
         raise UserError("--classes, --dim, --batch-per-rank and --repeats must be at least 1, --shares between 0 and 1")
 
     world = open_world("cpu")
+    least = min(args.classes) * min(args.shares)
+    if least < args.batch_per_rank * world.size or not math.isfinite(args.lr):
+        raise UserError(f"the smallest share of --classes is {least:g} classes, fewer than the examples of a batch, or "
+                        "--lr is not finite: take more")
     meeting = tempfile.mkdtemp() if world.rank == 0 else ""
     meeting = world.all_ranks.all_gather_object(meeting)[0]
     distributed.init_process_group("gloo", init_method=f"file://{meeting}/store", rank=world.rank,
                                    world_size=world.size)
-    if not torch.cuda.is_available():
-        torch.Tensor.cuda = lambda tensor, *_, **__: tensor
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor
     systems = [("full", ours, 1.0)] + [(f"knn:{share:g}", ours, share) for share in args.shares]
     systems += [("torch", torch_full, 1.0), ("loss_parallel", loss_parallel, 1.0)]
     if args.partial_fc:
@@ -229,9 +232,7 @@ def main():
         print(json.dumps({name: round(value, 4) for name, value in result.items()}))
     distributed.destroy_process_group()
     if world.rank == 0:
-        for left in os.listdir(meeting):
-            os.unlink(os.path.join(meeting, left))
-        os.rmdir(meeting)
+        shutil.rmtree(meeting, ignore_errors=True)
 
 
 def measure(job, make, share):

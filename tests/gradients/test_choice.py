@@ -53,7 +53,8 @@ def test_the_run_is_that_of_the_exchange_it_takes(taken, tmp_path, monkeypatch, 
     auto = ["--exchange", "auto", "--save-every", "1steps"]
     monkeypatch.setattr(choice, "measured", with_result)
     losses = losses_of(monkeypatch, tmp_path / "auto", *auto, "--steps", 2)
-    assert f"--exchange auto takes {taken}: the backbone's part" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"--exchange auto takes {taken}: the backbone's part" in said.out and "has no effect" not in said.err
     assert f'"exchange": "{taken}"' in (tmp_path / "auto/config.json").read_text()
     other = "dgc" if taken == "dense" else "dense"
     monkeypatch.setattr(choice, "measured", lambda *args: with_result(*args, quickest=other))
@@ -74,3 +75,16 @@ def test_a_run_shorter_than_the_warm_up_of_dgc_does_not_take_it(tmp_path, monkey
     losses_of(monkeypatch, tmp_path / "auto", "--exchange", "auto", "--density-warmup", "9steps", ranks=2)
     said = capsys.readouterr().out
     assert "--exchange auto takes powersgd" in said and "; not dgc: --density-warmup 9steps" in said
+
+
+def test_the_exchange_of_a_resumed_run_is_found_by_any_path(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "run/checkpoints/step-00000004"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "run/config.json").write_text('{"exchange": "dgc-hier"}')
+    (tmp_path / "link").symlink_to(checkpoint)
+    monkeypatch.chdir(checkpoint.parent)
+    for out, resume in ("new", checkpoint), ("new", checkpoint.name), ("new", tmp_path / "link"), ("..", "auto"):
+        assert folder.exchange_before(Config(data="d", out=out, resume=str(resume))) == "dgc-hier"
+    assert folder.exchange_before(Config(data="d", out="..")) is None
+    (tmp_path / "run/config.json").write_text("[[[")
+    assert folder.exchange_before(Config(data="d", out="..", resume="auto")) is None

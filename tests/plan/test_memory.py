@@ -107,7 +107,7 @@ def test_laws(head):
     cfg = config(head=head, active_classes=0.5)
     one, many = planned(cfg, 1), planned(cfg, 4)
     building = one.parts.get("building graph or index", 0)
-    beside_steps = one.parts["checkpoint copy"] + one.parts["evaluation"]
+    beside_steps = one.parts["checkpoint rows"] + one.parts["evaluation"]
     assert one.total == sum(one.parts.values()) - min(building, beside_steps) and min(one.parts.values()) > 0
     assert (building > 0) == (head in ("knn", "selective"))
     assert many.total < one.total
@@ -116,7 +116,7 @@ def test_laws(head):
     extra = sum(with_momentum.parts.values()) - sum(one.parts.values())  # in memory, and in the copy that is written
     assert extra == 2 * one.parts["class rows"] == 2 * (with_momentum.on_disk - one.on_disk)
     large = planned(config(head=head, active_classes=0.5), 1, num_classes=50_000_000)  # 1.2 GB of rows
-    assert large.parts["checkpoint copy"] < large.on_disk - large.parts["class rows"] + 2**28 + 60_000_000
+    assert large.parts["checkpoint rows"] < large.on_disk - large.parts["class rows"] + 2**28 + 60_000_000
     half = planned(config(head=head, active_classes=0.5, row_dtype="bfloat16"), 1)
     assert 2 * half.parts["class rows"] == one.parts["class rows"]
     with pytest.raises(UserError, match="--head 'knnn'"):

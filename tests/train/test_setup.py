@@ -7,6 +7,7 @@ import pytest
 
 from tests.support.training import call_main
 from xc.checkpoint import tensor_file
+from xc.checkpoint.checkpoints import Checkpoints
 from xc.comm.world import World
 from xc.config import Config
 from xc.data.loader import open_splits
@@ -28,7 +29,7 @@ def test_a_run_that_never_builds_a_graph_says_so(settings, warned, capsys):
 
 
 def test_no_graph_is_built_while_a_save_holds_the_last_one(tmp_path, monkeypatch):
-    """There may be no memory for both."""
+    """There may be no memory for both. Heads that build nothing never wait."""
     builds, write = [], tensor_file.write
 
     def slow_write(*args, **options):
@@ -46,3 +47,14 @@ def test_no_graph_is_built_while_a_save_holds_the_last_one(tmp_path, monkeypatch
         "knn", "--active-classes", 0.6, "--global-batch", 12, "--steps", 6, "--graph-from", "1steps", "--graph-every",
         "1steps", "--save-every", "1steps")
     assert errors == [None] and builds == 5 * [[]]
+
+
+@pytest.mark.parametrize("head, waits", [("full", 0), ("sampled", 0), ("selective", 5)])
+def test_only_a_head_that_builds_waits_for_a_save(head, waits, tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr(Checkpoints, "wait", lambda self: waited.append(1))
+    errors = call_main(
+        monkeypatch, 1, "--data", "synth:classes=60,dim=4,examples=8,test=50", "--out", tmp_path / "run", "--head",
+        head, "--global-batch", 12, "--steps", 6, "--graph-from", "1steps", "--graph-every", "1steps",
+        *["--active-classes", 0.6] * (head != "full"))
+    assert errors == [None] and len(waited) == waits

@@ -1,11 +1,13 @@
 """--exchange auto: the exchange with which a step of the backbone takes the least time on these ranks."""
 
+import gc
 import statistics
 import time
 from dataclasses import replace
 
 import torch
 
+from xc.config import FLAGS_OF_EXCHANGES, Config, unused_flags
 from xc.gradients import exchanges
 from xc.optim.schedule import StepPlan
 from xc.run import watchdog
@@ -17,6 +19,12 @@ _LEAST_GAIN = 0.1  # of the time of the dense exchange: below it, what is sent s
 def candidates(cfg):
     """Names of the exchanges that --exchange auto compares. dgc has a momentum of its own, which AdamW cannot use."""
     return ["dense", "powersgd"] + ["dgc"] * (cfg.optimizer != "adamw")
+
+
+def with_exchange(cfg, name):
+    """A Config with this exchange in place of auto, and without what others read."""
+    cfg = replace(cfg, exchange=name)
+    return replace(cfg, **{flag: getattr(Config, flag) for flag in unused_flags(cfg, "exchange", FLAGS_OF_EXCHANGES)})
 
 
 def quickest(seconds):
@@ -33,7 +41,12 @@ def measured(cfg, names, make_network, input_shape, world):
     Random images of input_shape go through a network of its own; nothing of the run is touched. The seconds are the
     median of a few steps, on the slowest rank, so all ranks get the same numbers.
     """
-    return {name: _seconds(replace(cfg, exchange=name), make_network, input_shape, world) for name in names}
+    seconds, on_gpu = {}, [world.device] * (world.device.type == "cuda")
+    for name in names:
+        with torch.random.fork_rng(on_gpu):  # a network with dropout draws numbers
+            seconds[name] = _seconds(with_exchange(cfg, name), make_network, input_shape, world)
+        gc.collect()  # hooks of parameters are in cycles, which would keep the network
+    return seconds
 
 
 def _seconds(cfg, make_network, input_shape, world):

@@ -104,10 +104,11 @@ class Head:
     selection           the Selection that `row_grad` and the next loss() belong to
     step                number of the step, set by `select`; random choices depend on it
     labels              GroupLabels: those of all ranks
+    builds              whether `refresh` builds something at all
     has_built           whether `refresh` has built what the choice of classes depends on, or `load` has read it
     """
 
-    has_built = False
+    builds = has_built = False
     flags = ()  # names of the Config fields about the choice of classes that this head reads
 
     def __init__(self, num_classes, feature_dim, world, *, cosine=True, scale=20.0, margin="none", margin_size=0.0,

@@ -19,6 +19,7 @@ class KnnHead(SampledHead):
     that does not grow with the number of classes. Before the first build the other active classes are random.
     """
 
+    builds = True
     flags = (*SampledHead.flags, "select", "neighbors", "near_share", "graph", "graph_from", "graph_every")
 
     def __init__(self, *args, num_neighbors, graph="auto", **kwargs):

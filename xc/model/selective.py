@@ -17,6 +17,7 @@ class SelectiveHead(SampledHead):
     (faiss). The choice needs features, so the first loss() of a selection makes it, from its first micro-batch.
     """
 
+    builds = True
     flags = (*SampledHead.flags, "near_share", "graph_from", "graph_every")
 
     def __init__(self, *args, active_classes, **kwargs):

@@ -24,8 +24,8 @@ from xc.plan.sent import low_rank_shapes
 from xc.plan.workload import Workload
 
 MAX_LOAD = 0.9  # share of the memory; above it, fragments and other processes may make the run fail
-_ON_HOST = ("batches", "checkpoint copy", "libraries")  # parts in host memory if the run uses a GPU
-_BUILDING, _BESIDE_STEPS = ("building graph or index",), ("checkpoint copy", "evaluation")  # never at the same time
+_ON_HOST = ("batches", "checkpoint copy", "checkpoint rows", "libraries")  # parts in host memory if the run uses a GPU
+_BUILDING, _BESIDE_STEPS = ("building graph or index",), ("checkpoint rows", "evaluation")  # never at the same time
 _LIBRARIES = 160 * 2**20  # what torch imports for its optimizers (80 MiB), and what the allocators of threads hold
 _SEARCH_BYTES = 2**27  # query rows of a block in the exact search for neighbours
 _EDGE_BYTES = 112  # temporaries for each edge of such a block
@@ -91,7 +91,8 @@ class MemoryPlan:
             "batches": (num_parts + max(num_parts, PREFETCH) + 4 * cfg.loader_threads) * batch + order_bytes,
             "inputs": 0 if work.on_cpu else num_parts * batch + 6 * min(batch, 4 * PIECE["cuda"]),
             "class frequencies": work.num_rows, "evaluation": 8 * work.num_rows,  # examples and hits of each class
-            "checkpoint copy": head.copied + residuals + weights + momentum, "libraries": _LIBRARIES,
+            "checkpoint copy": residuals + weights + momentum, "checkpoint rows": head.copied,  # the copy stays
+            "libraries": _LIBRARIES,
         }
         on_disk = work.num_shards * head.saved + num_ranks * residuals + weights + momentum
         return cls({name: size for name, size in parts.items() if size}, on_disk)

@@ -1,11 +1,10 @@
 """Prints a plan: tables for people, then one line of JSON."""
 
 import json
-from dataclasses import replace
 
 from xc.comm.launch import launched_rank
 from xc.errors import UserError
-from xc.gradients.choice import candidates, quickest
+from xc.gradients.choice import candidates, quickest, with_exchange
 from xc.plan.cluster import Cluster
 from xc.plan.plan import Data, Plan, remedies
 from xc.plan.sent import PATHS
@@ -22,13 +21,24 @@ def show(cfg):
     data = Data.of(cfg, cluster)
     taken = ""
     if cfg.exchange == "auto":
-        plans = {name: Plan.of(replace(cfg, exchange=name), cluster, data) for name in candidates(cfg)}
-        cfg = replace(cfg, exchange=quickest({name: plan.step_seconds for name, plan in plans.items()}))
+        cfg = with_exchange(cfg, quickest(_backbone_seconds(cfg, cluster, data)))
         taken = f"--exchange auto would take {cfg.exchange}"
     plan = Plan.of(cfg, cluster, data)
     others = remedies(plan, data)
     print("\n".join([taken] * bool(taken) + [*_lines(plan, data, others)]))
     print(json.dumps(_as_json(plan, others)))
+
+
+def _backbone_seconds(cfg, cluster, data):
+    """{name: seconds} of the backbone's part of a step, of the exchanges that --exchange auto compares."""
+    seconds = {}
+    for name in candidates(cfg):
+        try:
+            step = Plan.of(with_exchange(cfg, name), cluster, data).times.step
+        except UserError:  # the run is shorter than its warm-up
+            continue
+        seconds[name] = sum(time for phase, time in step.items() if "backbone" in phase)
+    return seconds
 
 
 def _lines(plan, data, others):

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from xc.errors import UserError
-from xc.gradients.choice import candidates
+from xc.gradients.choice import candidates, with_exchange
 from xc.plan.backbone_size import BackboneSize
 from xc.plan.memory import MAX_LOAD, MemoryPlan
 from xc.plan.remedies import flags_of, in_micro_batches, saving_memory
@@ -21,7 +21,7 @@ def report_memory(report, cfg, world, facts, examples):
 
     def planned(cfg, num_ranks):
         if cfg.exchange == "auto":
-            plans = [planned(replace(cfg, exchange=name), num_ranks) for name in candidates(cfg)]
+            plans = [planned(with_exchange(cfg, name), num_ranks) for name in candidates(cfg)]
             return max(plans, key=lambda plan: plan.total)
         work = Workload.of(cfg, examples.num_classes, num_ranks, on_cpu)
         return MemoryPlan.of(work, backbone, order_bytes=examples.order_bytes,

@@ -76,7 +76,7 @@ def _tell_changed(path, cfg):
 
 def exchange_before(cfg):
     """The --exchange of the run that is resumed, which its checkpoints need; None where there is none to read."""
-    run = Path(cfg.out) if cfg.resume == "auto" else Path(cfg.resume).parent.parent
+    run = Path(cfg.out) if cfg.resume == "auto" else Path(cfg.resume).resolve().parent.parent
     try:
         return dict(json.loads((run / "config.json").read_text()))["exchange"] if cfg.resume else None
     except (OSError, ValueError, TypeError, KeyError, RecursionError):

@@ -1,7 +1,6 @@
 """What a run is made of: data, state, run folder. A mistake found on any rank is raised on all of them."""
 
 import sys
-from dataclasses import replace
 
 from xc.checkpoint.state import State
 from xc.data import loader
@@ -31,7 +30,7 @@ def data(cfg, world):
         found = splits, loader.Loader(train, cfg, world), Schedule.of(cfg, len(train), world.size)
     if cfg.exchange != "auto" or cfg.schedule_plot:
         return cfg, *found
-    cfg = replace(cfg, exchange=_quickest_exchange(cfg, train, world))
+    cfg = choice.with_exchange(cfg, _quickest_exchange(cfg, train, world))
     with world.raise_on_all_ranks():
         return cfg, *found[:2], Schedule.of(cfg, len(train), world.size)  # its density is of the exchange
 
@@ -42,16 +41,17 @@ def _quickest_exchange(cfg, train, world):
     before = world.all_ranks.all_gather_object(folder.exchange_before(cfg))[0]
     for name in names[:]:
         try:
-            Schedule.of(replace(cfg, exchange=name), len(train), world.size)
+            Schedule.of(choice.with_exchange(cfg, name), len(train), world.size)
         except ValueError as e:  # the run is shorter than its warm-up
             names.remove(name)
             left_out += f"; not {name}: {e}"
-    if before in names:
+    if before in exchanges.EXCHANGES:
         found, why = before, "as the run did before"
     elif world.size == 1:
         found, why = "dense", "there is one rank"
     else:
-        seconds = choice.measured(cfg, names, lambda: _backbone(cfg, train, world), train.input_shape, world)
+        with world.traffic.uncounted():
+            seconds = choice.measured(cfg, names, lambda: _backbone(cfg, train, world), train.input_shape, world)
         found = choice.quickest(seconds)
         why = "the backbone's part of a step takes " + ", ".join(f"{1e3 * one:.1f} ms with {name}"
                                                                  for name, one in seconds.items()) + left_out
