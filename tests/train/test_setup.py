@@ -29,7 +29,7 @@ def test_a_run_that_never_builds_a_graph_says_so(settings, warned, capsys):
 
 
 def test_no_graph_is_built_while_a_save_holds_the_last_one(tmp_path, monkeypatch):
-    """There may be no memory for both. Heads that build nothing never wait."""
+    """There may be no memory for both."""
     builds, write = [], tensor_file.write
 
     def slow_write(*args, **options):
